@@ -1,0 +1,38 @@
+"""Odds Ratio Preference Optimization (ORPO) of language models.
+
+The public names are loaded on first use, so that `import orpo` and `orpo --help` stay quick: torch and transformers take seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orpo.config import ORPOConfig
+    from orpo.trainer import ORPOTrainer
+
+    __version__: str
+
+__all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
+
+_HOME_OF = {"ORPOConfig": "orpo.config", "ORPOTrainer": "orpo.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("orpo")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+unknown"
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
