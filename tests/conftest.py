@@ -16,6 +16,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 
 if TYPE_CHECKING:

