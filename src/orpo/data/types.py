@@ -1,0 +1,106 @@
+"""The two shapes that the data takes on its way to the engine.
+
+A row of any kind becomes a `Preference` (text or messages), a `Preference` becomes a `TokenGroup` (ids), or either becomes a `Dropped`
+with a reason code. Nothing else travels between the modules of this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Message = dict[str, Any]
+"""One chat message: at least `role` and `content`."""
+
+Text = str | tuple[Message, ...]
+"""Plain text, or the messages of a conversation."""
+
+Pairs = tuple[tuple[int, int], ...]
+"""(chosen, rejected) indices into a group's responses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a row came from, for messages to the user."""
+
+    file: str
+    row: int
+    """0-based index in the file or data set."""
+    line: int | None = None
+    """1-based line, for files that have lines."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line is not None else f"{self.file} row {self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One prompt, its responses, and which of them wins over which.
+
+    A plain row has two responses and the pair (0, 1). A row without pairs is an SFT-only row: its one response counts in the
+    next-token loss alone.
+    """
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    pairs: Pairs
+    where: Where
+    tools: tuple[dict[str, Any], ...] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns (scenario, id, ...), for slices and reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that cannot be trained on, and why."""
+
+    reason: str
+    """One of `orpo.data.reasons.REASONS`."""
+    where: Where
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenGroup:
+    """A prompt segment and the response segments that follow it, as ids.
+
+    Attributes:
+        prompt_ids: int32, shape (P,), P >= 1. The same ids for every response.
+        response_ids: int32 arrays, each at least one token. A response that came to its natural end has the turn terminator as its
+            last id, exactly once; one that was cut has none.
+        pairs: (chosen, rejected) indices; empty for an SFT-only row.
+        is_ended: per response, whether it carries its terminator.
+        notes: codes of what was done to the row ("prompt_trimmed", "answer_cut", "special_tokens_in_text", "boundary_merge").
+        reference_logp_sums: summed log-probability of each response under a frozen reference (DPO needs it), else None.
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: tuple[np.ndarray, ...]
+    pairs: Pairs
+    is_ended: tuple[bool, ...]
+    where: Where
+    notes: tuple[str, ...] = ()
+    columns: dict[str, Any] = field(default_factory=dict)
+    reference_logp_sums: tuple[float, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed form: the prompt once, each response once."""
+        return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest single sequence (prompt and one response)."""
+        return len(self.prompt_ids) + max(len(ids) for ids in self.response_ids)
+
+    @property
+    def num_wins(self) -> tuple[int, ...]:
+        """How often each response is the chosen one; an SFT-only response counts once."""
+        if not self.pairs:
+            return (1,) * len(self.response_ids)
+        wins = [0] * len(self.response_ids)
+        for chosen, _ in self.pairs:
+            wins[chosen] += 1
+        return tuple(wins)

@@ -1,0 +1,82 @@
+"""The plain engine: every answer is a padded sequence of its own, prompt included. Slow, obvious, and the oracle for the shared one.
+
+It also serves the models that the shared engine does not hold for (state-space and linear-attention layers, custom code).
+
+Shape suffixes: R responses, L padded length, N predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from orpo.data.types import TokenGroup
+from orpo.engine.layout import PreferenceBatch
+from orpo.engine.result import StepResult
+from orpo.objective import Objective, evaluate
+
+
+def token_logps(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right") -> Tensor:
+    """Log-probabilities of the batch's predicted tokens, in its order, float32, shape (N,), with a graph to the model.
+
+    Args:
+        model: a causal language model; called as `model(input_ids=, attention_mask=, position_ids=)`.
+        batch: the micro-batch, on the model's device.
+        pad_side: where the padding goes; changes no value.
+    """
+    sequences = [(group, ids) for group in batch.groups for ids in group.response_ids]
+    length = max(len(group.prompt_ids) + len(ids) for group, ids in sequences)
+    device = batch.input_ids_T.device
+    input_ids_RL = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask_RL = torch.zeros(len(sequences), length, dtype=torch.long)
+    starts = []
+    for row, (group, ids) in enumerate(sequences):
+        size = len(group.prompt_ids) + len(ids)
+        start = length - size if pad_side == "left" else 0
+        starts.append(start)
+        input_ids_RL[row, start : start + len(group.prompt_ids)] = torch.from_numpy(group.prompt_ids.astype("int64"))
+        input_ids_RL[row, start + len(group.prompt_ids) : start + size] = torch.from_numpy(ids.astype("int64"))
+        mask_RL[row, start : start + size] = 1
+    position_ids_RL = (mask_RL.cumsum(-1) - 1).clamp(min=0)
+    rows, columns = _predicting_positions(batch, starts)
+    logits_RLV = model(
+        input_ids=input_ids_RL.to(device),
+        attention_mask=mask_RL.to(device),
+        position_ids=position_ids_RL.to(device),
+        use_cache=False,
+    ).logits
+    logits_NV = logits_RLV[rows.to(device), columns.to(device)].float()
+    return logits_NV.gather(-1, batch.target_N[:, None])[:, 0] - torch.logsumexp(logits_NV, -1)
+
+
+def step(model: nn.Module, batch: PreferenceBatch, objective: Objective) -> StepResult:
+    """Loss with a graph to the model, by autograd through `token_logps`."""
+    logp_N = token_logps(model, batch)
+    evaluation = evaluate(objective, logp_N, batch.index)
+    # The objective's derivative is attached by a surrogate, so that both engines share one evaluation of the equations.
+    surrogate = (logp_N * evaluation.grad_N).sum()
+    return StepResult(evaluation.loss + surrogate - surrogate.detach(), logp_N.detach(), evaluation.sums)
+
+
+def _predicting_positions(batch: PreferenceBatch, starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Row and column in the padded logits for each predicted token. A prompt token is read from its group's first winner."""
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    first_response = 0
+    for group, span in zip(batch.groups, batch.spans, strict=True):
+        num_answer_tokens = sum(len(ids) for ids in group.response_ids)
+        num_prompt_tokens = span.n[1] - span.n[0] - num_answer_tokens
+        winner = first_response + _first_winner(group)
+        rows.append(torch.full((num_prompt_tokens,), winner))
+        columns.append(starts[winner] + torch.arange(num_prompt_tokens))
+        for offset, ids in enumerate(group.response_ids):
+            row = first_response + offset
+            first = starts[row] + len(group.prompt_ids) - 1
+            rows.append(torch.full((len(ids),), row))
+            columns.append(torch.arange(first, first + len(ids)))
+        first_response += len(group.response_ids)
+    return torch.cat(rows), torch.cat(columns)
+
+
+def _first_winner(group: TokenGroup) -> int:
+    return group.pairs[0][0] if group.pairs else 0
