@@ -1,0 +1,174 @@
+"""One run per folder: the lock that a second run meets, and that a dead run does not leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from orpo.checkpoint.ranks import ALONE, Ranks
+from orpo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+_NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_open_descriptors: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked data-loader worker must not keep the lock of a parent that was killed."""
+    for descriptor in _open_descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _open_descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class RunLock:
+    """Exclusive hold on a run's folder, as a context manager; all ranks enter, rank 0 takes it and the others share the outcome.
+
+    `flock` on `<run_dir>/.lock` decides on one machine: the kernel frees it when its process dies, so a killed run leaves nothing stale.
+    Between machines that share a file system `flock` may not reach, so the holder also writes its host and pid and touches the file every
+    `beat_s`; a holder on another host whose beat is not seen for three beats counts as dead.
+
+    Raises:
+        UserError: another run holds the folder, or the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path | str, *, ranks: Ranks = ALONE, beat_s: float = 10.0) -> None:
+        self.path = Path(run_dir) / LOCK_NAME
+        self._ranks, self._beat_s = ranks, beat_s
+        self._descriptor: int | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RunLock:
+        problem: UserError | None = None
+        if self._ranks.is_first:
+            try:
+                self._acquire()
+            except UserError as error:
+                problem = error
+        message = self._ranks.from_first(None if problem is None else str(problem))
+        if message is not None:
+            raise problem or UserError(message.splitlines()[0])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go. The empty file stays: removing a lock file races with who opens it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            _open_descriptors.discard(descriptor)
+            os.close(descriptor)
+
+    def _acquire(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"the run's folder cannot be written ({error.strerror})", where=str(self.path.parent), mend="choose another output_dir"
+            ) from None
+        try:
+            has_flock = self._flock(descriptor)
+            holder = _read(descriptor)
+            if holder and self._is_alive(holder, descriptor, has_flock=has_flock):
+                raise self._refusal(holder)
+            if holder:
+                logger.warning("%s was left by a run that is gone (%s); taking over", self.path, _name(holder))
+            os.ftruncate(descriptor, 0)
+            os.pwrite(
+                descriptor,
+                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode(),
+                0,
+            )
+            os.fsync(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _open_descriptors.add(descriptor)
+        self._thread = threading.Thread(target=self._beat, name="orpo-run-lock", daemon=True)
+        self._thread.start()
+
+    def _flock(self, descriptor: int) -> bool:
+        """Take the kernel's lock; False where the file system has none."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal(_read(descriptor)) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise UserError(f"the run's lock cannot be taken ({error})", where=str(self.path)) from None
+            return False
+        return True
+
+    def _is_alive(self, holder: dict[str, Any], descriptor: int, *, has_flock: bool) -> bool:
+        """Whether the run that wrote the lock file still runs, given that we hold the kernel's lock where there is one."""
+        if holder.get("host") == socket.gethostname():
+            return not has_flock and _is_running(holder.get("pid"))
+        before = os.fstat(descriptor).st_mtime_ns
+        logger.warning("%s names a run on another machine (%s); watching it for %.0f s", self.path, _name(holder), 3 * self._beat_s)
+        end = time.monotonic() + 3 * self._beat_s
+        while time.monotonic() < end:
+            time.sleep(min(0.2, self._beat_s))
+            os.stat(self.path)  # network file systems refresh their attribute cache on this
+            if os.fstat(descriptor).st_mtime_ns != before:
+                return True
+        return False
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._beat_s):
+            with contextlib.suppress(OSError, TypeError):
+                os.utime(self._descriptor)  # type: ignore[arg-type]
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        return UserError(
+            f"another run is using this folder ({_name(holder)})",
+            where=str(self.path.parent),
+            mend="wait for it, stop it, or choose another output_dir",
+        )
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, started {holder.get('started', '?')}"
+
+
+def _is_running(pid: Any) -> bool:
+    if type(pid) is not int or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return pid != os.getpid()
