@@ -1,0 +1,78 @@
+"""The fast engine: each prompt once, groups packed without padding, no full logits tensor.
+
+The inner model is reached through the wrapped model's own forward and the head inside the output module's own call, so that wrappers
+that gather weights per module (ZeRO-3, FSDP2) and gradient hooks (DDP) see what they expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo.engine.attention import LAYOUT_KEYWORD
+from orpo.engine.head import HeadJob, LogitRule, head_loss
+from orpo.engine.layout import PreferenceBatch
+from orpo.engine.result import StepResult
+from orpo.objective import Objective
+
+DEFAULT_BUDGET_BYTES = 256 * 2**20
+
+
+def step(model: nn.Module, batch: PreferenceBatch, objective: Objective, *, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> StepResult:
+    """Loss with a graph to the model, and the token log-probabilities on the way.
+
+    Args:
+        model: a causal language model prepared by `orpo.engine.choose`, possibly wrapped (PEFT, DDP).
+        batch: the micro-batch, on the model's device.
+        objective: what the log-probabilities are for.
+        budget_bytes: most memory that vocabulary-sized tensors may take at once.
+    """
+    core = unwrap(model)
+    job = HeadJob(batch, objective, budget_bytes, LogitRule.of(core.config.get_text_config()))
+    with _head_installed(core, job) as results:
+        output = model(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            # transformers returns a 4-d mask as it is; the packed attention reads the layout instead.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids_T.device),
+            use_cache=False,
+            **{LAYOUT_KEYWORD: batch.layout},
+        )
+    if not results:
+        raise RuntimeError(f"{type(core).__name__} did not call its output embedding")
+    loss, logp_N, sums = results[0]
+    # The stand-in for the logits stays in the graph, with weight zero, so that wrappers that hook the model's output are triggered.
+    return StepResult(loss + 0.0 * output.logits.sum(), logp_N, sums)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside DDP, torch.compile or PEFT wrappers."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            model = inner
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+@contextmanager
+def _head_installed(core: Any, job: HeadJob) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Let the output module compute losses in place of logits while the context lasts."""
+    module = core.get_output_embeddings()
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        results.append(head_loss(hidden_states[0], module, job))
+        return results[0][0].reshape(1, 1, 1)
+
+    module.forward = forward
+    try:
+        yield results
+    finally:
+        del module.forward
