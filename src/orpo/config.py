@@ -105,6 +105,9 @@ class ORPOConfig(TrainingArguments):
         default="stop", metadata={"help": "At a non-finite loss or gradient: stop before the optimizer step, or skip that step."}
     )
     max_nonfinite_skips: int = field(default=3, metadata={"help": "Most steps that may be skipped before the run stops anyway."})
+    allow_changed_resume: bool = field(
+        default=False, metadata={"help": "Resume although configuration or data changed; the result is then neither run's."}
+    )
 
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for loading a model that is given by name."}
