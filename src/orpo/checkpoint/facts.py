@@ -66,8 +66,7 @@ def require_same_facts(
         raise CheckpointError(
             f"this run is not the one that wrote the checkpoint; what changed (checkpoint -> now):\n{lines}",
             where=where,
-            mend="undo the change, use a new output_dir, or resume all the same with --allow_changed_resume true (the result is then neither
-            run's)",
+            mend="undo the change, use a new output_dir, or resume anyway with allow_changed_resume: true",
         )
     return differences
 

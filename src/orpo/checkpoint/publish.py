@@ -192,7 +192,8 @@ def _explain(error: BaseException, run_dir: Path, written_bytes: int, expected_b
     needed = expected_bytes or max((_size_of(path) for path in list_checkpoints(run_dir)), default=0)
     amount = f"{needed:,}" if needed else f"more than {max(written_bytes, free):,}"
     return CheckpointError(
-        f"no room for the checkpoint: it needs {amount} bytes, {free:,} are free; what was written of it has been removed and earlier checkpoints are untouched",
+        f"no room for the checkpoint: it needs {amount} bytes, {free:,} are free; what was written of it has been removed, "
+        "earlier checkpoints are untouched",
         where=str(run_dir),
         mend="free space on that disk, or point output_dir at another; then run the same command again: it resumes",
     )

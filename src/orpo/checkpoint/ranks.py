@@ -26,8 +26,8 @@ class Ranks:
         return self.gather(value)[0]
 
     def max(self, values: Sequence[int]) -> list[int]:
-        """Elementwise maximum over ranks: how all of them come to the same decision at the same step, at the price of one small
-        reduction.""" return list(values)
+        """Elementwise maximum over ranks: how all come to one decision at one step, at the price of one small reduction."""
+        return list(values)
 
 
 class TorchRanks(Ranks):
