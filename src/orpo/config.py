@@ -149,7 +149,7 @@ class ORPOConfig(TrainingArguments):
         if self.fp16:
             return "float16"
         if self.bf16 is None:
-            from orpo.models import bf16_is_fast
+            from orpo.devices import bf16_is_fast
 
             return "bfloat16" if bf16_is_fast(self.device) else "float32"
         return "bfloat16" if self.bf16 else "float32"
