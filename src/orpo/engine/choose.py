@@ -1,0 +1,194 @@
+"""Which engine: the shared one, unless it disagrees with the padded one on this very model.
+
+Packing a prompt once is exact for attention that goes through transformers' interface, and wrong without a sound for state-space or
+linear-attention layers and for custom code. So the first rows of a run go through both engines, and log-probabilities and gradients are
+compared before anything is trained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo.data.types import TokenGroup
+from orpo.engine import attention, padded, shared
+from orpo.engine.layout import PreferenceBatch, collate
+from orpo.engine.result import StepResult
+from orpo.errors import UserError
+from orpo.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+LOGP_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest difference of a token's log-probability, nats. float32: ten times what the exactness tests hold."""
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest difference of a gradient, relative to its norm."""
+CHECK_TOKENS = 2048
+"""Rows for the check are taken up to this many packed tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The chosen engine, ready to call.
+
+    Attributes:
+        name: "shared" or "padded".
+        reason: why, in words for the log and run.json.
+        budget_bytes: most memory of vocabulary-sized tensors (shared engine).
+    """
+
+    name: str
+    reason: str
+    budget_bytes: int = shared.DEFAULT_BUDGET_BYTES
+
+    def step(self, model: nn.Module, batch: PreferenceBatch, objective: Objective) -> StepResult:
+        """One micro-batch: loss with a graph to the model."""
+        if self.name == "shared":
+            return shared.step(model, batch, objective, budget_bytes=self.budget_bytes)
+        return padded.step(model, batch, objective)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far the two engines are apart on the rows of the check."""
+
+    logp_difference: float
+    gradient_difference: float
+    dtype: torch.dtype
+
+    @property
+    def holds(self) -> bool:
+        return (
+            self.logp_difference <= LOGP_TOLERANCE[self.dtype] and self.gradient_difference <= GRADIENT_TOLERANCE[self.dtype]
+        )  # a NaN compares false
+
+    def __str__(self) -> str:
+        return (
+            f"log-probabilities differ by at most {self.logp_difference:.1e} nats, "
+            f"gradients by {self.gradient_difference:.1e} of their norm ({str(self.dtype).removeprefix('torch.')})"
+        )
+
+
+def choose(
+    model: nn.Module,
+    groups: Sequence[TokenGroup],
+    objective: Objective,
+    *,
+    requested: str = "auto",
+    nll_scope: str = "sequence",
+    budget_bytes: int = shared.DEFAULT_BUDGET_BYTES,
+) -> Engine:
+    """Choose the engine and leave the model ready for it.
+
+    Args:
+        model: the causal language model, on its device, not yet wrapped for data parallelism.
+        groups: rows of the run; the first ones are compared.
+        objective, nll_scope: of the run.
+        requested: "auto", "shared" or "padded".
+        budget_bytes: for the shared engine.
+
+    Raises:
+        UserError: "shared" was asked for and does not hold for this model.
+    """
+    if requested == "padded":
+        return Engine("padded", "asked for")
+    core = shared.unwrap(model)
+    before = _attention_of(core)
+    problem = _obstacle(core)
+    if problem is None:
+        try:
+            agreement = compare(model, rows_for_check(groups), objective, nll_scope, budget_bytes)
+            if agreement.holds:
+                core.set_attn_implementation(attention.NAME)
+                logger.info("shared engine: %s", agreement)
+                return Engine("shared", f"agrees with the padded engine: {agreement}", budget_bytes)
+            problem = str(agreement)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        core.set_attn_implementation(before)
+    name = type(core).__name__
+    if requested == "shared":
+        raise UserError(f"the shared engine does not hold for {name}: {problem}", where="engine", mend="use engine: auto or padded")
+    logger.warning("%s falls back to the padded engine, which is slower and needs more memory: %s", name, problem)
+    return Engine("padded", f"the shared engine does not hold for {name}: {problem}")
+
+
+def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+    """The first rows, two at most, that fit `CHECK_TOKENS`; the shortest row where none does."""
+    fitting = [group for group in groups[:64] if group.num_tokens <= CHECK_TOKENS // 2][:2]
+    return fitting or [min(groups, key=lambda group: group.num_tokens)]
+
+
+def compare(
+    model: nn.Module, groups: Sequence[TokenGroup], objective: Objective, nll_scope: str = "sequence", budget_bytes: int = 2**28
+) -> Agreement:
+    """Run rows through both engines. Leaves no gradient behind, and the model's attention as it was."""
+    core = shared.unwrap(model)
+    parameters = _sampled_parameters(model)
+    batch = collate(groups, nll_scope).to(next(model.parameters()).device)
+    attention.register()
+    is_training = model.training
+    model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
+    try:
+        expected = _values(padded.step(model, batch, objective), parameters)
+        with attention_implementation(core, attention.NAME):
+            found = _values(shared.step(model, batch, objective, budget_bytes=budget_bytes), parameters)
+    finally:
+        model.train(is_training)
+    gradient_difference = max(
+        (float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(found[1:], expected[1:], strict=True)), default=0.0
+    )
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtype = next((kind for kind in (torch.bfloat16, torch.float16) if kind in dtypes), torch.float32)
+    return Agreement(float((found[0] - expected[0]).abs().max()), gradient_difference, dtype)
+
+
+@contextmanager
+def attention_implementation(core: Any, name: str) -> Iterator[None]:
+    """The model under another attention implementation while the context lasts."""
+    before = _attention_of(core)
+    core.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        core.set_attn_implementation(before)
+
+
+def _attention_of(core: Any) -> Any:
+    return getattr(core.config, "_attn_implementation", None) or "sdpa"
+
+
+def _obstacle(core: Any) -> str | None:
+    """What rules the shared engine out before it is tried."""
+    if not hasattr(core, "set_attn_implementation") or not hasattr(core, "get_output_embeddings"):
+        return "it is not a transformers model"
+    if core.get_output_embeddings() is None:
+        return "it has no output embedding"
+    rates = {float(module.attention_dropout) for module in core.modules() if isinstance(getattr(module, "attention_dropout", None), float)}
+    if any(rates):
+        return f"attention dropout of {max(rates)} is on; leave disable_dropout on to use it"
+    return None
+
+
+def _sampled_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A few trainable weights from the first layer to the last: enough to see a wrong backward, little enough for any memory."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        return []
+    picks = {round(position * (len(trainable) - 1) / 6) for position in range(7)}
+    return [trainable[index] for index in sorted(picks)]
+
+
+def _values(result: StepResult, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Token log-probabilities, then gradients."""
+    if not parameters:
+        return [result.logp_N]
+    gradients = torch.autograd.grad(result.loss, parameters, allow_unused=True)
+    zeros = [torch.zeros_like(parameter) for parameter in parameters]
+    return [result.logp_N, *(zero if gradient is None else gradient for gradient, zero in zip(gradients, zeros, strict=True))]

@@ -1,0 +1,177 @@
+"""Whole optimizer steps: which rows they hold, and how each rank cuts its part into micro-batches.
+
+transformers counts micro-batches to find the step, recycles rows where ranks are uneven, and scales by its own counts. Here the sampler
+yields one optimizer step at a time, so every count is known before anything is computed: all ranks get the same number of micro-batches
+(one of weight zero where a rank is short), no row appears twice in an epoch, and the ragged tail is a smaller step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from orpo.data.types import TokenGroup
+from orpo.engine.layout import PreferenceBatch, collate, num_nll_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One optimizer step, as one rank sees it.
+
+    Attributes:
+        microbatches: row indices of each of this rank's micro-batches; empty for a filler.
+        filler: a row to run with weight zero in an empty micro-batch.
+        rows: all rows of the step, over all ranks.
+        num_nll_tokens, num_pairs: counts of the whole step, over all ranks.
+    """
+
+    microbatches: tuple[tuple[int, ...], ...]
+    filler: int
+    rows: tuple[int, ...]
+    num_nll_tokens: int
+    num_pairs: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepBatch:
+    """The micro-batches of one rank's part of an optimizer step, normalised by the whole step."""
+
+    microbatches: tuple[PreferenceBatch, ...]
+    num_rows: int
+    """Rows of the whole step."""
+
+    @property
+    def groups(self) -> list[TokenGroup]:
+        """This rank's rows, fillers included."""
+        return [group for batch in self.microbatches for group in batch.groups]
+
+
+class StepSampler:
+    """Yields a `StepPlan` per optimizer step. Every rank builds the same plan and takes its own part, without communication.
+
+    Args:
+        groups: the rows.
+        rows_per_step: rows of an optimizer step over all ranks.
+        max_rows: most rows of a micro-batch.
+        max_tokens: most packed tokens of a micro-batch; a longer row is a micro-batch of its own.
+        nll_scope: "sequence" or "response".
+        seed: of the shuffle; None keeps the order.
+        rank, world_size: this process and the number of them.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[TokenGroup],
+        *,
+        rows_per_step: int,
+        max_rows: int,
+        max_tokens: int,
+        nll_scope: str = "sequence",
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.rows_per_step, self.max_rows, self.max_tokens = rows_per_step, max_rows, max_tokens
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch = 0
+        self.sizes = np.array([group.num_tokens for group in groups], dtype=np.int64)
+        self.nll_tokens = np.array([num_nll_tokens(group, nll_scope) for group in groups], dtype=np.int64)
+        self.pairs = np.array([len(group.pairs) for group in groups], dtype=np.int64)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.sizes) // self.rows_per_step)
+
+    def __iter__(self) -> Iterator[list[StepPlan]]:
+        order = self.order()
+        for start in range(0, len(order), self.rows_per_step):
+            yield [self.plan(order[start : start + self.rows_per_step])]
+
+    def order(self) -> list[int]:
+        """The rows of the current epoch in training order, each exactly once."""
+        if self.seed is None:
+            return list(range(len(self.sizes)))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return torch.randperm(len(self.sizes), generator=generator).tolist()
+
+    def plan(self, rows: Sequence[int]) -> StepPlan:
+        """Cut the rows of a step into micro-batches, and take this rank's."""
+        bins = pack(self.sizes[list(rows)].tolist(), num_ranks=self.world_size, max_rows=self.max_rows, max_tokens=self.max_tokens)
+        own = bins[self.rank :: self.world_size]
+        return StepPlan(
+            microbatches=tuple(tuple(rows[item] for item in sorted(content)) for content in own),
+            filler=min(rows, key=lambda row: int(self.sizes[row])),
+            rows=tuple(rows),
+            num_nll_tokens=int(self.nll_tokens[list(rows)].sum()),
+            num_pairs=int(self.pairs[list(rows)].sum()),
+        )
+
+
+def pack(sizes: Sequence[int], *, num_ranks: int, max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Spread items over bins: a multiple of `num_ranks` bins, as few as the limits allow, as even as largest-first gives.
+
+    Args:
+        sizes: tokens of each item.
+        num_ranks: the number of bins is a multiple of this.
+        max_rows, max_tokens: limits of a bin; an item larger than `max_tokens` has a bin of its own.
+
+    Returns:
+        Item indices per bin, fullest bins first, so that dealing them out in turn gives every rank like work.
+    """
+    order = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
+    per_rank = max(1, -(-len(sizes) // (num_ranks * max_rows)), -(-min(sum(sizes), max_tokens * len(sizes)) // (num_ranks * max_tokens)))
+    while True:
+        bins = _fill(order, sizes, num_ranks * per_rank, max_rows)
+        if all(len(content) <= 1 or sum(sizes[item] for item in content) <= max_tokens for content in bins):
+            return sorted(bins, key=lambda content: -sum(sizes[item] for item in content))
+        per_rank += 1
+
+
+def _fill(order: Sequence[int], sizes: Sequence[int], num_bins: int, max_rows: int) -> list[list[int]]:
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for item in order:
+        target = min((index for index in range(num_bins) if len(bins[index]) < max_rows), key=lambda index: (loads[index], index))
+        bins[target].append(item)
+        loads[target] += sizes[item]
+    return bins
+
+
+class StepDataset(torch.utils.data.Dataset[StepBatch]):
+    """Rows that are asked for by whole `StepPlan`s. Its length is the number of rows."""
+
+    def __init__(self, groups: Sequence[TokenGroup], *, nll_scope: str = "sequence", world_size: int = 1) -> None:
+        self.groups, self.nll_scope, self.world_size = groups, nll_scope, world_size
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, plan: StepPlan) -> StepBatch:
+        # Data-parallel wrappers average gradients over ranks; dividing the normalisers by the number of ranks undoes it.
+        num_nll_tokens, num_pairs = plan.num_nll_tokens / self.world_size, plan.num_pairs / self.world_size
+        batches = []
+        for rows in plan.microbatches:
+            batch = collate([self.groups[row] for row in rows or (plan.filler,)], self.nll_scope)
+            batch = batch if rows else without_weight(batch)
+            batches.append(batch.with_normalisers(num_nll_tokens, num_pairs))
+        return StepBatch(tuple(batches), len(plan.rows))
+
+
+def without_weight(batch: PreferenceBatch) -> PreferenceBatch:
+    """The same batch counting for nothing: no token in the next-token loss, no pair."""
+    index = batch.index
+    nothing = index.chosen_B[:0]
+    weightless = replace(index, nll_weight_N=torch.zeros_like(index.nll_weight_N), chosen_B=nothing, rejected_B=nothing)
+    spans = tuple(replace(span, b=(0, 0)) for span in batch.spans)
+    return replace(batch, index=weightless, spans=spans)
+
+
+def only_item(items: list[StepBatch]) -> StepBatch:
+    """Collate function of a loader whose sampler asks for one step at a time."""
+    return items[0]
