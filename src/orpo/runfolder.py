@@ -2,7 +2,7 @@
 
     run = RunFolder("runs/first")
     run.write(configuration=as_facts(config), versions=versions(), ...)     # one atomic replacement
-    trainer.add_callback(MetricsCallback(run.metrics))
+    trainer.add_callback(MetricsCallback(run.metrics))                      # orpo.metricscallback
 
 `metrics.jsonl` is append-only, one object per log, and the truth that every report reads. A checkpoint stores its length in bytes
 (`MetricsLog.num_bytes`), and a resumed run cuts the file back to it (`truncate_to`), so that no step is there twice or missing.
@@ -18,26 +18,33 @@ import os
 import platform
 import secrets
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import TrainerCallback
 
 from orpo.errors import CheckpointError, UserError
 from orpo.redact import redact
 
 if TYPE_CHECKING:
     import torch
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from orpo.data.types import TokenGroup
 
 FORMAT = 1
 """Of run.json; raised when a reader of older files would misread a new one."""
 
-_REPORTED_PACKAGES = ("orpo", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy", "bitsandbytes")
+_REPORTED_PACKAGES = [
+    "orpo",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+]
 
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 
@@ -70,7 +77,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot be read: {error}", where=str(self.run_json), mend="remove the file, or use another output_dir") from error
+            raise UserError(
+                f"cannot be read: {error}", where=str(self.run_json), mend="remove the file, or use another output_dir"
+            ) from error
         if not isinstance(facts, dict) or not isinstance(facts.get("format"), int) or facts["format"] > FORMAT:
             raise UserError(
                 "is not a run's facts as this version writes them",
@@ -143,12 +152,14 @@ class MetricsLog:
             return 0
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record with one call, so that a killed process leaves at most one broken line, the last."""
+        """Write one record, in one call unless the disk is full, so that a killed process leaves at most one broken line, the last."""
         line = json.dumps(redact(_finite(record)), ensure_ascii=False, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            data = line.encode()
+            while data:
+                data = data[os.write(descriptor, data) :]
         finally:
             os.close(descriptor)
 
@@ -192,19 +203,6 @@ class MetricsLog:
             for line in file:
                 if line.endswith(b"\n"):
                     yield json.loads(line)
-
-
-class MetricsCallback(TrainerCallback):
-    """Appends every log of a trainer to `metrics.jsonl`, on the first process alone."""
-
-    def __init__(self, log: MetricsLog) -> None:
-        self.log = log
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if state.is_world_process_zero and logs:
-            self.log.append({"step": state.global_step, "time_unix_s": round(time.time(), 3), **logs})
 
 
 def versions() -> dict[str, str]:

