@@ -1,0 +1,183 @@
+"""LoRA adapters: put one on a model, load one, merge one."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+from orpo.sources import ModelSource, explain_failure, read_json
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the output head."""
+
+
+def adapt(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    alpha: int | None = 32,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] | None = None,
+    target_parameters: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    use_gradient_checkpointing: bool = False,
+    peft_config: PeftConfig | None = None,
+) -> PeftModel:
+    """Freeze the model and put a trainable LoRA adapter on it (arXiv 2106.09685); the adapter starts as no change at all.
+
+    Args:
+        r: rank of the update of each layer.
+        alpha: the update is scaled by alpha / r (alpha / sqrt(r) with `use_rslora`); None means 2 r.
+        dropout: 0 by default, since a step must not depend on how it is cut into micro-batches.
+        target_modules: names of layers ("q_proj"), a regular expression, or unset for every linear layer but the output head.
+        modules_to_save: layers trained whole beside the adapter, and saved with it.
+        use_gradient_checkpointing: of a model quantized by bitsandbytes, which must be prepared for it.
+        peft_config: a ready configuration of PEFT instead of all of the above.
+
+    Raises:
+        UserError: the model has an adapter already, or has no layer of a given name.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if is_adapted(model):
+        raise UserError("the model has an adapter already", where="use_peft", mend="merge it first, or go on training it as it is")
+    targets = target_modules if target_modules is not None else None if target_parameters else ALL_LINEAR
+    if isinstance(targets, Sequence) and not isinstance(targets, str):
+        targets = list(targets)
+        _check_names(targets, _module_names(model), "lora_target_modules")
+    _check_names(modules_to_save or (), _module_names(model), "lora_modules_to_save")
+    if peft_config is None:
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=r,
+            lora_alpha=2 * r if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=targets,
+            target_parameters=list(target_parameters) if target_parameters else None,
+            modules_to_save=list(modules_to_save) if modules_to_save else None,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UserError(f"the adapter does not fit the model: {error}", where="peft_config") from error
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model carries a PEFT adapter."""
+    import sys
+
+    peft = sys.modules.get("peft")  # where PEFT was never imported no model can have come from it
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def merge(model: Any, *, is_in_place: bool = False) -> PreTrainedModel:
+    """The plain model whose weights hold the adapter's update. A model without an adapter comes back as it is.
+
+    Args:
+        is_in_place: work on the model itself, which then is the merged one; by default on a copy, so that the model stays usable (at the
+            price of its memory once more).
+
+    Raises:
+        UserError: the base is quantized (its weights could only hold a rounded sum), or the sum is not finite.
+    """
+    if not is_adapted(model):
+        return model
+    base = model.get_base_model()
+    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False) or getattr(base, "hf_quantizer", None):
+        raise UserError(
+            "an adapter cannot be merged into a quantized model without rounding it away",
+            mend="load the adapter's folder again without load_in_4bit or load_in_8bit, then merge",
+        )
+    target = model if is_in_place else copy.deepcopy(model)
+    try:
+        return target.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"the adapter's weights are not finite: {error}", mend="use an earlier checkpoint") from error
+
+
+def adapter_base(source: ModelSource) -> tuple[str, str | None]:
+    """(name, revision) of the model that an adapter's folder says it belongs to.
+
+    Raises:
+        UserError: adapter_config.json is broken or names none.
+    """
+    path = Path(source.location) / "adapter_config.json"
+    config = read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError("the adapter does not say which model it belongs to", where=str(path), expected='"base_model_name_or_path": "…"')
+    revision = config.get("revision")
+    return base, revision if isinstance(revision, str) else None
+
+
+def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model. Only safetensors are read (FAULTS 52).
+
+    Raises:
+        UserError: no safetensors, damaged, or made for another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    weights = Path(source.location) / "adapter_model.safetensors"
+    if not weights.is_file():
+        is_pickled = weights.with_suffix(".bin").is_file()
+        raise UserError(
+            f"the adapter's weights are {'there only as a pickle, which is never opened' if is_pickled else 'missing'}",
+            where=source.location,
+            expected=weights.name,
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, source.location, is_trainable=is_trainable)
+        stored = _tensor_names(weights)
+    except Exception as error:  # PEFT raises as many kinds as transformers
+        raise explain_failure(error, source, part="adapter") from error
+    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - stored)
+    if missing:
+        raise UserError(
+            f"the adapter does not fit its base model: {len(missing)} of its tensors are missing, {missing[0]} first",
+            where=source.location,
+            mend="load it on the model it was trained on (base_model_name_or_path in adapter_config.json)",
+        )
+    return adapted
+
+
+def _tensor_names(path: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return set(file.keys())
+
+
+def _module_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_modules() if name}
+
+
+def _check_names(wanted: Iterable[str], modules: set[str], where: str) -> None:
+    """PEFT takes names that match nothing without a word as long as one matches; here each must."""
+    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+    for name in wanted:
+        if name != ALL_LINEAR and not any(module == name or module.endswith("." + name) for module in modules):
+            near = difflib.get_close_matches(name, leaves, n=1)
+            raise UserError(
+                f"the model has no layer {name!r}",
+                where=where,
+                expected=", ".join(sorted(leaf for leaf in leaves if not leaf.isdigit())),
+                mend=f"did you mean {near[0]!r}?" if near else None,
+            )
