@@ -1,0 +1,311 @@
+"""Where rows come from: files, folders, globs, hub ids, data sets and lists, each read as (where, row) one at a time."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import gzip
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from orpo.data import jsonfiles, tables
+from orpo.data.jsonfiles import RawRow
+from orpo.data.types import Where
+from orpo.errors import DataError
+
+MAX_ROW_BYTES = 16 << 20
+"""A row above this is dropped as `row_too_large`, without being held in memory."""
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation", "heldout"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".pq", ".arrow", ".feather")
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One place that rows come from.
+
+    Args:
+        path: file, folder, glob, hub id, `datasets` object, or a list of rows.
+        split: which split to take; None takes the only one, or `train`.
+        weight: share of this source in a mix (see `orpo.data.formats.stream_preferences`); None: all of it.
+        column_map: our column names to this source's.
+        name: the hub data set's configuration.
+        revision: the hub data set's commit, tag or branch.
+    """
+
+    path: Any
+    split: str | None = None
+    weight: float | None = None
+    column_map: Mapping[str, str] | None = None
+    name: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and (isinstance(self.weight, bool) or not self.weight > 0 or self.weight == float("inf")):
+            raise DataError(
+                f"weight {self.weight!r}", where=self.label, expected="a positive number", mend="leave the source out to skip it"
+            )
+
+    @property
+    def label(self) -> str:
+        """What to call the source in messages."""
+        return str(self.path) if isinstance(self.path, (str, Path)) else "the data set"
+
+
+def as_sources(spec: Any, *, split: str | None = None, column_map: Mapping[str, str] | None = None) -> list[Source]:
+    """One `Source` per place: of a path, an object, a list of paths, or a list of mappings with `path` and the other fields.
+
+    Raises:
+        DataError: a mapping with unknown keys, or an empty list.
+    """
+    if isinstance(spec, Source):
+        return [spec]
+    if isinstance(spec, (list, tuple)):
+        if not spec:
+            raise DataError("the list is empty", where="the data set", expected="at least one row or one source", mend="give some data")
+        is_sources = all(isinstance(item, (str, Path, Source)) or (isinstance(item, dict) and "path" in item) for item in spec)
+        if is_sources:
+            return [_one_source(item, split, column_map) for item in spec]
+    return [Source(spec, split=split, column_map=column_map)]
+
+
+def _one_source(item: Any, split: str | None, column_map: Mapping[str, str] | None) -> Source:
+    if isinstance(item, Source):
+        return item
+    if not isinstance(item, dict):
+        return Source(item, split=split, column_map=column_map)
+    known = Source.__dataclass_fields__
+    unknown = sorted(str(key) for key in item if key not in known)
+    if unknown:
+        raise DataError(
+            f"unknown key {unknown[0]!r}{did_you_mean(unknown[0], known)}",
+            where=f"source {item['path']}",
+            expected=f"keys among {', '.join(known)}",
+            mend="correct the key",
+        )
+    return Source(**{"split": split, "column_map": column_map, **item})
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" where a known name is near, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def read_source(
+    spec: Any,
+    split: str | None = None,
+    *,
+    streaming: bool = False,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    name: str | None = None,
+    revision: str | None = None,
+) -> Iterator[RawRow]:
+    """The rows of one place, one at a time.
+
+    Files and folders are always read piece by piece; `streaming` matters for hub ids alone (read over the network as needed, without a
+    copy on disk).
+
+    Args:
+        spec: a file (json, jsonl, csv, tsv, parquet, arrow, or any of these with .gz), folder, glob, hub id, `Source`, a `datasets`
+            object, a table, or any iterable of rows.
+        split: which split of a folder, data-set dictionary or hub id; None takes the only one, or `train`.
+        max_row_bytes: rows above this are given as `Dropped("row_too_large", …)`.
+
+    Yields:
+        (where, value): the value is whatever stands there, for the caller to judge, or a `Dropped`.
+
+    Raises:
+        DataError: nothing there, unknown format, no such split, broken JSON or CSV, invalid UTF-8, a damaged file.
+    """
+    if isinstance(spec, Source):
+        name, revision, split, spec = spec.name, spec.revision, spec.split or split, spec.path
+    if not isinstance(spec, (str, Path)):
+        return _read_object(spec, split, max_row_bytes)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return _read_file(path, split, max_row_bytes)
+    if path.is_dir():
+        return _read_folder(path, split, max_row_bytes)
+    text = str(spec)
+    if glob.has_magic(text):
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file() and _format_of(Path(found)))
+        if not files:
+            raise DataError("no file matches", where=text, expected=f"files ending in {', '.join(_FORMATS)}", mend="check the pattern")
+        return _read_files(files, split, max_row_bytes)
+    if _format_of(path) or not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise _not_found(path)
+    return _read_hub(text, split, streaming=streaming, name=name, revision=revision, max_row_bytes=max_row_bytes)
+
+
+def _format_of(path: Path) -> str:
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
+    return ending if ending in _FORMATS else ""
+
+
+def _not_found(path: Path) -> DataError:
+    folder = path.parent
+    near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1) if folder.is_dir() else []
+    hint = f"did you mean {folder / near[0]}?" if near else "check the path; a relative one starts at the current folder"
+    return DataError("no such file or folder", where=str(path), expected="a file, a folder or a data set's hub id", mend=hint)
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _read_file(path: Path, split: str | None, max_row_bytes: int) -> Iterator[RawRow]:
+    kind, name = _format_of(path), str(path)
+    if not kind:
+        raise DataError(
+            f"unknown ending {path.suffix!r}",
+            where=name,
+            expected=f"one of {', '.join(_FORMATS)}, the text formats also with .gz",
+            mend="rename the file to its real format, or convert it",
+        )
+    if kind in {".parquet", ".pq"}:
+        return tables.read_parquet(path, name, max_row_bytes)
+    if kind in {".arrow", ".feather"}:
+        return tables.read_arrow(path, name, max_row_bytes)
+    return _read_text(path, kind, split, max_row_bytes)
+
+
+def _read_text(path: Path, kind: str, split: str | None, max_row_bytes: int) -> Iterator[RawRow]:
+    name = str(path)
+
+    def open_file() -> BinaryIO:
+        return _open(path)
+
+    try:
+        if kind in {".csv", ".tsv"}:
+            yield from tables.read_csv(open_file, name, max_row_bytes)
+        else:
+            yield from jsonfiles.read_json(open_file, name, max_row_bytes, split)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"damaged gzip file: {error}", where=name, expected="a whole gzip file", mend="copy or write the file again"
+        ) from None
+    except PermissionError:
+        raise DataError("the file may not be read", where=name, mend="change its permissions") from None
+
+
+def _read_files(files: list[Path], split: str | None, max_row_bytes: int) -> Iterator[RawRow]:
+    for path in files:
+        yield from _read_file(path, split, max_row_bytes)
+
+
+def split_of_file(path: Path, folder: Path) -> str | None:
+    """The split that a file's name, or the folder it lies in, announces: `train-00000-of-00002.parquet`, `test/part.jsonl`."""
+    for part in (path.name, *reversed(path.relative_to(folder).parts[:-1])):
+        words = re.split(r"[^a-z]+", part.lower())
+        for split, names in SPLIT_NAMES.items():
+            if any(word in names for word in words):
+                return split
+    return None
+
+
+def _read_folder(folder: Path, split: str | None, max_row_bytes: int) -> Iterator[RawRow]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        import datasets
+
+        try:
+            saved = datasets.load_from_disk(str(folder))
+        except Exception as error:
+            raise DataError(f"not a readable saved data set: {error}", where=str(folder), mend="save it again with save_to_disk") from None
+        return _read_object(saved, split, max_row_bytes, label=str(folder))
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if _format_of(path) and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        endings = sorted({path.suffix or path.name for path in folder.iterdir()})[:8]
+        raise DataError(
+            f"no data file in this folder (found: {', '.join(endings) or 'nothing'})",
+            where=str(folder),
+            expected=f"files ending in {', '.join(_FORMATS)}",
+            mend="check the path",
+        )
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        found.setdefault(split_of_file(path, folder) or "", []).append(path)
+    if set(found) == {""}:
+        if split not in {None, "train"}:
+            raise _no_split(str(folder), split, [])
+        return _read_files(files, None, max_row_bytes)
+    by_name = {key or "train": paths for key, paths in found.items() if key or "train" not in found}
+    return _read_files(by_name[pick_split(by_name, split, str(folder))], None, max_row_bytes)
+
+
+def _no_split(where: str, split: str | None, names: list[str]) -> DataError:
+    have = f"it has {', '.join(names)}" if names else "its files name no split"
+    what = f"no split {split!r}: {have}" if split else f"several splits and none named 'train': {', '.join(names)}"
+    return DataError(what, where=where, expected="the name of one of its splits", mend=f"choose one{did_you_mean(split or '', names)}")
+
+
+def pick_split(splits: Iterable[str], split: str | None, where: str) -> str:
+    """The split asked for (`dev` finds `validation`, say), else the only one, else `train`.
+
+    Raises:
+        DataError: there is no such split, or no way to choose.
+    """
+    names = list(splits)
+    if split is None:
+        wanted = names[0] if len(names) == 1 else "train"
+    else:
+        same = next((group for group in SPLIT_NAMES.values() if split in group), ())
+        wanted = split if split in names else next((name for name in names if name in same), split)
+    if wanted not in names:
+        raise _no_split(where, split, names)
+    return wanted
+
+
+def _read_object(data: Any, split: str | None, max_row_bytes: int, label: str = "the data set") -> Iterator[RawRow]:
+    if isinstance(data, Mapping):
+        is_plain = any(isinstance(value, (str, list, tuple, dict)) or not hasattr(value, "__iter__") for value in data.values())
+        if data and not is_plain:
+            return _read_object(data[pick_split(data, split, label)], None, max_row_bytes, label)
+        taken, rows = jsonfiles.rows_of_document(dict(data), split, label)
+        return ((Where(f"{label}[{taken}]" if taken else label, row), value) for row, value in enumerate(rows))
+    if hasattr(data, "with_format") and hasattr(data, "features"):  # datasets.Dataset, IterableDataset: plain Python values
+        data = data.with_format(None)
+    elif hasattr(data, "to_batches"):  # pyarrow.Table
+        return tables.read_batches(iter(data.to_batches(max_chunksize=1024)), label, max_row_bytes)
+    elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas.DataFrame
+        data = data.to_dict(orient="records")
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"a {type(data).__name__} holds no rows",
+            where=label,
+            expected="a path, a hub id, a data set or a list of rows",
+            mend="pass train_dataset as one of these",
+        )
+    return ((Where(label, row), value) for row, value in enumerate(iter(data)))
+
+
+def _read_hub(
+    hub_id: str, split: str | None, *, streaming: bool, name: str | None, revision: str | None, max_row_bytes: int
+) -> Iterator[RawRow]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(hub_id, name, split=None, revision=revision, streaming=streaming)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"neither a file or folder here nor a data set that could be loaded from the hub: {first_line}",
+            where=hub_id,
+            expected="a path that exists, or a data set's hub id and a connection",
+            mend="check the spelling and the connection; `huggingface-cli download --repo-type dataset` fetches it beforehand",
+        ) from None
+    taken = pick_split(data, split, hub_id)
+    return _read_object(data[taken], None, max_row_bytes, label=f"{hub_id}[{taken}]")

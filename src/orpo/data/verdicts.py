@@ -1,0 +1,133 @@
+"""Who won, of two responses: every notation in which a label, a winner or votes are written.
+
+Notations that can be read in two ways are refused rather than guessed: a label read the wrong way round trains the opposite.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from orpo.data.messages import BadRow, type_name
+from orpo.errors import DataError
+
+Verdict = Callable[[Mapping[str, Any]], int | None]
+"""0 or 1 for the winning response, None for a tie. Raises BadRow."""
+
+_TIES = frozenset({"tie", "tie (bothbad)", "both", "bothbad", "neither", "equal", "same", "none", "draw", "c"})
+_ORDINALS = ({"first", "left", "one"}, {"second", "right", "two"})
+
+
+def _as_int(value: Any) -> int | None:
+    """A whole number, also as text or as a float; None for anything else, booleans included."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal() and len(value) < 10:
+        return int(value)
+    return value if isinstance(value, int) else None
+
+
+def _of_word(value: Any, suffixes: tuple[str, str], row: Mapping[str, Any]) -> int | None:
+    """A winner written in words: the response's suffix, its column's name, first/second, or the model's name. Raises BadRow."""
+    word = value.strip().lower()
+    for index, suffix in enumerate(suffixes):
+        model = next((row[key] for key in (f"model_{suffix}", f"model{suffix}") if isinstance(row.get(key), str)), None)
+        if word in _ORDINALS[index] or word == suffix or word.endswith((f"_{suffix}", f" {suffix}")) or value == model:
+            return index
+    stem = word.rstrip("0123456789ab")
+    if stem and word != stem and word[len(stem) :] in suffixes:
+        return suffixes.index(word[len(stem) :])
+    if word in _TIES:
+        return None
+    raise BadRow("no_preference", f"the verdict {value[:40]!r} names no response")
+
+
+def verdict_of_label(label: str, suffixes: tuple[str, str], values: Sequence[Any], where: str) -> Verdict:
+    """How to read a column of verdicts, settled by the values that a sample of it holds.
+
+    Whole numbers name the response by its suffix (1/2 with `response_1`, `response_2`; 0/1 with `answer_0`, `answer_1`), 0 beside 1 and 2
+    being a tie.
+
+    Raises:
+        DataError: numbers that could mean either response.
+    """
+    numbers = {number for value in values if (number := _as_int(value)) is not None}
+    table: dict[int, int | None] = {}
+    if suffixes == ("1", "2"):
+        table = {1: 0, 2: 1}
+        if 0 in numbers and 2 not in numbers:
+            raise _ambiguous(label, suffixes, numbers, where)
+        table[0] = None
+    elif suffixes == ("0", "1"):
+        table = {0: 0, 1: 1}
+    if numbers and not numbers <= table.keys():
+        raise _ambiguous(label, suffixes, numbers, where)
+    if any(isinstance(value, bool) for value in values):
+        raise _ambiguous(label, suffixes, {value for value in values if isinstance(value, bool)}, where)
+
+    def verdict(row: Mapping[str, Any]) -> int | None:
+        value = row.get(label)
+        if value is None:
+            raise BadRow("no_preference", f"{label} is absent or null")
+        number = _as_int(value)
+        if number is not None and number in table:
+            return table[number]
+        if not isinstance(value, str):
+            raise BadRow("wrong_type", f"{label} is a {type_name(value)} that names no response")
+        return _of_word(value, suffixes, row)
+
+    return verdict
+
+
+def _ambiguous(label: str, suffixes: tuple[str, str], numbers: set[Any], where: str) -> DataError:
+    shown = ", ".join(str(number) for number in sorted(numbers)[:6])
+    return DataError(
+        f"the values of {label!r} ({shown}) do not say which of the responses {suffixes[0]} and {suffixes[1]} they mean",
+        where=where,
+        expected=f"the name of the winner, such as {suffixes[0]!r}, {suffixes[1]!r} or 'tie'",
+        mend=f"rewrite {label!r}, or make columns chosen and rejected from it",
+    )
+
+
+def verdict_of_strength(column: str) -> Verdict:
+    """A signed strength of preference (HelpSteer 2 and 3): below 0 the first, above 0 the second, 0 a tie."""
+
+    def verdict(row: Mapping[str, Any]) -> int | None:
+        number = _as_int(row.get(column))
+        if number is None:
+            raise BadRow("no_preference", f"{column} is absent or not a whole number")
+        return None if number == 0 else int(number > 0)
+
+    return verdict
+
+
+def verdict_of_flags(flags: tuple[str, str]) -> Verdict:
+    """One flag per response (`winner_model_a`, `winner_model_b`): the one that is set; neither or both is a tie."""
+
+    def verdict(row: Mapping[str, Any]) -> int | None:
+        marks = [row.get(column) in (1, "1", "true", "True") for column in flags]
+        return None if marks[0] == marks[1] else marks.index(True)
+
+    return verdict
+
+
+def verdict_of_votes(voters: Sequence[Verdict]) -> Verdict:
+    """Several annotators: the response that more than half of all votes name; ties count as votes, absent ones do not."""
+
+    def verdict(row: Mapping[str, Any]) -> int | None:
+        votes: Counter[int | None] = Counter()
+        for voter in voters:
+            try:
+                votes[voter(row)] += 1
+            except BadRow as error:
+                if error.reason != "no_preference":
+                    raise
+        if not votes:
+            raise BadRow("no_preference", "no annotator voted")
+        choice, number = votes.most_common(1)[0]
+        return choice if 2 * number > votes.total() else None
+
+    return verdict
