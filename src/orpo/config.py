@@ -16,13 +16,14 @@ import time
 import typing
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from orpo import compat
-from orpo.errors import UserError, UserErrors
+from orpo.data.pairs import parse_policy
+from orpo.errors import DataError, UserError, UserErrors
 from orpo.valuetypes import describe, found, is_accepted, members
 
 OBJECTIVES = ("orpo",)
@@ -89,6 +90,7 @@ class ORPOConfig(TrainingArguments):
         default=None, metadata={"help": "Our column names to the data's: {prompt: question, chosen: good, rejected: bad}."}
     )
     pairs: str = field(default="best_worst", metadata={"help": "Which pairs to take from a row with more than two answers."})
+    sft_rows: bool = field(default=False, metadata={"help": "Take rows with one answer as SFT-only rows."})
     strict_data: bool = field(default=False, metadata={"help": "Stop at the first row that cannot be used instead of dropping it."})
     allow_overlap: bool = field(default=False, metadata={"help": "Allow prompts that are in both training and evaluation data."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "TRL's; no effect."})
@@ -127,10 +129,12 @@ class ORPOConfig(TrainingArguments):
         for name, note in compat.ignored({item.name: getattr(self, item.name) for item in fields(self)}):
             warnings.warn(note, UserWarning, stacklevel=4)
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
-        output_dir, bf16 = self.output_dir, self.bf16
+        output_dir: str | None = self.output_dir
+        bf16 = self.bf16
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
+        old_name: bool | None = self.gradient_checkpointing
         if getattr(self, "activation_checkpointing", False) is None:
-            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing = old_name
         # TrainingArguments raises on bf16 without a GPU, and makes accelerate wrap the forward in autocast. The dtype is the engine's
         # business here, so it never sees the flag.
         self.bf16 = False
@@ -139,7 +143,7 @@ class ORPOConfig(TrainingArguments):
         except ValueError as error:
             raise UserError(str(error), where="configuration") from error
         self.bf16 = bf16
-        self.gradient_checkpointing = bool(self.gradient_checkpointing)
+        self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", old_name))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.
         self.output_dir = os.path.expanduser(output_dir) if output_dir is not None else None
 
@@ -201,7 +205,9 @@ def field_types() -> dict[str, Any]:
 
 def field_defaults() -> dict[str, Any]:
     """Field name -> default, for every field of `ORPOConfig`."""
-    return {item.name: item.default for item in fields(ORPOConfig) if item.init}
+    return {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(ORPOConfig) if item.init
+    }
 
 
 # name -> (lowest, is the lowest itself allowed, highest or None)
@@ -345,6 +351,11 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
         )
     if isinstance(get("column_map"), str) and not get("column_map").startswith("{"):
         problems.append(UserError(f"found {found(get('column_map'))}", where="column_map", expected='{"prompt": "question", …}'))
+    if get("pairs") is not None:
+        try:
+            parse_policy(get("pairs"))
+        except DataError as error:
+            problems.append(UserError(error.what, where="pairs", expected=error.expected, mend=error.mend))
     is_best_kept = get("load_best_model_at_end") and _name_of(get("save_strategy")) != "best"
     if is_best_kept and _name_of(get("eval_strategy")) != _name_of(get("save_strategy")):
         problems.append(
@@ -406,7 +417,7 @@ def _init_with_compat(self: ORPOConfig, *args: Any, **kwargs: Any) -> None:
         del options[name]
         problems.append(UserError(f"ORPOConfig has no option {name!r}", where=name, mend=did_you_mean(name, known)))
     if problems:
-        problems += check_values(options)
+        problems += check_values({**field_defaults(), **options})
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)

@@ -33,18 +33,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of run.json; raised when a reader of older files would misread a new one."""
 
-_REPORTED_PACKAGES = [
-    "orpo",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "bitsandbytes",
-]
+_REPORTED_PACKAGES = (
+    *("orpo", "torch", "transformers", "accelerate", "peft", "datasets"),
+    *("tokenizers", "safetensors", "numpy", "bitsandbytes"),
+)
 
 RUNNING, COMPLETE, STOPPED, FAILED = "running", "complete", "stopped", "failed"
 

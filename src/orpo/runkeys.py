@@ -63,10 +63,7 @@ def key_types() -> dict[str, Any]:
 
 def key_defaults() -> dict[str, Any]:
     """Every key of a run configuration -> its default."""
-    from orpo.config import ORPOConfig
+    from orpo.config import field_defaults
 
-    result: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(RunKeys)}
-    for item in dataclasses.fields(ORPOConfig):
-        if item.name in key_types():
-            result[item.name] = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-    return result
+    own = {item.name: item.default for item in dataclasses.fields(RunKeys)}
+    return {**own, **{name: default for name, default in field_defaults().items() if name in key_types()}}

