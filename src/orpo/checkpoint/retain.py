@@ -157,11 +157,12 @@ def remove_owned(aside: Path) -> None:
     if any(path.name != MANIFEST_NAME or path.parent != aside for path in _fs.walk_files(aside)):
         _give_back(aside)
         return
-    _fs.sync_dir(aside)
+    for directory in [path for path in _fs.walk_dirs(aside) if path != aside]:
+        _fs.remove_dir(directory)
+    _fs.sync_dir(aside)  # the manifest goes last, or a power cut could leave files that nothing owns
     if os.path.lexists(aside / MANIFEST_NAME):
         _fs.unlink(aside / MANIFEST_NAME)
-    for directory in list(_fs.walk_dirs(aside)):
-        _fs.remove_dir(directory)
+    _fs.remove_dir(aside)
 
 
 def _is_file_or_link(path: Path) -> bool:
