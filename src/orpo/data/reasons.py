@@ -26,4 +26,6 @@ NOTES: dict[str, str] = {
     "answer_cut": "an answer's tail was cut to fit max_length; it carries no end-of-turn token",
     "special_tokens_in_text": "the text of the row contains special-token text",
     "boundary_merge": "the tokenizer merges the last prompt character with the answer; the merged token counts as answer",
+    "already_rendered": "the prompt was already rendered with the chat template; it was taken as it is",
+    "identical_pair_removed": "of several pairs, one or more had two identical answers and were left out",
 }

@@ -1,0 +1,1 @@
+"""Rows of any shape to token groups; import the module you need."""

@@ -1,0 +1,437 @@
+"""Preferences to token groups: one prompt segment, the response segments after it, and proof on the tokens that they fit together.
+
+What holds for every group that comes out (DESIGN.md guarantees 4 and 7, FAULTS 8, 10-18):
+
+- The ids of prompt + answer are those of `apply_chat_template(tokenize=True)` up to the turn terminator, which is there exactly once. What
+  the template prints after it is left out. Rows with special-token text are the one exception, under `special_tokens_in_text: split`.
+- The prompt ids are a proved prefix of every response's ids, the same for all responses, and those that `prompt_ids` gives to generate
+  from. Where the tokenizer merges across the boundary, the prompt is the longest common prefix, and the group says `boundary_merge`.
+- What does not fit the length contract (`orpo.data.truncate`) is dropped or trimmed by policy, with a reason or a note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo.data import truncate
+from orpo.data.choose import choose_template, unwrap_tokenizer
+from orpo.data.reasons import REASONS
+from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, added_token_texts, probe_template
+from orpo.data.special import ControlText, content_text
+from orpo.data.turns import ChatText, Draft, Marks, PlainText
+from orpo.data.types import Dropped, Message, Pairs, Preference, Text, TokenGroup
+from orpo.errors import DataError, OrpoError, UserError
+
+NUM_VERIFIED = 32
+"""Responses of an encoder's first rows that are compared with transformers' own `apply_chat_template(tokenize=True)`."""
+
+
+@dataclass(slots=True)
+class _Joined:
+    """A prompt and its responses, proved to fit together on the tokens."""
+
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    ended: list[bool]
+    notes: list[str]
+
+
+class TemplateEncoder:
+    """Tokenises preferences through the tokenizer's chat template, or as plain text.
+
+    The tokenizer is changed in two cases, so that what is saved with the model is what was trained: a template given here becomes its
+    `chat_template`, and tokens of the ChatML template that are new to it are added (`new_tokens`; the model's embeddings must then grow).
+
+    Args:
+        tokenizer: a transformers tokenizer, or a processor that holds one.
+        chat_template: None for the tokenizer's own; "chatml"; "none" for plain text; the path of a Jinja file; the name of one of the
+            tokenizer's templates; or Jinja text.
+        max_length: most tokens of a prompt and one response together.
+        max_prompt_length: most tokens of a prompt, or None.
+        truncation: "drop", "keep_end" or "keep_start"; see `orpo.data.truncate`.
+        special_tokens_in_text: "warn" trains rows with special-token text as they are, counted; "split" tokenises it as plain text.
+        strict: raise at the first row that cannot be used.
+        template_variables: further variables for the template, such as `{"enable_thinking": False}`.
+
+    Attributes:
+        new_tokens: tokens that were added to the tokenizer.
+        terminator_id: the id that ends an answer in training.
+        terminator_ids: the ids to stop a generation at, `terminator_id` first.
+
+    Raises:
+        UserError: an option has no such value.
+        DataError: the template cannot be used, or runs too long; its message names the template and the option.
+
+    Example:
+        >>> encoder = TemplateEncoder(tokenizer, max_length=1024)  # doctest: +SKIP
+        >>> group = encoder.encode(preference)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | Path | None = None,
+        max_length: int = 1024,
+        max_prompt_length: int | None = None,
+        truncation: str = "drop",
+        special_tokens_in_text: str = "warn",
+        strict: bool = False,
+        template_variables: dict[str, Any] | None = None,
+    ) -> None:
+        _check_options(max_length, max_prompt_length, truncation, special_tokens_in_text)
+        self.tokenizer = unwrap_tokenizer(tokenizer)
+        self.max_length, self.max_prompt_length, self.truncation = max_length, max_prompt_length, truncation
+        self.special_tokens_in_text, self.is_strict = special_tokens_in_text, strict
+        self._is_fast = bool(getattr(self.tokenizer, "is_fast", False))
+        self._num_to_verify = NUM_VERIFIED
+        self._prefix_ids: list[int] = []
+        self.template, self.template_name, self.new_tokens = choose_template(self.tokenizer, chat_template)
+        self._most_text_chars = self._most_chars()
+        options = {"is_split": special_tokens_in_text == "split", "most_chars": None if truncation == "drop" else self._most_text_chars}
+        self.facts: TemplateFacts | None = None
+        self._texts: ChatText | PlainText
+        if self.template_name == "none":
+            self._texts = self._plain_text(options)
+        else:
+            self._texts = self._chat_text(options, template_variables)
+        stops = (self.terminator_id, self.tokenizer.eos_token_id)
+        self.terminator_ids: tuple[int, ...] = tuple(dict.fromkeys(int(i) for i in stops if i is not None))
+
+    def encode(self, preference: Preference) -> TokenGroup | Dropped:
+        """One preference as ids, or why it cannot be.
+
+        Raises:
+            DataError: with `strict`, the row cannot be used; in any case, messages without a template, or a template that does not end.
+        """
+        return self.encode_many([preference])[0]
+
+    def encode_many(self, preferences: Sequence[Preference]) -> list[TokenGroup | Dropped]:
+        """The same for many, their texts tokenised together (several times as fast); results in order."""
+        results: list[TokenGroup | Dropped] = []
+        drafts = [self._draft(preference) for preference in preferences]
+        sizes = [0 if isinstance(draft, Dropped) else 1 + len(draft.full_texts) for draft in drafts]
+        ids = iter(self._ids_of_drafts([draft for draft in drafts if isinstance(draft, Draft)]))
+        for draft, size in zip(drafts, sizes, strict=True):
+            if isinstance(draft, Dropped):
+                result: TokenGroup | Dropped = draft
+            else:
+                prompt_ids, *full_ids = [next(ids) for _ in range(size)]
+                self._verify(draft, full_ids)
+                result = self._fit(draft, prompt_ids, full_ids)
+            if self.is_strict and isinstance(result, Dropped):
+                raise unusable_row(result)
+            results.append(result)
+        return results
+
+    def prompt_ids(self, prompt: Text, tools: Sequence[dict[str, Any]] | None = None) -> np.ndarray:
+        """The ids to generate from: exactly those that training has as the prompt (untrimmed, and where nothing merges across its end).
+
+        Args:
+            prompt: text or messages, as in a `Preference`.
+            tools: the tools' schemas, for templates that know them.
+
+        Returns:
+            int32, shape (P,).
+
+        Raises:
+            DataError: the template raised on these messages.
+        """
+        try:
+            text, marks = self._texts.prompt(prompt, tools)
+        except TemplateFailed as error:
+            raise DataError(f"the {self.template_name} cannot render this prompt: {error}", where="chat_template") from error
+        return np.asarray(self._prefix_ids + self._encode_texts([text], marks)[0], dtype=np.int32)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for run.json and the preview; plain JSON types."""
+        facts: dict[str, Any] = {
+            "template": self.template_name,
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "truncation": self.truncation,
+            "special_tokens_in_text": self.special_tokens_in_text,
+            "terminator": self.tokenizer.convert_ids_to_tokens(self.terminator_id),
+            "terminator_id": self.terminator_id,
+            "terminator_is_appended": self._is_eos_appended,
+            "new_tokens": list(self.new_tokens),
+        }
+        if self.facts is not None:
+            source = self.template or self.tokenizer.get_chat_template()
+            facts |= {
+                "template_sha256": hashlib.sha256(source.encode()).hexdigest(),
+                "template_variables": self._renderer.variables,
+                "template_uses_date": "strftime_now" in source,
+                "boundary": self.facts.boundary,
+                "after_answer": self.facts.after,
+                "system": self.facts.system,
+                "control_tokens": list(self.facts.control_tokens),
+            }
+        return facts
+
+    def _chat_text(self, options: dict[str, Any], variables: dict[str, Any] | None) -> ChatText:
+        self._renderer = ChatRenderer(self.tokenizer, self.template, name=self.template_name, variables=variables)
+        self.facts = probe_template(self._renderer, self._ids)
+        self.terminator_id, self._is_eos_appended = self.facts.terminator_id, self.facts.is_eos_appended
+        self._control = ControlText(self.tokenizer, self.facts.control_tokens, self.facts.markers)
+        return ChatText(self._renderer, self.facts, self._control, self._encode_texts, **options)
+
+    def _plain_text(self, options: dict[str, Any]) -> PlainText:
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no eos_token: nothing could tell the model where an answer ends",
+                where="chat_template",
+                mend="set the tokenizer's eos_token, or use chat_template: chatml",
+            )
+        self.terminator_id, self._is_eos_appended = int(self.tokenizer.eos_token_id), True
+        self._control = ControlText(self.tokenizer, list(added_token_texts(self.tokenizer, special_only=True)))
+        alone, whole = self._ids(["a"])[0], list(self.tokenizer.encode("a"))
+        start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+        self._prefix_ids = whole[:start]  # the tokenizer's own beginning of a text; its ending, if any, belongs to no prompt
+        bos = self.tokenizer.convert_ids_to_tokens(self._prefix_ids[-1]) if self._prefix_ids else None
+        return PlainText(self.tokenizer, self._control, bos=bos, **options)
+
+    def _most_chars(self) -> int:
+        """Characters beyond which no text can fit `max_length`, with room to spare for normalisation that shortens."""
+        return 4 * self.max_length * max((len(token) for token in self.tokenizer.get_vocab()), default=1)
+
+    # Texts to ids.
+
+    def _draft(self, preference: Preference) -> Draft | Dropped:
+        """The preference as texts; texts too long for any token count are dropped or shortened before they are tokenised."""
+        most = self._most_text_chars
+        prompt_chars, *answer_chars = [_num_chars(text) for text in (preference.prompt, *preference.responses)]
+        if self.truncation == "drop" and max(prompt_chars, *answer_chars) > most:
+            reason = "prompt_too_long" if prompt_chars > most else "too_long"
+            return Dropped(reason, preference.where, f"{max(prompt_chars, *answer_chars)} characters")
+        if prompt_chars <= most:
+            return self._texts.draft(preference)
+        if self._texts.is_rendered(preference.prompt):
+            return _untrimmable(preference)
+        short = self._shorten(preference.prompt)
+        draft = self._texts.draft(replace(preference, prompt=short))
+        if isinstance(draft, Draft) and short != preference.prompt:
+            draft.notes.append("prompt_trimmed")
+        return draft
+
+    def _shorten(self, prompt: Text) -> Text:
+        most = self._most_text_chars
+        part = slice(-most, None) if self.truncation == "keep_end" else slice(most)
+        if isinstance(prompt, str):
+            return prompt[part]
+        return tuple(
+            {**message, "content": content_text(message)[part]} if len(content_text(message)) > most else message for message in prompt
+        )
+
+    def _ids_of_drafts(self, drafts: Sequence[Draft]) -> list[list[int]]:
+        """Ids of each draft's prompt and full texts, in order; plain ones in one batch."""
+        plain = [text for draft in drafts if draft.marks is None for text in (draft.prompt_text, *draft.full_texts)]
+        batch = iter(self._ids(plain))
+        found: list[list[int]] = []
+        for draft in drafts:
+            texts = [draft.prompt_text, *draft.full_texts]
+            found += [next(batch) for _ in texts] if draft.marks is None else self._encode_texts(texts, draft.marks)
+        return [self._prefix_ids + ids for ids in found] if self._prefix_ids else found
+
+    def _encode_texts(self, texts: Sequence[str], marks: Marks) -> list[list[int]]:
+        if marks is None:
+            return self._ids(list(texts))
+        return [self._control.encode_marked(text, marks) for text in texts]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids without added special tokens. The Rust tokenizer is called directly: half the time of the wrapper, the same ids."""
+        if not texts:
+            return []
+        if not self._is_fast:
+            return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = False
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _verify(self, draft: Draft, full_ids: list[list[int]]) -> None:
+        """Hold the first rows to transformers' own ids."""
+        is_comparable = not draft.marks and not (self._is_eos_appended and self.facts and self.facts.after)
+        if self._num_to_verify <= 0 or not is_comparable:
+            return
+        for conversation, ids in zip(draft.conversations, full_ids, strict=False):
+            self._num_to_verify -= 1
+            expected = self._renderer.reference_ids(conversation, draft.preference.tools)
+            if expected[: len(ids)] != ids:
+                raise OrpoError(f"{draft.preference.where}: ids differ from those of apply_chat_template(tokenize=True)")
+
+    # Ids to a group.
+
+    def _fit(self, draft: Draft, prompt_ids: list[int], full_ids: list[list[int]]) -> TokenGroup | Dropped:
+        joined = self._join(draft, prompt_ids, full_ids)
+        if isinstance(joined, Dropped):
+            return joined
+        pairs = draft.preference.pairs
+        if pairs and not _distinct(pairs, joined.responses)[0]:
+            return Dropped("identical_answers", draft.preference.where, "the answers have the same tokens")
+        fitted = self._fit_lengths(draft, joined)
+        if isinstance(fitted, Dropped):
+            return fitted
+        return self._group(draft.preference, fitted)
+
+    def _join(self, draft: Draft, prompt_ids: list[int], full_ids: list[list[int]]) -> _Joined | Dropped:
+        """Prove the boundary and the ends on the tokens."""
+        where, notes, num_prompt = draft.preference.where, list(draft.notes), len(prompt_ids)
+        if not all(ids[:num_prompt] == prompt_ids for ids in full_ids):
+            num_prompt = _common_prefix([prompt_ids, *full_ids])
+            if set(prompt_ids[num_prompt:]) & set(self._control.ids.values()):
+                return Dropped("boundary", where, "an answer changes the tokens of the prompt's last header")
+            notes.append("boundary_merge")
+        if num_prompt == 0:
+            return Dropped("boundary", where, "no token of the prompt stays the same with an answer after it")
+        end = [self.terminator_id] if self._is_eos_appended else []
+        responses = [ids[num_prompt:] + end for ids in full_ids]
+        if not all(ids and ids[-1] == self.terminator_id for ids in responses):
+            return Dropped("boundary", where, "an answer does not end with the terminator")
+        if not all(ids[:-1] for ids in responses):
+            return Dropped("empty_answer", where, "the tokenizer makes no token of an answer")
+        ended = [i not in draft.cut for i in range(len(responses))]
+        responses = [ids if is_ended else ids[:-1] for ids, is_ended in zip(responses, ended, strict=True)]
+        return _Joined(prompt_ids[:num_prompt], responses, ended, notes)
+
+    def _fit_lengths(self, draft: Draft, joined: _Joined) -> _Joined | Dropped:
+        """The length contract, decided once for the group."""
+        num_prompt, longest = len(joined.prompt_ids), max(map(len, joined.responses))
+        is_long_prompt = num_prompt >= self.max_length or num_prompt > (self.max_prompt_length or num_prompt)
+        if not is_long_prompt and num_prompt + longest <= self.max_length:
+            return joined
+        if self.truncation == "drop":
+            detail = f"prompt {num_prompt} and longest answer {longest} tokens; max_length is {self.max_length}"
+            return Dropped("prompt_too_long" if is_long_prompt else "too_long", draft.preference.where, detail)
+        least = 1 + self._num_head_tokens(draft, joined)
+        trimmed: _Joined | Dropped = joined
+        for budget in truncate.prompt_budgets(num_prompt, longest, self.max_length, self.max_prompt_length, least):
+            trimmed = self._trim(draft, joined, budget) if budget < num_prompt else joined
+            if isinstance(trimmed, _Joined):
+                break
+        if isinstance(trimmed, Dropped):
+            return trimmed
+        joined = trimmed
+        room = self.max_length - len(joined.prompt_ids)
+        joined.ended = [is_ended and len(ids) <= room for ids, is_ended in zip(joined.responses, joined.ended, strict=True)]
+        joined.responses = [ids[:room] for ids in joined.responses]
+        return joined
+
+    def _num_head_tokens(self, draft: Draft, joined: _Joined) -> int:
+        """Tokens of the template that stand between the prompt and what the answer says (an empty think block, say)."""
+        before = self._texts.before_content(draft)
+        if before is None:
+            return 0
+        ids = self._encode_texts([before], draft.marks)[0]
+        return max(0, *(_common_prefix([ids, joined.prompt_ids + response]) - len(joined.prompt_ids) for response in joined.responses))
+
+    def _trim(self, draft: Draft, joined: _Joined, budget: int) -> _Joined | Dropped:
+        """The same group with a prompt of at most `budget` tokens."""
+        preference = draft.preference
+        if isinstance(self._texts, PlainText):
+            num_prefix = len(self._prefix_ids)
+            num_kept, text_ids = budget - num_prefix, joined.prompt_ids[num_prefix:]
+            if num_kept < 1:
+                return Dropped("prompt_too_long", preference.where, "no room is left for the prompt")
+            kept = text_ids[-num_kept:] if self.truncation == "keep_end" else text_ids[:num_kept]
+            return replace(joined, prompt_ids=joined.prompt_ids[:num_prefix] + kept, notes=[*joined.notes, "prompt_trimmed"])
+        if not draft.is_trimmable:
+            return _untrimmable(preference)
+
+        def measure(messages: Sequence[Message]) -> int:
+            return len(self.prompt_ids(tuple(messages), preference.tools))
+
+        try:
+            messages = truncate.trim_messages(self._texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
+        except DataError as error:
+            return Dropped("template_failed", preference.where, str(error))
+        if messages is None:
+            return Dropped("prompt_too_long", preference.where, f"its headers alone need more than the {budget} tokens left for it")
+        shorter = self._texts.draft(replace(preference, prompt=tuple(messages)))
+        if isinstance(shorter, Dropped):
+            return shorter
+        shorter.notes = [*draft.notes, "prompt_trimmed"]
+        prompt_ids, *full_ids = self._ids_of_drafts([shorter])
+        return self._join(shorter, prompt_ids, full_ids)
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Character spans of a text's tokens; of its characters, where the tokenizer gives none."""
+        if not self._is_fast:
+            return [(i, i + 1) for i in range(len(text))]
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def _group(self, preference: Preference, fitted: _Joined) -> TokenGroup | Dropped:
+        pairs, kept = _distinct(preference.pairs, fitted.responses)
+        notes = list(fitted.notes)
+        if preference.pairs and not pairs:
+            return Dropped("identical_after_truncation", preference.where, f"the same within {self.max_length} tokens")
+        if len(pairs) < len(preference.pairs):
+            notes.append("identical_pair_removed")
+        if not all(fitted.ended[i] for i in kept):
+            notes.append("answer_cut")
+        return TokenGroup(
+            prompt_ids=np.asarray(fitted.prompt_ids, dtype=np.int32),
+            response_ids=tuple(np.asarray(fitted.responses[i], dtype=np.int32) for i in kept),
+            pairs=pairs,
+            is_ended=tuple(fitted.ended[i] for i in kept),
+            where=preference.where,
+            notes=tuple(dict.fromkeys(notes)),
+            columns=preference.columns,
+        )
+
+
+def unusable_row(dropped: Dropped) -> DataError:
+    """The error that `strict` stops with at a row that would otherwise be dropped."""
+    text = REASONS.get(dropped.reason, dropped.reason)
+    return DataError(
+        f"{text} [{dropped.reason}]" + (f": {dropped.detail}" if dropped.detail else ""),
+        where=str(dropped.where),
+        mend="mend the row, or drop such rows by running without --strict",
+    )
+
+
+def _check_options(max_length: int, max_prompt_length: int | None, truncation: str, special_tokens_in_text: str) -> None:
+    if max_length < 2:
+        raise UserError(f"max_length is {max_length}", where="max_length", expected="at least 2: a prompt token and an answer token")
+    if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
+        expected = f"1 to {max_length - 1} (max_length is {max_length})"
+        raise UserError(f"max_prompt_length is {max_prompt_length}", where="max_prompt_length", expected=expected)
+    if truncation not in truncate.POLICIES:
+        raise UserError(f"truncation is {truncation!r}", where="truncation", expected=", ".join(truncate.POLICIES))
+    if special_tokens_in_text not in ("warn", "split"):
+        raise UserError(f"special_tokens_in_text is {special_tokens_in_text!r}", where="special_tokens_in_text", expected="warn, split")
+
+
+def _untrimmable(preference: Preference) -> Dropped:
+    detail = "the prompt was rendered before; cutting it would break its chat headers"
+    return Dropped("prompt_too_long", preference.where, detail)
+
+
+def _num_chars(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(content_text(message)) for message in text)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many first ids all sequences share."""
+    shared = 0
+    for column in zip(*sequences, strict=False):
+        if any(index != column[0] for index in column):
+            break
+        shared += 1
+    return shared
+
+
+def _distinct(pairs: Pairs, responses: Sequence[list[int]]) -> tuple[Pairs, tuple[int, ...]]:
+    """Pairs of responses that differ, and the responses in them; all responses of a row without pairs."""
+    if not pairs:
+        return (), tuple(range(len(responses)))
+    return truncate.drop_identical(pairs, lambda i, j: responses[i] == responses[j])
