@@ -57,12 +57,14 @@ class ORPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "column_map"]
 
+    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. Unset: a fresh one under runs/."})
     learning_rate: float = field(default=8e-6, metadata={"help": "Peak learning rate. The paper's for 7B; small models need more."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule after the warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: a number of steps, or below 1 a share of all steps."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps, or below 1 this share of the run."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log. Off: they are shown."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: rows are read once, into token groups."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, slower, same result."})
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Unset: where the device is fast at it."})
 
     objective: str = field(default="orpo", metadata={"help": "What is optimised."})
@@ -129,12 +131,10 @@ class ORPOConfig(TrainingArguments):
         for name, note in compat.ignored({item.name: getattr(self, item.name) for item in fields(self)}):
             warnings.warn(note, UserWarning, stacklevel=4)
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
-        output_dir: str | None = self.output_dir
-        bf16 = self.bf16
+        output_dir, bf16 = self.output_dir, self.bf16
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
-        old_name: bool | None = self.gradient_checkpointing
         if getattr(self, "activation_checkpointing", False) is None:
-            self.activation_checkpointing = old_name
+            self.activation_checkpointing = self.gradient_checkpointing
         # TrainingArguments raises on bf16 without a GPU, and makes accelerate wrap the forward in autocast. The dtype is the engine's
         # business here, so it never sees the flag.
         self.bf16 = False
@@ -143,7 +143,7 @@ class ORPOConfig(TrainingArguments):
         except ValueError as error:
             raise UserError(str(error), where="configuration") from error
         self.bf16 = bf16
-        self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", old_name))
+        self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.
         self.output_dir = os.path.expanduser(output_dir) if output_dir is not None else None
 
