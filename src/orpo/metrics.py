@@ -1,0 +1,106 @@
+"""The numbers that a run logs: exact means since the last log, from plain sums, at one reduction per log.
+
+Names are TRL's. Two of them are traps that are kept: `log_odds_ratio` is the mean of log sigmoid(log OR), and `log_odds_chosen` the mean
+of log OR itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from orpo.objective import METRICS
+
+_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows")
+"""Added up beside `METRICS`: step losses, steps, packed tokens and rows."""
+
+
+class MetricSums:
+    """Adds up what steps report until somebody asks for the means."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
+        self.busy_s = 0.0
+        self._started_s: float | None = None
+
+    def start(self) -> None:
+        """A step begins: time runs until `stop`, so evaluation and saving are not counted against throughput."""
+        self._started_s = time.perf_counter()
+
+    def stop(self) -> None:
+        """A step has ended."""
+        if self._started_s is not None:
+            self.busy_s += time.perf_counter() - self._started_s
+            self._started_s = None
+
+    def add(self, sums: Tensor, *, num_tokens: int) -> None:
+        """A micro-batch's sums, in the order of `METRICS`, and its packed tokens."""
+        self.values[: len(METRICS)] += sums.to(self.values)
+        self.values[len(METRICS) + 2] += num_tokens
+
+    def end_step(self, loss: Tensor, num_rows: float) -> None:
+        """An optimizer step's loss (this rank's part) and rows (this rank's share)."""
+        self.values[len(METRICS)] += loss.to(self.values)
+        self.values[len(METRICS) + 1] += 1
+        self.values[len(METRICS) + 3] += num_rows
+
+    def take(self, *, orpo_alpha: float, reduce: Callable[[Tensor], Tensor], world_size: int = 1) -> dict[str, float]:
+        """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
+        values = reduce(self.values).tolist()
+        self.values.zero_()
+        busy_s, self.busy_s = self.busy_s, 0.0
+        totals = dict(zip((*METRICS, *_EXTRAS), values, strict=True))
+        if not totals["num_steps"]:
+            return {}
+        logs = means(totals, orpo_alpha=orpo_alpha)
+        logs["loss"] = totals["loss_sum"] / (totals["num_steps"] / world_size)
+        if busy_s > 0:
+            logs["tokens_per_second"] = totals["num_tokens"] / busy_s
+            logs["pairs_per_second"] = totals["num_pairs"] / busy_s
+        return logs
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint; restored by `restore`, so that the log after a resume is the uninterrupted run's."""
+        return {"values": self.values.tolist(), "busy_s": self.busy_s}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Put back what `state` gave."""
+        self.values.copy_(torch.tensor(state["values"], dtype=torch.float64))
+        self.busy_s = float(state["busy_s"])  # type: ignore[arg-type]
+
+
+def means(totals: dict[str, float], *, orpo_alpha: float) -> dict[str, float]:
+    """Logged means from summed `METRICS`; what has no pair or token to speak of is left out."""
+    logs: dict[str, float] = {}
+    if totals["num_nll_tokens"]:
+        logs["nll_loss"] = totals["nll_sum"] / totals["num_nll_tokens"]
+    pairs = totals["num_pairs"]
+    if pairs:
+        chosen, rejected = totals["chosen_logp_sum"] / pairs, totals["rejected_logp_sum"] / pairs
+        logs |= {
+            "rewards/chosen": orpo_alpha * chosen,
+            "rewards/rejected": orpo_alpha * rejected,
+            "rewards/accuracies": totals["accuracy_sum"] / pairs,
+            "rewards/margins": orpo_alpha * (chosen - rejected),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "log_odds_ratio": totals["log_sigmoid_sum"] / pairs,
+            "log_odds_chosen": totals["log_odds_ratio_sum"] / pairs,
+        }
+    nll_norm, preference_norm = totals["nll_grad_square"] ** 0.5, totals["preference_grad_square"] ** 0.5
+    if pairs and nll_norm + preference_norm > 0:
+        logs["grad_share/odds_ratio"] = preference_norm / (nll_norm + preference_norm)
+    return logs
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over the ranks of torch.distributed, or the values themselves in a single process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values

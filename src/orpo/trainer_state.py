@@ -1,0 +1,191 @@
+"""The part of the trainer that saves and resumes: transformers' hooks, turned to `orpo.checkpoint`.
+
+transformers writes into the published folder, trusts the newest one, pickles, and rotates at the end of training. None of that is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from orpo.checkpoint import (
+    checkpoint_name,
+    find_newest,
+    load_optimizer,
+    load_rng,
+    load_scaler,
+    load_scheduler,
+    prune,
+    publish,
+    recover,
+    require_same_facts,
+    save_optimizer,
+    save_rng,
+    save_scaler,
+    save_scheduler,
+    verify,
+)
+from orpo.errors import CheckpointError
+from orpo.runfolder import fingerprint_groups
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "orpo_state.json"
+"""Sums since the last log, length of metrics.jsonl, guards."""
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class CheckpointMixin(_Base):
+    """Saving and resuming for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
+
+    hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
+    _facts: dict[str, Any] | None = None
+
+    # ---- save ----------------------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        run_dir = Path(self.args.output_dir)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / checkpoint_name(self.state.best_global_step))
+        folder = publish(run_dir, self.state.global_step, self._write_checkpoint, facts=self.facts(), ranks=self.ranks)
+        if self.ranks.is_first:
+            prune(run_dir, keep=self.hidden_args.get("save_total_limit"), best=self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def save_now(self, step: int) -> Path:
+        """Save the state after `step` unless that is done already; for a signal that comes during an evaluation."""
+        folder = Path(self.args.output_dir) / checkpoint_name(step)
+        if not folder.is_dir():
+            self._save_checkpoint(self.model, None)
+        return folder
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """This rank's files of a checkpoint."""
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            if self._is_sharded:
+                super()._save_optimizer_and_scheduler(str(folder))
+            elif self.ranks.is_first:
+                save_optimizer(self.optimizer, folder)
+                save_scheduler(self.lr_scheduler, folder)
+                if self.accelerator.scaler is not None:
+                    save_scaler(self.accelerator.scaler, folder)
+            save_rng(folder, rank=self.ranks.rank)
+        states = self.ranks.gather(self.sums.state())
+        if self.ranks.is_first:
+            self._export_callbacks()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self.run_folder.metrics.sync()
+            own = {"sums": states, "metrics_bytes": self.run_folder.metrics.num_bytes, "nonfinite": self.nonfinite.state_dict()}
+            (folder / STATE_NAME).write_text(json.dumps(own))
+
+    def _export_callbacks(self) -> None:
+        """Callbacks with a state of their own put it into the trainer's, as transformers does before a save."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if not isinstance(callback, ExportableState):
+                continue
+            name, stored = type(callback).__name__, self.state.stateful_callbacks
+            if isinstance(stored.get(name), list):
+                stored[name].append(callback.state())
+            else:
+                stored[name] = callback.state()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # transformers pickles its arguments beside the weights; nobody needs them, and nothing here is unpickled.
+        pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"
+        if self.args.should_save and pickled.exists():
+            pickled.unlink()
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that saved."""
+        if self._facts is None:
+            configuration = {**self.args.to_dict(), **self.hidden_args}
+            self._facts = {
+                "data": fingerprint_groups(self.train_dataset),
+                "engine": self.engine.name,
+                "compute_dtype": self.args.compute_dtype,
+                "config": json.loads(json.dumps(configuration, default=str)),
+            }
+        return self._facts
+
+    # ---- resume --------------------------------------------------------------------------------------------------------------------
+
+    def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to go on from, proved whole and of this run; None to start anew.
+
+        Raises:
+            CheckpointError: asked for and damaged, missing, or of another run.
+        """
+        if not wanted:
+            return None
+        run_dir = self.args.output_dir
+        recover(run_dir, ranks=self.ranks)
+        if wanted is True:
+            folder = find_newest(run_dir, ranks=self.ranks)
+            if folder is None:
+                raise CheckpointError("no checkpoint verifies", where=str(run_dir), mend="start anew with resume_from_checkpoint=None")
+        else:
+            folder = Path(wanted)
+        manifest = verify(folder)
+        self._engine_before_facts()
+        differences = require_same_facts(
+            {key: manifest.facts.get(key) for key in ("data", "engine", "compute_dtype", "config")},
+            self.facts(),
+            where=str(folder),
+            allow=self.args.allow_changed_resume,
+        )
+        for difference in differences:
+            logger.warning("resuming although this has changed: %s", difference)
+        if manifest.world_size != self.ranks.world_size:
+            logger.warning(
+                "the checkpoint was written by %d processes, now there are %d: the result equals neither run's bit for bit",
+                manifest.world_size,
+                self.ranks.world_size,
+            )
+        logger.info("resuming from %s", folder)
+        return str(folder)
+
+    def _engine_before_facts(self) -> None:
+        self._facts = None
+        _ = self.engine
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer, checkpoint)
+        load_scheduler(self.lr_scheduler, checkpoint)
+        self._load_own_state(Path(checkpoint))
+
+    def _load_own_state(self, folder: Path) -> None:
+        state = json.loads((folder / STATE_NAME).read_text())
+        sums = state["sums"]
+        if self.ranks.rank < len(sums):
+            self.sums.restore(sums[self.ranks.rank])
+        self.nonfinite.load_state_dict(state["nonfinite"])
+        if self.ranks.is_first and os.path.realpath(folder.parent) == os.path.realpath(self.args.output_dir):
+            self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            load_scaler(self.accelerator.scaler, checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng(checkpoint, rank=self.ranks.rank)
