@@ -9,7 +9,8 @@ from typing import Any
 HIDDEN = "<redacted>"
 
 # "token" as a whole word of the name: hub_token is a secret, max_tokens_per_microbatch and label_pad_token_id are not.
-_SECRET_NAME = re.compile(r"(^|_|-)(token|secret|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|_|-)(token|secret|password|passwd|credentials?|(api|access|private)[_-]?key)$", re.IGNORECASE)
+_VOCABULARY = frozenset(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image"))
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|AKIA[A-Z0-9]{16}"
     r"|xox[abpr]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
@@ -21,7 +22,7 @@ _MIN_SECRET_LENGTH = 8
 
 def is_secret_name(name: str) -> bool:
     """Whether an option or environment variable of this name holds a secret."""
-    return bool(_SECRET_NAME.search(name))
+    return name.lower() not in _VOCABULARY and bool(_SECRET_NAME.search(name))
 
 
 def _environment_secrets() -> list[str]:
