@@ -252,6 +252,8 @@ class ORPOTrainer(CheckpointMixin, Trainer):
             _ = self.engine  # before the model is wrapped
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps())
+            if checkpoint is not None and self.is_complete_at(checkpoint):
+                return self.restore_complete(checkpoint)
             return super().train(resume_from_checkpoint=checkpoint, trial=trial, **kwargs)
 
     @contextmanager
@@ -272,7 +274,9 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         """Rows of an optimizer step over all ranks."""
         return self.train_sampler.rows_per_step
 
-    def get_batch_samples(self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device) -> tuple[list[StepBatch], None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[StepBatch], None]:
         """The next step; its counts are in it."""
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
@@ -403,5 +407,3 @@ def _response_sums(inputs: StepBatch, logps: list[Tensor]) -> Iterator[float]:
         response_N = batch.index.response_N.to(logp_N.device)
         for response in range(len(batch.index.num_tokens_R)):
             yield float(logp_N[response_N == response].sum())
-
-

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from orpo.checkpoint import (
     checkpoint_name,
@@ -24,12 +26,14 @@ from orpo.checkpoint import (
     load_scheduler,
     prune,
     publish,
+    read_manifest,
     recover,
     require_same_facts,
     save_optimizer,
     save_rng,
     save_scaler,
     save_scheduler,
+    set_earlier_aside,
     verify,
 )
 from orpo.errors import CheckpointError
@@ -130,17 +134,20 @@ class CheckpointMixin(_Base):
         Raises:
             CheckpointError: asked for and damaged, missing, or of another run.
         """
-        if not wanted:
-            return None
-        run_dir = self.args.output_dir
+        run_dir = Path(self.args.output_dir)
         recover(run_dir, ranks=self.ranks)
+        if not wanted:
+            if self.ranks.is_first:
+                set_earlier_aside(run_dir, with_files=[self.run_folder.metrics.path.name])
+            self.ranks.gather(None)
+            return None
         if wanted is True:
             folder = find_newest(run_dir, ranks=self.ranks)
             if folder is None:
                 raise CheckpointError("no checkpoint verifies", where=str(run_dir), mend="start anew with resume_from_checkpoint=None")
         else:
             folder = Path(wanted)
-        manifest = verify(folder)
+        manifest = read_manifest(folder) if wanted is True else verify(folder)
         self._engine_before_facts()
         differences = require_same_facts(
             {key: manifest.facts.get(key) for key in ("data", "engine", "compute_dtype", "config")},
@@ -158,6 +165,20 @@ class CheckpointMixin(_Base):
             )
         logger.info("resuming from %s", folder)
         return str(folder)
+
+    def is_complete_at(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the run's last; transformers would do one step more before it notices."""
+        return read_manifest(Path(checkpoint)).step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def restore_complete(self, checkpoint: str) -> TrainOutput:
+        """State and weights of a run that is done already, without a step."""
+        logger.info("the run is complete")
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / checkpoint_name(self.state.best_global_step))
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _engine_before_facts(self) -> None:
         self._facts = None

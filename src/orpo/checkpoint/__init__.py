@@ -17,7 +17,7 @@ from orpo.checkpoint.lock import RunLock
 from orpo.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
 from orpo.checkpoint.publish import PeerError, publish
 from orpo.checkpoint.ranks import ALONE, Ranks, TorchRanks, current_ranks
-from orpo.checkpoint.retain import checkpoint_name, find_newest, list_checkpoints, prune, recover
+from orpo.checkpoint.retain import checkpoint_name, find_newest, list_checkpoints, prune, recover, set_earlier_aside
 from orpo.checkpoint.state import load_state, save_state
 from orpo.checkpoint.training_state import (
     load_optimizer,
@@ -34,5 +34,5 @@ __all__ = [
     "ALONE", "MANIFEST_NAME", "MAY_CHANGE", "Difference", "Manifest", "PeerError", "Ranks", "RunLock", "TorchRanks", "checkpoint_name",
     "compare_facts", "current_ranks", "find_newest", "list_checkpoints", "load_optimizer", "load_rng", "load_scaler", "load_scheduler",
     "load_state", "prune", "publish", "read_manifest", "recover", "require_same_facts", "save_optimizer", "save_rng", "save_scaler",
-    "save_scheduler", "save_state", "verify",
+    "save_scheduler", "save_state", "set_earlier_aside", "verify",
 ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from orpo.checkpoint import _fs
@@ -89,6 +91,33 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
         for path, _ in _set_aside(run_dir, "removed"):
             remove_owned(path)
     ranks.gather(None)
+
+
+def set_earlier_aside(run_dir: Path | str, *, with_files: Sequence[str] = ()) -> Path | None:
+    """Make room for a run that starts anew in a folder with checkpoints of an earlier one; rank 0 alone calls it, holding the run's lock.
+
+    Retention and resume go by the step, so checkpoints of two runs must not stand side by side: the new run's would count as the older
+    ones. They move to `earlier-<n>`, together with the named files; where there are no checkpoints, what the files tell is of steps that
+    are lost, and they are removed.
+
+    Returns:
+        The new folder, or None if there was no checkpoint.
+    """
+    run_dir = Path(run_dir)
+    checkpoints, files = list_checkpoints(run_dir), [run_dir / name for name in with_files if _is_file_or_link(run_dir / name)]
+    if not checkpoints:
+        for path in files:
+            _fs.unlink(path)
+        return None
+    number = next(number for number in itertools.count(1) if not os.path.lexists(run_dir / f"earlier-{number}"))
+    target = run_dir / f"earlier-{number}"
+    logger.warning("%s holds an earlier run that is not resumed; its %d checkpoints are moved to %s", run_dir, len(checkpoints), target)
+    _fs.make_dir(target)
+    for path in [*files, *checkpoints]:
+        _fs.rename(path, target / path.name)
+    _fs.sync_dir(target)
+    _fs.sync_dir(run_dir)
+    return target
 
 
 def prune(run_dir: Path | str, *, keep: int | None, best: Path | str | None = None) -> list[Path]:

@@ -1,0 +1,71 @@
+"""Start, signal and await jobs that run in children of the zygote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orpo
+
+TESTS = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(Path(orpo.__file__).parents[1]), str(TESTS)]),
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+class Zygote:
+    """Client of `faults.zygote`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "faults.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=TESTS
+        )
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the zygote died"
+        return json.loads(line)
+
+    def run(self, job: str, log: Path, *, while_running: Callable[[int], None] | None = None, **arguments: Any) -> int:
+        """Run a job to its end; its exit code, or minus the number of the signal that killed it.
+
+        Args:
+            job: a function of `faults.jobs`.
+            log: where its output goes.
+            while_running: called with its pid while it runs.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"job": job, "log": str(log), "arguments": arguments}) + "\n")
+        self._process.stdin.flush()
+        pid = self._read()["pid"]
+        if while_running is not None:
+            while_running(pid)
+        return int(self._read()["status"])
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+@contextmanager
+def zygote() -> Iterator[Zygote]:
+    """A zygote for the time of a test module."""
+    process = Zygote()
+    try:
+        yield process
+    finally:
+        process.close()

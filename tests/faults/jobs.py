@@ -1,0 +1,186 @@
+"""Small real runs of `ORPOTrainer`, to be killed, signalled and resumed by tests in other processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orpo.data.types import TokenGroup, Where
+
+
+def import_all() -> None:
+    """What a run imports, once for all forks."""
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import orpo.trainer  # noqa: F401
+    import tinymodels  # noqa: F401
+
+
+def groups(number: int, *, seed: int = 0, vocab_size: int = 128) -> list[TokenGroup]:
+    """Random pairs of uneven length."""
+    chance = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return chance.integers(3, vocab_size, size=chance.integers(low, high)).astype(np.int32)
+
+    return [TokenGroup(ids(2, 9), (ids(2, 12), ids(2, 12)), ((0, 1),), (True, True), Where("data.jsonl", row)) for row in range(number)]
+
+
+def train(
+    run_dir: str,
+    *,
+    engine: str = "padded",
+    lora: bool = False,
+    kill_at: int | None = None,
+    slow_eval_s: float = 0.0,
+    slow_save_s: float = 0.0,
+    poison_step: int | None = None,
+    num_rows: int = 22,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Train to the end, resuming if there is something to resume; writes `final.json` with the sha256 of every trained weight.
+
+    Args:
+        run_dir: the run's folder.
+        engine, lora: what to train with.
+        kill_at: SIGKILL this process at its n-th file operation (see `die_at`).
+        slow_eval_s, slow_save_s: time to add to each evaluated micro-batch, and before each file is synced, so that a signal hits there.
+        poison_step: from this step on one weight is NaN.
+        num_rows: training rows; 22 rows in steps of 4 leave a ragged tail.
+        options: more fields of ORPOConfig.
+    """
+    from orpo import ORPOConfig, ORPOTrainer
+    from orpo.checkpoint import find_newest
+    from tinymodels import build_tiny_model, build_tiny_tokenizer
+
+    if kill_at is not None:
+        die_at(kill_at)
+    if slow_save_s:
+        _slow("sync_file", slow_save_s)
+    defaults: dict[str, Any] = {
+        "max_steps": 14, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3, "logging_steps": 2,
+        "eval_steps": 4, "eval_strategy": "steps", "save_total_limit": 2, "learning_rate": 3e-3, "warmup_steps": 2, "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 11,
+    }  # fmt: skip
+    args = ORPOConfig(output_dir=run_dir, engine=engine, **{**defaults, **(options or {})})
+    trainer = ORPOTrainer(
+        model=build_tiny_model("llama", num_layers=2),
+        args=args,
+        train_dataset=groups(num_rows),
+        eval_dataset=groups(5, seed=1),
+        processing_class=build_tiny_tokenizer(),
+        peft_config=_lora() if lora else None,
+    )
+    if slow_eval_s:
+        _slow_evaluation(trainer, slow_eval_s)
+    if poison_step is not None:
+        _poison(trainer, poison_step)
+    _tell_steps(trainer)
+    trainer.train(resume_from_checkpoint=find_newest(run_dir) is not None or None)
+    (Path(run_dir) / "final.json").write_text(json.dumps(digests(trainer)))
+
+
+def digests(trainer: Any) -> dict[str, str]:
+    """sha256 of each weight and of the optimizer state, which a run that was complete at its start does not load."""
+    found = {name: _sha(tensor) for name, tensor in trainer.model.state_dict().items()}
+    for index, state in enumerate(trainer.optimizer.state_dict()["state"].values() if trainer.optimizer is not None else []):
+        found |= {f"optimizer {index} {key}": _sha(value) for key, value in state.items()}
+    return found
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the clock says."""
+    clock = ("time", "runtime", "per_second")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not any(word in key for word in clock)} for line in lines]
+
+
+def _sha(tensor: Any) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def die_at(number: int) -> None:
+    """Kill this process with SIGKILL at its n-th operation of the checkpoint's file seam, or of the writing of weights and state."""
+    import safetensors.torch
+
+    from orpo.checkpoint import _fs
+
+    counter = 0
+
+    def counted(real: Callable[..., Any], *, halfway: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal counter
+            counter += 1
+            if counter != number:
+                return real(*arguments, **keywords)
+            if halfway:  # the file is cut in the middle
+                path = Path(arguments[1])
+                real(*arguments, **keywords)
+                os.truncate(path, path.stat().st_size // 2)
+            return os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    for name in ("make_dir", "write_file", "sync_file", "sync_dir", "rename", "unlink", "remove_dir"):
+        setattr(_fs, name, counted(getattr(_fs, name), halfway=False))
+    safetensors.torch.save_file = counted(safetensors.torch.save_file, halfway=True)
+
+
+def _slow(operation: str, seconds: float) -> None:
+    from orpo.checkpoint import _fs
+
+    real = getattr(_fs, operation)
+
+    def call(*arguments: Any) -> None:
+        print("saving", flush=True)
+        time.sleep(seconds)
+        real(*arguments)
+
+    setattr(_fs, operation, call)
+
+
+def _slow_evaluation(trainer: Any, seconds: float) -> None:
+    from transformers import TrainerCallback
+
+    class Slow(TrainerCallback):
+        def on_prediction_step(self, *arguments: Any, **keywords: Any) -> None:
+            print("evaluating", flush=True)
+            time.sleep(seconds)
+
+    trainer.add_callback(Slow())
+
+
+def _poison(trainer: Any, step: int) -> None:
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step + 1 >= step:
+                next(model.parameters()).data.view(-1)[0] = float("nan")
+
+    trainer.add_callback(Poison())
+
+
+def _tell_steps(trainer: Any) -> None:
+    from transformers import TrainerCallback
+
+    class Tell(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *arguments: Any, **keywords: Any) -> None:
+            print(f"step {state.global_step}", flush=True)
+
+    trainer.add_callback(Tell())

@@ -1,0 +1,171 @@
+"""Real kills of real runs: SIGKILL in the stages of a save and at random moments, then the same run again to its end (FAULTS 32, 33, 39, 45).
+
+Weights, optimizer state and the lines of metrics.jsonl must equal the uninterrupted run's, bit for bit. `make faults` runs the long version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from faults import jobs
+from faults.forked import Zygote, zygote
+from orpo.checkpoint import find_newest, read_manifest
+
+KINDS = {"padded": {"engine": "padded"}, "shared": {"engine": "shared"}, "lora": {"engine": "shared", "lora": True}}
+NUM_LONG = 200
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Zygote]:
+    with zygote() as process:
+        yield process
+
+
+class Finished:
+    """What a run left: its digests and its metrics."""
+
+    def __init__(self, run: Path) -> None:
+        self.digests = json.loads((run / "final.json").read_text())
+        lines = jobs.metrics(run)
+        # The Trainer's last line is about the process (its mean loss since it started), not about the run.
+        self.metrics = [line for line in lines if "train_loss" not in line]
+
+
+@pytest.fixture(scope="module")
+def reference(forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    """The uninterrupted run of a kind, made once."""
+    made: dict[str, Finished] = {}
+
+    def get(kind: str) -> Finished:
+        if kind not in made:
+            run = tmp_path_factory.mktemp("reference") / kind
+            log = run.with_suffix(".log")
+            assert forks.run("train", log, run_dir=str(run), **KINDS[kind]) == 0, log.read_text()
+            made[kind] = Finished(run)
+        return made[kind]
+
+    return get
+
+
+def _finish(forks: Zygote, run: Path, kind: str, expected: Finished) -> None:
+    """Run the same command to its end and compare."""
+    log = run.with_suffix(".log")
+    assert forks.run("train", log, run_dir=str(run), **KINDS[kind]) == 0, log.read_text()
+    found = Finished(run)
+    assert set(found.digests) == set(expected.digests) or not any(name.startswith("optimizer") for name in found.digests)
+    assert found.digests.items() <= expected.digests.items()
+    assert found.metrics == expected.metrics
+    left_over = [path.name for path in run.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+    assert not left_over
+
+
+def _kill_after(seconds: float) -> Callable[[int], None]:
+    def kill(pid: int) -> None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+
+    return kill
+
+
+def _must_have_checkpoint(run: Path, log: Path) -> None:
+    """Whatever was published stays: nothing before the last published checkpoint is lost."""
+    newest = find_newest(run)
+    steps = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("step ")]
+    # The save after step 3k is over when the next step is done.
+    published = [step for step in steps if step % 3 == 0 and step < max(steps)]
+    if published:
+        assert newest is not None
+        assert read_manifest(newest).step >= max(published)
+
+
+def _stage_kills(forks: Zygote, tmp_path: Path, kind: str, expected: Finished, numbers: list[int]) -> int:
+    """Kill a run at its n-th file operation, let it finish, and repeat; how many kills there were."""
+    num_kills = 0
+    for number in numbers:
+        run = tmp_path / f"{kind}-at-{number}"
+        status = forks.run("train", run.with_suffix(".log"), run_dir=str(run), kill_at=number, **KINDS[kind])
+        if status == 0:
+            break  # the run has fewer operations
+        assert status == -signal.SIGKILL
+        num_kills += 1
+        _must_have_checkpoint(run, run.with_suffix(".log"))
+        _finish(forks, run, kind, expected)
+    return num_kills
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24, 57])])
+def test_kill_in_a_stage_of_a_save(
+    kind: str, numbers: list[int], forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    assert _stage_kills(forks, tmp_path, kind, reference(kind), numbers) == len(numbers)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_moments_twice_in_a_row(seed: int, forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
+    kind = ["padded", "lora"][seed]
+    run = tmp_path / "run"
+    chance = random.Random(seed)
+    for _ in range(2):
+        forks.run("train", run.with_suffix(".log"), while_running=_kill_after(chance.uniform(0.2, 0.7)), run_dir=str(run), **KINDS[kind])
+    _finish(forks, run, kind, reference(kind))
+
+
+def test_resuming_a_finished_run_changes_nothing(forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for _ in range(2):
+        _finish(forks, run, "padded", reference("padded"))
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    log = run.with_suffix(".log")
+    forks.run("train", log, run_dir=str(run), **KINDS["padded"])
+    newest = find_newest(run)
+    assert newest is not None
+    weights = next(newest.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    log.unlink()
+    _finish(forks, run, "padded", reference("padded"))
+    assert "step 13" in log.read_text()
+    assert "checksum differs" in log.read_text()
+
+
+# --- the long version
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_at_every_file_operation(kind: str, forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
+    num_kills = _stage_kills(forks, tmp_path, kind, reference(kind), list(range(1, 1000, 2)))
+    print(f"\n{kind}: {num_kills} kills in the stages of a save, each resumed to the uninterrupted run's bits")
+    assert num_kills > 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_many_kills_at_random_moments(forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
+    chance = random.Random(2024)
+    num_kills, num_tries = 0, 0
+    while num_kills < NUM_LONG:
+        num_tries += 1
+        kind = list(KINDS)[num_tries % len(KINDS)]
+        run = tmp_path / f"{num_tries}"
+        for _ in range(chance.randint(1, 3)):
+            kill = _kill_after(chance.uniform(0.05, 0.9))
+            num_kills += forks.run("train", run.with_suffix(".log"), while_running=kill, run_dir=str(run), **KINDS[kind]) != 0
+        _must_have_checkpoint(run, run.with_suffix(".log")) if run.exists() else None
+        _finish(forks, run, kind, reference(kind))
+    print(f"\n{num_kills} kills at random moments in {num_tries} runs, each run equal to the uninterrupted one")
