@@ -30,6 +30,8 @@ _OUTSIDE_STRING = re.compile(r'["\[\]{},]')
 _WRAPPERS = ("data", "rows", "examples", "instances", "items", "train")
 _LONGEST_ATOM = 16
 """Characters within which a cut literal, number sign or escape may end; a decoding error further from the end is a real one."""
+_NUMBER_TAIL = 2
+"""Characters after which a number may still go on: of "1e+5" cut before the 5, "1" is a number too."""
 
 
 def too_large(where: Where, max_row_bytes: int) -> Dropped:
@@ -221,7 +223,7 @@ def _element(window: _Window, where: Where, max_row_bytes: int) -> Any:
     while True:
         try:
             value, end = decoder.raw_decode(window.text, window.position)
-            is_whole = end < len(window.text) or window.is_complete
+            is_whole = end + _NUMBER_TAIL < len(window.text) or window.is_complete
         except json.JSONDecodeError as error:
             is_whole = False
             cut = error.pos >= len(window.text) - _LONGEST_ATOM or error.msg.startswith("Unterminated string")

@@ -35,7 +35,7 @@ _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 _TYPE_NAMES = {bool: "boolean", int: "number", float: "number", list: "list", dict: "object", str: "text"}
 
 
-class BadRow(Exception):  # noqa: N818 - a verdict on a row, not an error of the program
+class BadRow(Exception):
     """A row that cannot be used: a reason code and what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -27,5 +27,6 @@ NOTES: dict[str, str] = {
     "special_tokens_in_text": "the text of the row contains special-token text",
     "boundary_merge": "the tokenizer merges the last prompt character with the answer; the merged token counts as answer",
     "already_rendered": "the prompt was already rendered with the chat template; it was taken as it is",
+    "text_not_printed": "the chat template leaves out some of the row's text (a system message, reasoning); it is not trained",
     "identical_pair_removed": "of several pairs, one or more had two identical answers and were left out",
 }

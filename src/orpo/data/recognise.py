@@ -19,7 +19,6 @@ from orpo.data.columns import (
     LABELS,
     LISTS,
     PAIR_EXAMPLE,
-    PROMPTS,
     RANKS,
     RATINGS,
     REJECTED,
@@ -39,7 +38,7 @@ from orpo.data.columns import (
 )
 from orpo.data.messages import is_transcript, looks_like_messages, type_name
 from orpo.data.pairs import PairPolicy, parse_policy
-from orpo.data.refusals import map_hint, refusal, unlabelled
+from orpo.data.refusals import map_hint, no_prompt, refusal, unlabelled
 from orpo.data.shapes import GroupReader, PairReader, PromptReader, Reader, SftReader, VotedReader
 from orpo.data.types import Dropped
 from orpo.errors import DataError
@@ -180,11 +179,7 @@ def _pair_shape(sample: Sample, sft_rows: bool) -> _Found:
         transcripts = min(sample.share(chosen, is_transcript), sample.share(rejected, is_transcript)) >= 0.8
         prompt = PromptReader((), prompt.system, prompt.tools)
         if not transcripts and sample.share(chosen, lambda value: isinstance(value, str)) > 0.5:
-            raise sample.error(
-                "no column for the prompt",
-                expected=f"{PAIR_EXAMPLE}, or the prompt inside both answers as messages",
-                mend=map_hint(sample, "prompt", PROMPTS, (chosen, rejected)),
-            )
+            raise no_prompt(sample, (chosen, rejected))
     name = _pair_name(sample, prompt, chosen, transcripts)
     sft_columns = tuple(c for n in ("completion", "response", "output", "answer") if (c := sample.find((n,)))) if sft_rows else ()
     reader = PairReader(prompt, chosen, rejected, transcripts, (*sft_columns, chosen) if sft_rows else ())
@@ -241,6 +236,8 @@ def _several_responses(sample: Sample, policy: PairPolicy) -> _Found:
 def _numbered_responses(sample: Sample, items: list[tuple[str, str]], policy: PairPolicy) -> _Found:
     suffixes, columns = tuple(suffix for suffix, _ in items), tuple(column for _, column in items)
     prompt = prompt_reader(sample, taken=columns)
+    if not prompt.columns and sample.share(columns[0], looks_like_messages) < 0.5:
+        raise no_prompt(sample, columns)
     used = [*columns_of(prompt), *columns]
     line = f"{prompt_line(prompt)}, responses = {', '.join(map(repr, columns))}"
     if len(columns) == 2 and (verdict := _verdict(sample, (suffixes[0], suffixes[1]))):
@@ -286,6 +283,8 @@ def _verdict(sample: Sample, suffixes: tuple[str, str]) -> tuple[str, list[str],
 
 def _listed_responses(sample: Sample, column: str, policy: PairPolicy) -> _Found:
     prompt = prompt_reader(sample, taken=(column,))
+    if not prompt.columns:
+        raise no_prompt(sample, (column,))
     line = f"{prompt_line(prompt)}, responses = {column!r}"
     used = [*columns_of(prompt), column]
     for names, is_rank in ((SCORES, False), (RANKS, True)):

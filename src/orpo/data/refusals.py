@@ -6,7 +6,18 @@ import difflib
 from collections.abc import Sequence
 
 from orpo.data import shapes
-from orpo.data.columns import ANSWERS, CHOSEN, PAIR_EXAMPLE, RATINGS, REJECTED, Sample, is_number, prompt_reader, verdict_on_one_answer
+from orpo.data.columns import (
+    ANSWERS,
+    CHOSEN,
+    PAIR_EXAMPLE,
+    PROMPTS,
+    RATINGS,
+    REJECTED,
+    Sample,
+    is_number,
+    prompt_reader,
+    verdict_on_one_answer,
+)
 from orpo.data.messages import BadRow, looks_like_messages
 from orpo.errors import DataError
 
@@ -17,6 +28,15 @@ def map_hint(sample: Sample, ours: str, names: Sequence[str], taken: Sequence[st
     if near:
         return f"did you mean {near[0]!r}? Then set column_map: {{{ours}: {near[0]}}}"
     return f"add the column, or name the one that holds it, for example column_map: {{{ours}: {free[0] if free else '…'}}}"
+
+
+def no_prompt(sample: Sample, taken: Sequence[str]) -> DataError:
+    """Answers, and no column that holds what they answer."""
+    return sample.error(
+        "no column for the prompt",
+        expected=f"{PAIR_EXAMPLE}, or the prompt inside both answers as messages",
+        mend=map_hint(sample, "prompt", PROMPTS, taken),
+    )
 
 
 def unlabelled(sample: Sample, columns: Sequence[str]) -> DataError:

@@ -73,6 +73,8 @@ class PromptReader:
         Raises:
             BadRow: absent, or neither text nor messages.
         """
+        if not self.columns:
+            raise BadRow("missing_field", "no prompt: the answers stand alone")
         if len(self.columns) > 1:
             first = check_text(row.get(self.columns[0]), self.columns[0])
             others = [check_text(row[column], column) for column in self.columns[1:] if row.get(column) is not None]
@@ -161,8 +163,6 @@ class PairReader:
         responses = [read_text_or_messages(value, name) for value, name in zip(values, ("chosen", "rejected"), strict=True)]
         tools = self.prompt.read_tools(row)
         if not are_whole(responses):
-            if not self.prompt.columns:
-                raise BadRow("missing_field", "no prompt: the answers stand alone")
             return draft_of(self.prompt.read(row), responses, ((0, 1),), tools)
         conversations = [as_messages(response, "assistant") for response in responses]
         shared, rests = self._split(row, conversations)
@@ -196,8 +196,6 @@ def read_sft(prompt_reader: PromptReader, row: Mapping[str, Any], answer: Any) -
     if are_whole([response]):
         prompt, (response,) = split_conversations([as_messages(response, "assistant")])
         return draft_of(prompt, [response], ())
-    if not prompt_reader.columns:
-        raise BadRow("missing_field", "no prompt: the answer stands alone")
     return draft_of(prompt_reader.read(row), [response], (), prompt_reader.read_tools(row))
 
 
@@ -233,8 +231,6 @@ class VotedReader:
         if are_whole(answers):
             prompt, rests = split_conversations([as_messages(answer, "assistant") for answer in answers])
             return draft_of(prompt, rests, ((0, 1),), self.prompt.read_tools(row))
-        if not self.prompt.columns:
-            raise BadRow("missing_field", "no prompt: the answers stand alone")
         return draft_of(self.prompt.read(row), answers, ((0, 1),), self.prompt.read_tools(row))
 
 
