@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, TrainOutput
 
 from orpo.checkpoint import RunLock, current_ranks
 from orpo.config import ORPOConfig
@@ -43,14 +43,30 @@ logger = logging.getLogger(__name__)
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch's shuffle to use; from the step counter, so that a resumed epoch gets its own again."""
+    """Epochs, told from the step counter alone, so that a run resumed at any step does what the uninterrupted one does.
+
+    The sampler gets the epoch's shuffle. What transformers does at the end of an epoch (log, evaluate, save) happens at the end of its last
+    step instead: between the two a checkpoint may be saved, and a run resumed from it begins with the next epoch.
+    """
 
     def __init__(self, trainer: ORPOTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.make_up_evaluation()
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         sampler = self.trainer.train_sampler
         sampler.set_epoch(state.global_step // max(len(sampler), 1))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % max(len(self.trainer.train_sampler), 1) == 0 or state.global_step >= state.max_steps:
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_evaluate = control.should_save = False
 
 
 class ORPOTrainer(CheckpointMixin, Trainer):
@@ -245,21 +261,21 @@ class ORPOTrainer(CheckpointMixin, Trainer):
             stack.enter_context(RunLock(self.args.output_dir, ranks=self.ranks))
             stack.enter_context(first_cause(self.args.output_dir, self.ranks))
             guard = stack.enter_context(SignalGuard(ranks=self.ranks))
-            signals = SignalCallback(guard, self.save_now)
-            self.add_callback(signals)
-            stack.callback(self.remove_callback, signals)
+            self._signals = SignalCallback(guard, self.save_now)
+            self.add_callback(self._signals)
+            stack.callback(self.remove_callback, self._signals)
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
             _ = self.engine  # before the model is wrapped
             stack.enter_context(guard.hold())
-            stack.enter_context(self._whole_steps())
+            stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
             if checkpoint is not None and self.is_complete_at(checkpoint):
                 return self.restore_complete(checkpoint)
             return super().train(resume_from_checkpoint=checkpoint, trial=trial, **kwargs)
 
     @contextmanager
-    def _whole_steps(self) -> Iterator[None]:
-        """What the Trainer may see while it trains: one batch is one step, and it rotates no checkpoints."""
-        hidden = {"gradient_accumulation_steps": 1, "save_total_limit": None}
+    def _whole_steps(self, *, is_resumed: bool) -> Iterator[None]:
+        """What the Trainer may see while it trains: one batch is one step, it rotates no checkpoints, a resumed run does not start anew."""
+        hidden = {"gradient_accumulation_steps": 1, "save_total_limit": None, **({"eval_on_start": False} if is_resumed else {})}
         self.hidden_args = {name: getattr(self.args, name) for name in hidden}
         for name, value in hidden.items():
             setattr(self.args, name, value)

@@ -5,6 +5,7 @@ transformers writes into the published folder, trusts the newest one, pickles, a
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from orpo.checkpoint import (
     verify,
 )
 from orpo.errors import CheckpointError
+from orpo.guards.callbacks import SignalCallback
 from orpo.runfolder import fingerprint_groups
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class CheckpointMixin(_Base):
 
     hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
     _facts: dict[str, Any] | None = None
+    _signals: SignalCallback
+    _is_evaluation_due = False
+    _evaluated_from: int | None = None
+    """Length of metrics.jsonl before the evaluation that is running: what it has logged is logged again after a resume."""
 
     # ---- save ----------------------------------------------------------------------------------------------------------------------
 
@@ -63,20 +69,20 @@ class CheckpointMixin(_Base):
         run_dir = Path(self.args.output_dir)
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(run_dir / checkpoint_name(self.state.best_global_step))
-        folder = publish(run_dir, self.state.global_step, self._write_checkpoint, facts=self.facts(), ranks=self.ranks)
+        # Gathered before the save: inside it a rank that fails would leave the others in a collective of another kind.
+        write = functools.partial(self._write_checkpoint, sums=self.ranks.gather(self.sums.state()))
+        folder = publish(run_dir, self.state.global_step, write, facts=self.facts(), ranks=self.ranks)
         if self.ranks.is_first:
             prune(run_dir, keep=self.hidden_args.get("save_total_limit"), best=self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
     def save_now(self, step: int) -> Path:
-        """Save the state after `step` unless that is done already; for a signal that comes during an evaluation."""
-        folder = Path(self.args.output_dir) / checkpoint_name(step)
-        if not folder.is_dir():
-            self._save_checkpoint(self.model, None)
-        return folder
+        """Save the state after `step`, for a signal that comes during an evaluation; in place of one without the evaluation due."""
+        self._save_checkpoint(self.model, None)
+        return Path(self.args.output_dir) / checkpoint_name(step)
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, sums: list[Any]) -> None:
         """This rank's files of a checkpoint."""
         self.save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
@@ -88,12 +94,16 @@ class CheckpointMixin(_Base):
                 if self.accelerator.scaler is not None:
                     save_scaler(self.accelerator.scaler, folder)
             save_rng(folder, rank=self.ranks.rank)
-        states = self.ranks.gather(self.sums.state())
         if self.ranks.is_first:
             self._export_callbacks()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             self.run_folder.metrics.sync()
-            own = {"sums": states, "metrics_bytes": self.run_folder.metrics.num_bytes, "nonfinite": self.nonfinite.state_dict()}
+            own = {
+                "sums": sums,
+                "metrics_bytes": self.run_folder.metrics.num_bytes if self._evaluated_from is None else self._evaluated_from,
+                "is_evaluation_due": self._evaluated_from is not None or self._signals.is_evaluation_due,
+                "nonfinite": self.nonfinite.state_dict(),
+            }
             (folder / STATE_NAME).write_text(json.dumps(own))
 
     def _export_callbacks(self) -> None:
@@ -106,6 +116,19 @@ class CheckpointMixin(_Base):
                 stored[name].append(callback.state())
             else:
                 stored[name] = callback.state()
+
+    def _evaluate(self, *arguments: Any, **keywords: Any) -> Any:
+        self._evaluated_from = self.run_folder.metrics.num_bytes
+        try:
+            return super()._evaluate(*arguments, **keywords)
+        finally:
+            self._evaluated_from = None
+
+    def make_up_evaluation(self) -> None:
+        """Run the evaluation that a signal cut short or put off before the checkpoint this run goes on from."""
+        if self._is_evaluation_due:
+            self._is_evaluation_due = False
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -200,6 +223,7 @@ class CheckpointMixin(_Base):
         if self.ranks.rank < len(sums):
             self.sums.restore(sums[self.ranks.rank])
         self.nonfinite.load_state_dict(state["nonfinite"])
+        self._is_evaluation_due = state["is_evaluation_due"]
         if self.ranks.is_first and os.path.realpath(folder.parent) == os.path.realpath(self.args.output_dir):
             self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))
 

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,14 @@ from faults import jobs
 from faults.forked import Zygote, zygote
 from orpo.checkpoint import find_newest, read_manifest
 
-KINDS = {"padded": {"engine": "padded"}, "shared": {"engine": "shared"}, "lora": {"engine": "shared", "lora": True}}
+BY_EPOCH = {"logging_strategy": "epoch", "eval_strategy": "epoch", "eval_on_start": True, "load_best_model_at_end": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "padded": {"engine": "padded"},
+    "shared": {"engine": "shared"},
+    "lora": {"engine": "shared", "lora": True},
+    # A save at the last step of an epoch, before what belongs to the epoch's end.
+    "by epoch": {"engine": "padded", "options": BY_EPOCH},
+}
 NUM_LONG = 200
 
 
@@ -90,7 +98,7 @@ def _stage_kills(forks: Zygote, tmp_path: Path, kind: str, expected: Finished, n
     """Kill a run at its n-th file operation, let it finish, and repeat; how many kills there were."""
     num_kills = 0
     for number in numbers:
-        run = tmp_path / f"{kind}-at-{number}"
+        run = tmp_path / f"{kind.replace(' ', '-')}-at-{number}"
         status = forks.run("train", run.with_suffix(".log"), run_dir=str(run), kill_at=number, **KINDS[kind])
         if status == 0:
             break  # the run has fewer operations
@@ -101,7 +109,7 @@ def _stage_kills(forks: Zygote, tmp_path: Path, kind: str, expected: Finished, n
     return num_kills
 
 
-@pytest.mark.parametrize(("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24, 57])])
+@pytest.mark.parametrize(("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24, 57]), ("by epoch", [25])])
 def test_kill_in_a_stage_of_a_save(
     kind: str, numbers: list[int], forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
 ) -> None:

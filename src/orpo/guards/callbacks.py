@@ -16,16 +16,21 @@ class SignalCallback(TrainerCallback):
     """After each optimizer step: if any rank was told to stop, save once (through the Trainer's own save) and leave right after it.
 
     Signals during an evaluation are seen between its batches: the weights are those of the step before it, so `save_now` (if given) is
-    called and `SignalStop` raised from there. It gets the step and returns the folder; it should do nothing if that step is saved already.
+    called and `SignalStop` raised from there. It gets the step and returns the folder.
+
+    Attributes:
+        is_evaluation_due: the step had an evaluation coming, which was put off to leave sooner; a resumed run has to make up for it.
     """
 
     def __init__(self, guard: SignalGuard, save_now: Any = None) -> None:
         self.guard, self.save_now = guard, save_now
+        self.is_evaluation_due = False
         self._signum = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         self._signum = self.guard.agreed()
         if self._signum:
+            self.is_evaluation_due = control.should_evaluate
             control.should_save, control.should_evaluate = True, False
         return control
 
