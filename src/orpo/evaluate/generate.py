@@ -1,0 +1,232 @@
+"""Answers from a model: batched, greedy or sampled, from the very ids and to the very stop tokens of training.
+
+What a prompt is answered with does not depend on what else is in the batch, as far as floating point allows: padding is masked, and every
+prompt draws from a random stream of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from orpo.errors import UserError
+from orpo.evaluate.compute import inference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from orpo.data.template import TemplateEncoder
+    from orpo.data.types import Text
+
+STOP, LENGTH, TOO_LONG = "stop", "length", "prompt_too_long"
+_MAX_BATCH_TOKENS = 32768
+"""Prompt and answer tokens of a batch, padding included: a bound for the cache of keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer.
+
+    Attributes:
+        text: without the tokens that ended it.
+        num_tokens: generated tokens, the terminator included.
+        finish: "stop" (the model ended its turn), "length" (cut at `max_new_tokens`), or "prompt_too_long" for the model's context: then
+            nothing was generated.
+    """
+
+    text: str
+    num_tokens: int
+    finish: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    encoder: TemplateEncoder,
+    prompts: Sequence[Text],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    compute_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Answer]:
+    """Answer every prompt.
+
+    Args:
+        model: a causal language model, adapted or not. Comes back as it was.
+        tokenizer: turns ids into text.
+        encoder: the run's: template and stop tokens are taken from it.
+        prompts: texts or messages.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        seed: of the samples. A prompt that is given several times is answered differently each time.
+        batch_size: prompts at a time.
+        compute_dtype: None for the weights' own; bfloat16 is about twice as fast on float32 weights.
+        progress: called with (answers done, prompts).
+
+    Returns:
+        Answers in the order of the prompts.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    _check(max_new_tokens, temperature, top_p, batch_size)
+    ids = [encoder.prompt_ids(prompt) for prompt in prompts]
+    limit = _context_tokens(model)
+    answers: list[Answer | None] = [Answer("", 0, TOO_LONG) if limit and len(one) >= limit else None for one in ids]
+    seeds = _stream_seeds(ids, seed)
+    todo = sorted((row for row, answer in enumerate(answers) if answer is None), key=lambda row: -len(ids[row]))
+    job = _Job(model, encoder.terminator_ids, max_new_tokens, temperature, top_p, limit)
+    with inference(model, compute_dtype), _plain_generation_config(model):
+        for rows in _batches(todo, [len(one) for one in ids], batch_size, max_new_tokens, limit):
+            for row, tokens in zip(rows, job.run([ids[row] for row in rows], [seeds[row] for row in rows]), strict=True):
+                answers[row] = _answer(tokenizer, tokens, encoder.terminator_ids)
+            if progress is not None:
+                progress(sum(answer is not None for answer in answers), len(answers))
+    return [answer for answer in answers if answer is not None]
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", expected="at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}", where="temperature", expected="0 (the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}", where="top_p", expected="above 0, at most 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}", where="batch_size", expected="at least 1")
+
+
+def _context_tokens(model: nn.Module) -> int | None:
+    """Most positions that the model has."""
+    from orpo.engine.shared import unwrap
+
+    config = unwrap(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _stream_seeds(ids: Sequence[np.ndarray], seed: int) -> list[int]:
+    """A seed per prompt from its ids and how often it came before: independent of the batch and of the other prompts."""
+    seen: Counter[bytes] = Counter()
+    found = []
+    for one in ids:
+        content = one.astype("<i4").tobytes()
+        digest = hashlib.sha256(f"{seed}:{seen[content]}:".encode() + content).digest()
+        found.append(int.from_bytes(digest[:8], "little") >> 1)
+        seen[content] += 1
+    return found
+
+
+def _batches(rows: Sequence[int], lengths: Sequence[int], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
+    """Runs of rows, longest prompts first: little padding, and a lack of memory shows at once.
+
+    A prompt whose answer may come up against the end of the model's context is alone, so that it shortens nobody else's.
+    """
+    start = 0
+    while start < len(rows):
+        width = lengths[rows[start]] + max_new_tokens
+        fitting = 1 if limit is not None and width > limit else max(1, _MAX_BATCH_TOKENS // width)
+        end = start + min(batch_size, fitting)
+        yield list(rows[start:end])
+        start = end
+
+
+@contextmanager
+def _plain_generation_config(model: nn.Module) -> Iterator[None]:
+    """A model's own generation_config (repetition penalty, sampling, stop tokens) would mix with what is asked for here."""
+    from transformers import GenerationConfig
+
+    from orpo.engine.shared import unwrap
+
+    core = unwrap(model)
+    before, core.generation_config = core.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        core.generation_config = before
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """How to continue prompts."""
+
+    model: Any
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    limit: int | None
+
+    def run(self, prompts: list[np.ndarray], seeds: list[int]) -> list[list[int]]:
+        """New ids of each prompt, what follows its stop token cut off."""
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        device = next(self.model.parameters()).device
+        width = max(len(ids) for ids in prompts)
+        new = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - width)
+        input_ids = torch.full((len(prompts), width), self.stop_ids[0], dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):
+            input_ids[row, width - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
+            mask[row, width - len(ids) :] = 1
+        noise = [_RowNoise(seeds, self.temperature, self.top_p, device)] if self.temperature > 0 else []
+        stops = list(self.stop_ids)
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=stops, pad_token_id=stops[0], use_cache=True)
+        output = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList(noise),
+        )
+        return [_until_stop(row, self.stop_ids) for row in output[:, width:].tolist()]
+
+
+class _RowNoise:
+    """Sampling as the largest of log-probabilities plus Gumbel noise, each row from its own generator.
+
+    transformers draws for a whole batch from one stream, so that an answer would depend on its neighbours.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: torch.device) -> None:
+        import torch
+
+        self.temperature, self.top_p, self.device = temperature, top_p, device
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            ordered, order = scores.softmax(-1).sort(-1, descending=True)
+            is_beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the token that crosses the line stays in
+            scores = scores.masked_fill(is_beyond.scatter(-1, order, is_beyond), -torch.inf)
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self.generators])
+        return scores - (-uniform.clamp(min=1e-300).log()).log().to(scores)
+
+
+def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    end = next((position + 1 for position, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
+
+
+def _answer(tokenizer: Any, ids: list[int], stop_ids: tuple[int, ...]) -> Answer:
+    is_stopped = bool(ids) and ids[-1] in stop_ids
+    text = tokenizer.decode(ids[:-1] if is_stopped else ids, skip_special_tokens=True)
+    return Answer(text, len(ids), STOP if is_stopped else LENGTH)
