@@ -41,6 +41,7 @@ def train(
     engine: str = "padded",
     lora: bool = False,
     kill_at: int | None = None,
+    kill_after: str | None = None,
     slow_eval_s: float = 0.0,
     slow_save_s: float = 0.0,
     poison_step: int | None = None,
@@ -53,6 +54,7 @@ def train(
         run_dir: the run's folder.
         engine, lora: what to train with.
         kill_at: SIGKILL this process at its n-th file operation (see `die_at`).
+        kill_after: SIGKILL it as soon as something has been renamed to this (`checkpoint-6`).
         slow_eval_s, slow_save_s: time to add to each evaluated micro-batch, and before each file is synced, so that a signal hits there.
         poison_step: from this step on one weight is NaN.
         num_rows: training rows; 22 rows in steps of 4 leave a ragged tail.
@@ -64,6 +66,8 @@ def train(
 
     if kill_at is not None:
         die_at(kill_at)
+    if kill_after is not None:
+        die_after(kill_after)
     if slow_save_s:
         _slow("sync_file", slow_save_s)
     defaults: dict[str, Any] = {
@@ -139,6 +143,20 @@ def die_at(number: int) -> None:
     for name in ("make_dir", "write_file", "sync_file", "sync_dir", "rename", "unlink", "remove_dir"):
         setattr(_fs, name, counted(getattr(_fs, name), halfway=False))
     safetensors.torch.save_file = counted(safetensors.torch.save_file, halfway=True)
+
+
+def die_after(name: str) -> None:
+    """Kill this process with SIGKILL right after a rename to a name."""
+    from orpo.checkpoint import _fs
+
+    real = _fs.rename
+
+    def rename(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _fs.rename = rename
 
 
 def _slow(operation: str, seconds: float) -> None:

@@ -109,11 +109,19 @@ def _stage_kills(forks: Zygote, tmp_path: Path, kind: str, expected: Finished, n
     return num_kills
 
 
-@pytest.mark.parametrize(("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24, 57]), ("by epoch", [25])])
+@pytest.mark.parametrize(("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24, 57])])
 def test_kill_in_a_stage_of_a_save(
     kind: str, numbers: list[int], forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
 ) -> None:
     assert _stage_kills(forks, tmp_path, kind, reference(kind), numbers) == len(numbers)
+
+
+def test_kill_between_the_last_step_of_an_epoch_and_its_end(forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
+    """The epoch's log and evaluation come before the save, or the resumed run, which begins with the next epoch, would lack them."""
+    run, kind = tmp_path / "run", "by epoch"
+    status = forks.run("train", run.with_suffix(".log"), run_dir=str(run), kill_after="checkpoint-6", **KINDS[kind])
+    assert status == -signal.SIGKILL
+    _finish(forks, run, kind, reference(kind))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
