@@ -162,6 +162,8 @@ class _Builder:
         self.num_rows = self.num_predicted = 0
 
     def add(self, group: TokenGroup) -> None:
+        if not all(map(len, (group.prompt_ids, *group.response_ids))):
+            raise ValueError(f"{group.where}: a prompt or an answer has no token")
         first_n, first_r, first_b = self.num_predicted, len(self.lengths), len(self.pairs)
         wins = group.num_wins
         num_prompt = len(group.prompt_ids)
@@ -201,6 +203,9 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
     Args:
         groups: at least one.
         nll_scope: "sequence" counts prompt and chosen tokens in the next-token loss (paper, TRL), "response" the chosen ones only.
+
+    Raises:
+        ValueError: no group, or one with an empty prompt or answer.
     """
     if not groups:
         raise ValueError("a batch needs at least one group")
