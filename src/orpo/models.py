@@ -320,15 +320,16 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         arguments: dict[str, Any] = {**hub, **quantization, **options.model_init_kwargs}
         if options.attn_implementation:
             arguments["attn_implementation"] = options.attn_implementation
-        if quantization and "device_map" not in arguments:
-            arguments["device_map"] = {"": device}
+        is_quantized = "quantization_config" in arguments or getattr(config, "quantization_config", None) is not None
+        if is_quantized:  # such a model is built on its device; it cannot be moved there afterwards
+            arguments.setdefault("device_map", {"": device})
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
         )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
         raise explain_failure(error, source) from error
     _refuse_random_weights(loading, source)
-    if not quantization and "device_map" not in arguments:
+    if "device_map" not in arguments:
         model.to(device)
     if source.kind == "alias":
         model.config._name_or_path = model.name_or_path = source.name
@@ -457,7 +458,7 @@ def _with_facts(
     quantization = "4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else _stored_quantization(model)
     collected = list(notes)
     if source.kind == "alias":
-        collected.append("4-bit weights (Q4_1) unpacked to float32; the full-precision ones are " + BUNDLED_HUB_ID)
+        collected.append("4-bit weights (Q4_1), unpacked; the full-precision ones are " + BUNDLED_HUB_ID)
     elif stored and stored != in_memory and not quantization:
         collected.append(f"weights stored in {stored} were loaded as {in_memory}")
     num_embeddings = model.get_input_embeddings().weight.shape[0]

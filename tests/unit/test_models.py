@@ -424,6 +424,23 @@ def test_adapter_of_another_model_is_refused(model_folder: Path, tmp_path: Path)
         load_model(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapter_on_quantized_weights(bits: int, tmp_path: Path) -> None:
+    """QLoRA, on the CPU: the base is quantized and frozen, the adapter is fp32 and trains."""
+    pytest.importorskip("bitsandbytes")
+    build_tiny_model("llama", vocab_size=384, hidden_size=64).save_pretrained(tmp_path / "base")
+    build_tiny_tokenizer().save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base", device="cpu", load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    assert loaded.facts.quantization == f"{bits}bit"
+    assert any("only an adapter" in note for note in loaded.facts.notes)
+    adapted = adapt(loaded.model, r=4)
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    adapted(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
+    with pytest.raises(UserError, match="quantized"):
+        merge(adapted)
+
+
 # --- dtypes, devices, fingerprints ---
 
 
