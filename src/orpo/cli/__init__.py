@@ -121,7 +121,7 @@ def _configure_logging() -> None:
     handler.setFormatter(_Plain())
     root = logging.getLogger("orpo")
     root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     root.propagate = False
     # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

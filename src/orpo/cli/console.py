@@ -68,3 +68,15 @@ def human_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def quiet_libraries() -> None:
+    """Keep transformers', datasets' and Python's own notes from breaking into ours; errors still show."""
+    import datasets
+    import transformers
+
+    show_warnings_plainly()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()

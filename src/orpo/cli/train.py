@@ -1,0 +1,74 @@
+"""Train from a YAML file, from flags, or both: orpo train CONFIG.yaml [--key value …]
+
+The same command again resumes from the newest checkpoint that verifies, and does nothing once the run is complete.
+Keys are those of ORPOConfig and transformers' TrainingArguments, TRL's names (docs/trl-compatibility.md), and the keys below.
+A flag goes before the file, the file before the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orpo.runner import RunResult
+
+NAME = "train"
+HELP = "fine-tune a model with ORPO from a YAML file and flags"
+TAKES_KEYS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that are no keys of the configuration, and list the keys that are most often needed."""
+    from orpo.runkeys import RunKeys
+
+    parser.usage = "orpo train [CONFIG.yaml] [--key value …]"
+    keys = [
+        (item.name, str(item.metadata["help"])) for item in dataclasses.fields(RunKeys) if not item.metadata["help"].startswith("TRL's")
+    ]
+    shown = "\n".join(f"  --{name:<28}{text}" for name, text in keys)
+    parser.epilog = (
+        f"model, data and adapter:\n{shown}\n\nmost used of the others:\n"
+        "  --orpo_alpha                  lambda, the weight of the odds-ratio term (0.1; near 1 below 1B parameters)\n"
+        "  --learning_rate               8e-6; small models need more, 5e-5 for instance\n"
+        "  --num_train_epochs, --max_steps, --per_device_train_batch_size, --gradient_accumulation_steps\n"
+        "  --max_length, --truncation, --chat_template, --output_dir, --seed\n"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; exit code 0 also where the run was complete already."""
+    from orpo.cli.console import quiet_libraries, say, stderr_console
+    from orpo.runconfig import resolve
+
+    quiet_libraries()
+    config = resolve(None, args.keys)
+    console = stderr_console()
+    from orpo.cli.progress import ProgressReport
+    from orpo.runner import run_training
+
+    progress = ProgressReport(console)
+    try:
+        result = run_training(config, lambda line: say(console, line), [progress])
+    finally:
+        progress.close()
+    for line in closing_lines(result):
+        say(console, line)
+    return 0
+
+
+def closing_lines(result: RunResult) -> list[str]:
+    """What a user wants to know at the end: the outcome, where it is, what next."""
+    from orpo.cli.progress import describe_log
+
+    folder = result.folder
+    if result.is_already_complete:
+        lines = [f"{folder} is complete; nothing was done. Another output_dir, or another configuration, makes a new run."]
+    else:
+        lines = [f"done         {folder}"]
+    if result.weights is not None:
+        lines.append(f"weights      {result.weights}")
+    if result.metrics:
+        lines.append(f"held out     {describe_log(result.metrics, 'eval_')}")
+    return [*lines, f"next         orpo chat {folder}   ·   orpo eval {folder}   ·   orpo report {folder}   ·   orpo export {folder}"]
