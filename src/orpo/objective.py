@@ -46,8 +46,9 @@ class ResponseIndex:
         nll_weight_N: float32; how often the token counts in the next-token loss (0: not at all).
         num_tokens_R: float32; predicted tokens of each response, at least 1.
         chosen_B, rejected_B: int64; the responses of each pair.
-        num_nll_tokens: counted tokens of the whole optimizer step, over all micro-batches and ranks.
-        num_pairs: pairs of the whole optimizer step.
+        num_nll_tokens: counted tokens of the whole optimizer step, over all micro-batches and ranks; a share of them per rank where
+            gradients are averaged over ranks, so it need not be whole.
+        num_pairs: pairs of the whole optimizer step, likewise; below 1 where a step has fewer pairs than ranks.
         reference_logp_sum_R: float32; summed log-probabilities under a frozen reference, for DPO; else None.
     """
 
@@ -138,7 +139,7 @@ class ORPO:
         logp_R = mean_logp(logp_N, index)
         ratio_B = log_odds_ratio(logp_R[index.chosen_B], logp_R[index.rejected_B])
         loss_B = -F.logsigmoid(self.orpo_beta * ratio_B)
-        preference = self.orpo_alpha * loss_B.sum() / max(index.num_pairs, 1.0)
+        preference = self.orpo_alpha * loss_B.sum() / (index.num_pairs or 1.0)
         return {"nll": nll_term(logp_N, index), "preference": preference}
 
 
@@ -164,7 +165,7 @@ class DPO:
             raise ValueError("DPO needs the reference log-probabilities of every response")
         ratio_R = sum_logp(logp_N, index) - index.reference_logp_sum_R.to(logp_N.dtype)
         margin_B = ratio_R[index.chosen_B] - ratio_R[index.rejected_B]
-        preference = -F.logsigmoid(self.beta * margin_B).sum() / max(index.num_pairs, 1.0)
+        preference = -F.logsigmoid(self.beta * margin_B).sum() / (index.num_pairs or 1.0)
         return {"nll": logp_N.sum() * 0.0, "preference": preference}
 
 
@@ -181,7 +182,7 @@ class SimPO:
     def __call__(self, logp_N: Tensor, index: ResponseIndex) -> Terms:
         logp_R = mean_logp(logp_N, index)
         margin_B = self.beta * (logp_R[index.chosen_B] - logp_R[index.rejected_B]) - self.gamma
-        preference = -F.logsigmoid(margin_B).sum() / max(index.num_pairs, 1.0)
+        preference = -F.logsigmoid(margin_B).sum() / (index.num_pairs or 1.0)
         return {"nll": logp_N.sum() * 0.0, "preference": preference}
 
 
