@@ -7,6 +7,7 @@ yields one optimizer step at a time, so every count is known before anything is 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -125,7 +126,8 @@ def pack(sizes: Sequence[int], *, num_ranks: int, max_rows: int, max_tokens: int
         Item indices per bin, fullest bins first, so that dealing them out in turn gives every rank like work.
     """
     order = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
-    per_rank = max(1, -(-len(sizes) // (num_ranks * max_rows)), -(-min(sum(sizes), max_tokens * len(sizes)) // (num_ranks * max_tokens)))
+    num_tokens = sum(min(size, max_tokens) for size in sizes)
+    per_rank = max(1, -(-len(sizes) // (num_ranks * max_rows)), -(-num_tokens // (num_ranks * max_tokens)))
     while True:
         bins = _fill(order, sizes, num_ranks * per_rank, max_rows)
         if all(len(content) <= 1 or sum(sizes[item] for item in content) <= max_tokens for content in bins):
@@ -134,12 +136,14 @@ def pack(sizes: Sequence[int], *, num_ranks: int, max_rows: int, max_tokens: int
 
 
 def _fill(order: Sequence[int], sizes: Sequence[int], num_bins: int, max_rows: int) -> list[list[int]]:
+    """Each item into the emptiest bin that still takes one. A heap: evaluation packs whole data sets at once."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
+    emptiest = [(0, index) for index in range(num_bins)]
     for item in order:
-        target = min((index for index in range(num_bins) if len(bins[index]) < max_rows), key=lambda index: (loads[index], index))
+        load, target = heapq.heappop(emptiest)
         bins[target].append(item)
-        loads[target] += sizes[item]
+        if len(bins[target]) < max_rows:
+            heapq.heappush(emptiest, (load + sizes[item], target))
     return bins
 
 
