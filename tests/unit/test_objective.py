@@ -405,3 +405,13 @@ def test_alpha_zero_is_plain_fine_tuning() -> None:
 def test_ties_are_not_counted_as_right() -> None:
     assert named(evaluate(ORPO(), torch.tensor([-1.0, -1.0]), pair_index()))["accuracy_sum"] == 0
     assert named(evaluate(ORPO(), torch.tensor([-0.9, -1.0]), pair_index()))["accuracy_sum"] == 1
+
+
+@pytest.mark.parametrize("objective", [ORPO(1.0), DPO(), SimPO()], ids=str)
+def test_one_pair_on_two_ranks_weighs_what_it_weighs_on_one(objective: Objective) -> None:
+    """Each rank divides by its share of the pairs, here one half, since the gradients are averaged over ranks afterwards."""
+    index = replace(pair_index(), reference_logp_sum_R=torch.tensor([-2.0, -3.0]))
+    logp_N = torch.tensor([-1.0, -2.0])
+    alone = objective(logp_N, index)["preference"]
+    share = objective(logp_N, replace(index, num_pairs=0.5))["preference"]
+    assert share.item() == pytest.approx(2 * alone.item())
