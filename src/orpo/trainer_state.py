@@ -194,10 +194,13 @@ class CheckpointMixin(_Base):
         return read_manifest(Path(checkpoint)).step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def restore_complete(self, checkpoint: str) -> TrainOutput:
-        """State and weights of a run that is done already, without a step."""
+        """State and weights of a run that is done already, without a step; only an evaluation that a signal put off is made up."""
         logger.info("the run is complete")
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         self._load_from_checkpoint(checkpoint)
+        if _own_state(Path(checkpoint))["is_evaluation_due"]:
+            self._load_own_state(Path(checkpoint))
+            self.make_up_evaluation()
         if self.args.load_best_model_at_end and self.state.best_global_step:
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / checkpoint_name(self.state.best_global_step))
             self._load_best_model()
@@ -218,7 +221,7 @@ class CheckpointMixin(_Base):
         self._load_own_state(Path(checkpoint))
 
     def _load_own_state(self, folder: Path) -> None:
-        state = json.loads((folder / STATE_NAME).read_text())
+        state = _own_state(folder)
         sums = state["sums"]
         if self.ranks.rank < len(sums):
             self.sums.restore(sums[self.ranks.rank])
@@ -234,3 +237,7 @@ class CheckpointMixin(_Base):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_rng(checkpoint, rank=self.ranks.rank)
+
+
+def _own_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_NAME).read_text())

@@ -1,8 +1,8 @@
 """A model of a disk that forgets: records the file operations of a save and builds every state that a power cut may leave.
 
-What is modelled, after POSIX and the journaling file systems: a file's content is safe once the file was synced; before that it may be there, be
-missing, be cut or be zeros. A folder's entries (new names, renames, removals) become durable in their order, and surely at the latest when the
-folder was synced; each folder by itself. A rename within one folder is one entry.
+What is modelled, after POSIX and the journaling file systems: a file's content is safe once the file was synced; before that it may be
+there, be missing, be cut or be zeros. A folder's entries (new names, renames, removals) become durable in their order, and surely at the
+latest when the folder was synced; each folder by itself. A rename within one folder is one entry.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Op = tuple[Any, ...]
 
 
 class Recorder:
-    """Writes down what happens under `base`: the operations of the seam, and, before each, what was changed past it (the model's own files)."""
+    """Writes down what happens under `base`: the operations of the seam, and before each what was changed past it (the weights)."""
 
     def __init__(self, base: Path, patch: pytest.MonkeyPatch) -> None:
         self.base = base

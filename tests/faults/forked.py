@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import orpo
+from faults.jobs import metrics
 
 TESTS = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -59,6 +60,21 @@ class Zygote:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+
+
+class Finished:
+    """What a run left: digests of its weights and optimizer, and its metrics."""
+
+    def __init__(self, run: Path) -> None:
+        self.digests: dict[str, str] = json.loads((run / "final.json").read_text())
+        # The Trainer's last line is about the process (its mean loss since it started), not about the run.
+        self.metrics = [line for line in metrics(run) if "train_loss" not in line]
+
+    def assert_equals(self, uninterrupted: Finished) -> None:
+        """The same bits; a run that was complete when it was started again has no optimizer to compare."""
+        assert set(self.digests) == set(uninterrupted.digests) or not any(name.startswith("optimizer") for name in self.digests)
+        assert self.digests.items() <= uninterrupted.digests.items()
+        assert self.metrics == uninterrupted.metrics
 
 
 @contextmanager

@@ -44,7 +44,9 @@ def train(
     kill_after: str | None = None,
     slow_eval_s: float = 0.0,
     slow_save_s: float = 0.0,
-    poison_step: int | None = None,
+    slow_rows_s: float = 0.0,
+    trouble: str | None = None,
+    anew: bool = False,
     num_rows: int = 22,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -55,13 +57,16 @@ def train(
         engine, lora: what to train with.
         kill_at: SIGKILL this process at its n-th file operation (see `die_at`).
         kill_after: SIGKILL it as soon as something has been renamed to this (`checkpoint-6`).
-        slow_eval_s, slow_save_s: time to add to each evaluated micro-batch, and before each file is synced, so that a signal hits there.
-        poison_step: from this step on one weight is NaN.
+        slow_eval_s, slow_save_s, slow_rows_s: time to add to each evaluated micro-batch, before each file is synced, and to each row that
+            is prepared, so that a signal hits there.
+        trouble: something to go wrong in the model, a key of `TROUBLES`.
+        anew: do not resume.
         num_rows: training rows; 22 rows in steps of 4 leave a ragged tail.
         options: more fields of ORPOConfig.
     """
     from orpo import ORPOConfig, ORPOTrainer
     from orpo.checkpoint import find_newest
+    from orpo.guards import SignalGuard
     from tinymodels import build_tiny_model, build_tiny_tokenizer
 
     if kill_at is not None:
@@ -76,20 +81,21 @@ def train(
         "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 11,
     }  # fmt: skip
     args = ORPOConfig(output_dir=run_dir, engine=engine, **{**defaults, **(options or {})})
-    trainer = ORPOTrainer(
-        model=build_tiny_model("llama", num_layers=2),
-        args=args,
-        train_dataset=groups(num_rows),
-        eval_dataset=groups(5, seed=1),
-        processing_class=build_tiny_tokenizer(),
-        peft_config=_lora() if lora else None,
-    )
-    if slow_eval_s:
-        _slow_evaluation(trainer, slow_eval_s)
-    if poison_step is not None:
-        _poison(trainer, poison_step)
-    _tell_steps(trainer)
-    trainer.train(resume_from_checkpoint=find_newest(run_dir) is not None or None)
+    with SignalGuard():  # as the command line does
+        trainer = ORPOTrainer(
+            model=build_tiny_model("llama", num_layers=2),
+            args=args,
+            train_dataset=_slow_rows(num_rows, slow_rows_s),
+            eval_dataset=groups(5, seed=1),
+            processing_class=build_tiny_tokenizer(),
+            peft_config=_lora() if lora else None,
+        )
+        if slow_eval_s:
+            _slow_evaluation(trainer, slow_eval_s)
+        if trouble is not None:
+            TROUBLES[trouble](trainer)
+        _tell_steps(trainer)
+        trainer.train(resume_from_checkpoint=True if find_newest(run_dir) and not anew else None)
     (Path(run_dir) / "final.json").write_text(json.dumps(digests(trainer)))
 
 
@@ -183,15 +189,72 @@ def _slow_evaluation(trainer: Any, seconds: float) -> None:
     trainer.add_callback(Slow())
 
 
-def _poison(trainer: Any, step: int) -> None:
+def _slow_rows(number: int, seconds: float) -> list[TokenGroup]:
+    for _ in range(number if seconds else 0):
+        print("preparing", flush=True)
+        time.sleep(seconds)
+    return groups(number)
+
+
+def _from_step_5(trainer: Any, act: Callable[[Any], None]) -> None:
     from transformers import TrainerCallback
 
-    class Poison(TrainerCallback):
+    class FromStep5(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step + 1 >= step:
-                next(model.parameters()).data.view(-1)[0] = float("nan")
+            if state.global_step + 1 >= 5:
+                act(model)
 
-    trainer.add_callback(Poison())
+    trainer.add_callback(FromStep5())
+
+
+def _nan_weight(trainer: Any) -> None:
+    def act(model: Any) -> None:
+        model.model.norm.weight.data[0] = float("nan")
+
+    _from_step_5(trainer, act)
+
+
+def _inf_gradient(trainer: Any) -> None:
+    """The loss stays finite, one gradient does not."""
+    is_on = []
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda grad: grad * float("inf") if is_on else grad)
+    _from_step_5(trainer, lambda model: is_on.append(True))
+
+
+def _one_inf_gradient(trainer: Any) -> None:
+    """As `_inf_gradient`, in the fifth and sixth step alone."""
+    num_seen: list[int] = []
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda grad: grad * float("inf") if 0 < len(num_seen) <= 2 else grad)
+    _from_step_5(trainer, lambda model: num_seen.append(1))
+
+
+def _frozen(trainer: Any) -> None:
+    trainer.model.requires_grad_(False)
+
+
+def _no_gradient(trainer: Any) -> None:
+    for weight in trainer.model.parameters():
+        weight.register_hook(lambda grad: grad * 0)
+
+
+def _half_forgotten(trainer: Any) -> None:
+    """The optimizer has only half of the trainable weights."""
+    import torch
+
+    names = [weight for name, weight in trainer.model.named_parameters() if "mlp" not in name]
+    trainer.optimizer = torch.optim.AdamW(names, lr=3e-3)
+
+
+TROUBLES = {
+    "nan weight": _nan_weight,
+    "inf gradient": _inf_gradient,
+    "inf gradient twice": _one_inf_gradient,
+    "frozen": _frozen,
+    "no gradient": _no_gradient,
+    "half forgotten": _half_forgotten,
+}
 
 
 def _tell_steps(trainer: Any) -> None:

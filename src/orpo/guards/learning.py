@@ -24,7 +24,7 @@ END_DROP_NATS = 2.0
 LENGTH_FACTOR = 2.0
 """Generated answers have drifted when they are this many times longer or shorter than at first."""
 _NUM_FIRST = 3
-_SMOOTHING = 0.8
+_SMOOTHING = 0.9
 
 
 @dataclass(frozen=True, slots=True)
