@@ -6,17 +6,19 @@ sees it too. Without a layout (generation, the padded engine) the call is ordina
 
 Three ways to compute the same thing, chosen by what the call needs:
 
-- `_BlockAttention`: matrix products per segment and block of queries, CPU. Measured against scaled-dot-product attention on segments
-  (docs/performance.md): 2.9 times its speed forward and backward in bf16 on two cores.
+- `_BlockAttention`: batched matrix products per block of queries, CPU; docs/performance.md says what it gains.
 - scaled-dot-product attention per segment: every device.
 - plain mathematics per segment: soft caps and attention sinks, which the other two do not have.
 
-Shape suffixes: H query heads, K key heads, G query heads per key head, T packed tokens, S segment or block rows, L visible keys, E head width.
+Shape suffixes: H query heads, K key heads, G query heads per key head, T packed tokens, S rows of a segment or block (in a block times
+G), L visible keys, E head width.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,10 @@ def shared_attention_forward(
     if dropout:
         raise ValueError("attention dropout is not supported on packed rows; set it to 0 or use engine='padded'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they come in float32, values in bf16.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if softcap is None and sinks_H is None and query.device.type == "cpu":
         return _BlockAttention.apply(query, key, value, shared_layout, scale, sliding_window), None
     outputs_HSE = []
@@ -150,11 +156,27 @@ def _plain(
     return weights.to(value.dtype) @ value
 
 
-class _BlockAttention(torch.autograd.Function):
-    """Segment attention as batched matrix products, one per key head, with the scores recomputed in the backward pass.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Query rows [start, end) of the packed row, the key rows they are multiplied with, and the mask that hides the rest.
 
-    Query heads that share a key head are stacked, so keys and values are never repeated. Scores live for one block at a time: memory is
-    linear in the number of tokens. Nothing but inputs and output is kept.
+    `keys` is one range of rows where that is contiguous or nearly so, else prefix and own rows. `mask_1SL` is 0 or -inf, with a row for
+    each (query row, query head of a key head) in that order.
+    """
+
+    start: int
+    end: int
+    keys: tuple[tuple[int, int], ...]
+    mask_1SL: Tensor
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention of a packed row as batched matrix products, one per key head, with the scores recomputed in the backward pass.
+
+    Query heads that share a key head are stacked, so keys and values are never repeated. A short group is one block, its answers hidden
+    from each other by the mask: on a CPU a few wasted products cost less than more calls. A long one is cut by segment and into blocks of
+    queries, so that what is behind a block's last row is left out rather than masked. Scores live for one block at a time, and nothing
+    but inputs and output is kept: memory is linear in the number of tokens.
     """
 
     @staticmethod
@@ -167,18 +189,14 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        num_heads, num_tokens = query.shape[1], query.shape[2]
-        num_kv = key.shape[1]
-        output_THE = query.new_empty(num_tokens, num_heads, value.shape[3])
-        query_KGTE = query[0].unflatten(0, (num_kv, -1))
-        output_KGTE = output_THE.transpose(0, 1).unflatten(0, (num_kv, -1))
-        for segment in layout.segments:
-            key_KLE, value_KLE = _visible(key, segment)[0].contiguous(), _visible(value, segment)[0].contiguous()
-            for start, end, num_keys in _blocks(segment):
-                query_KSE = query_KGTE[:, :, start:end].flatten(1, 2)
-                scores_KSL = _scores(query_KSE, key_KLE[:, :num_keys], layout, segment, start, end, scale, window)
-                weights_KSL = torch.softmax(scores_KSL.float(), -1).to(value.dtype)
-                output_KGTE[:, :, start:end] = torch.bmm(weights_KSL, value_KLE[:, :num_keys]).unflatten(1, (-1, end - start))
+        query_KTGE, key_KTE, value_KTE = _by_key_head(query, key.shape[1]), key[0].contiguous(), value[0].contiguous()
+        groups = query_KTGE.shape[2]
+        output_KTGE = query.new_empty(*query_KTGE.shape[:3], value.shape[3])
+        for block in plan(layout, window, groups, query.dtype):
+            weights_KSL = _weights(query_KTGE, _rows(key_KTE, block), block, scale).to(value.dtype)
+            output_KSE = torch.bmm(weights_KSL, _rows(value_KTE, block))
+            output_KTGE[:, block.start : block.end] = output_KSE.unflatten(1, (-1, groups))
+        output_THE = output_KTGE.permute(1, 0, 2, 3).flatten(1, 2)
         ctx.save_for_backward(query, key, value, output_THE)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window  # type: ignore[attr-defined]
         return output_THE[None]
@@ -186,70 +204,102 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output_THE = ctx.saved_tensors  # type: ignore[attr-defined]
-        layout, scale, window = ctx.layout, ctx.scale, ctx.window  # type: ignore[attr-defined]
-        grad_THE = grad_outputs[0][0]
+        scale: float = ctx.scale  # type: ignore[attr-defined]
         num_kv = key.shape[1]
+        query_KTGE, key_KTE, value_KTE = _by_key_head(query, num_kv), key[0].contiguous(), value[0].contiguous()
+        groups = query_KTGE.shape[2]
+        grad_KTGE = _by_key_head(grad_outputs[0].transpose(1, 2), num_kv)
         # Sum over keys of weight * d(weight), from the output alone: d(scores) = weights * (d(weights) - that sum).
-        inner_KGT = (grad_THE.float() * output_THE.float()).sum(-1).t().unflatten(0, (num_kv, -1))
-        query_KGTE = query[0].unflatten(0, (num_kv, -1))
-        grad_KGTE = grad_THE.transpose(0, 1).unflatten(0, (num_kv, -1))
-        d_query_THE = torch.empty_like(output_THE) if output_THE.shape[2] == query.shape[3] else None
-        if d_query_THE is None:
-            d_query_THE = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-        d_query_KGTE = d_query_THE.transpose(0, 1).unflatten(0, (num_kv, -1))
+        inner_KTG = (grad_outputs[0][0].float() * output_THE).sum(-1).unflatten(1, (num_kv, -1)).transpose(0, 1)
+        d_query_KTGE = torch.empty_like(query_KTGE)
         d_key_KTE = torch.zeros(key.shape[1:], dtype=torch.float32)
         d_value_KTE = torch.zeros(value.shape[1:], dtype=torch.float32)
-        for segment in layout.segments:
-            key_KLE, value_KLE = _visible(key, segment)[0].contiguous(), _visible(value, segment)[0].contiguous()
-            for start, end, num_keys in _blocks(segment):
-                query_KSE, grad_KSE = query_KGTE[:, :, start:end].flatten(1, 2), grad_KGTE[:, :, start:end].flatten(1, 2)
-                scores_KSL = _scores(query_KSE, key_KLE[:, :num_keys], layout, segment, start, end, scale, window)
-                weights_KSL = torch.softmax(scores_KSL.float(), -1)
-                d_scores_KSL = torch.bmm(grad_KSE, value_KLE[:, :num_keys].transpose(1, 2)).float()
-                d_scores_KSL.sub_(inner_KGT[:, :, start:end].flatten(1, 2)[..., None]).mul_(weights_KSL)
-                weights_KSL, d_scores_KSL = weights_KSL.to(query.dtype), d_scores_KSL.to(query.dtype)
-                d_query = torch.bmm(d_scores_KSL, key_KLE[:, :num_keys]).mul_(scale)
-                d_query_KGTE[:, :, start:end] = d_query.unflatten(1, (-1, end - start))
-                _add_visible(d_value_KTE, torch.bmm(weights_KSL.transpose(1, 2), grad_KSE), segment)
-                _add_visible(d_key_KTE, torch.bmm(d_scores_KSL.transpose(1, 2), query_KSE), segment)
-        d_query = d_query_THE.transpose(0, 1)[None]
+        for block in plan(ctx.layout, ctx.window, groups, query.dtype):  # type: ignore[attr-defined]
+            rows = slice(block.start, block.end)
+            keys_KLE = _rows(key_KTE, block)
+            grad_KSE = grad_KTGE[:, rows].flatten(1, 2)
+            weights_KSL = _weights(query_KTGE, keys_KLE, block, scale)
+            d_scores_KSL = torch.bmm(grad_KSE, _rows(value_KTE, block).transpose(1, 2)).float()
+            d_scores_KSL.sub_(inner_KTG[:, rows].flatten(1, 2)[..., None]).mul_(weights_KSL)
+            weights_KSL, d_scores_KSL = weights_KSL.to(query.dtype), d_scores_KSL.to(query.dtype)
+            d_query_KTGE[:, rows] = torch.bmm(d_scores_KSL, keys_KLE).unflatten(1, (-1, groups))
+            _add_rows(d_value_KTE, torch.bmm(weights_KSL.transpose(1, 2), grad_KSE), block)
+            _add_rows(d_key_KTE, torch.bmm(d_scores_KSL.transpose(1, 2), query_KTGE[:, rows].flatten(1, 2)), block)
+        d_query = d_query_KTGE.mul_(scale).permute(1, 0, 2, 3).flatten(1, 2).transpose(0, 1)[None]
         return d_query, d_key_KTE.mul_(scale).to(key.dtype)[None], d_value_KTE.to(value.dtype)[None], None, None, None
 
 
-def _blocks(segment: Segment) -> Iterator[tuple[int, int, int]]:
-    """(first row, end row, visible keys) of each block of queries; keys behind a block's last row are left out, not masked."""
-    for start in range(segment.start, segment.end, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, segment.end)
-        yield start, end, segment.num_prefix + end - segment.start
+def _by_key_head(query: Tensor, num_kv: int) -> Tensor:
+    """(1, H, T, E) -> (K, T, G, E), contiguous: the rows of a block, with the heads of a key head side by side, are then one matrix."""
+    return query[0].unflatten(0, (num_kv, -1)).transpose(1, 2).contiguous()
 
 
-def _scores(
-    query_KSE: Tensor,
-    key_KLE: Tensor,
-    layout: PackedLayout,
-    segment: Segment,
-    start: int,
-    end: int,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Masked, scaled scores of one block of queries; the mask rides along in the matrix product."""
-    size, num_keys = end - start, key_KLE.shape[1]
-    groups = query_KSE.shape[1] // size
-    cache_key = ("additive", size, num_keys, groups, window, query_KSE.dtype)
+def _rows(tensor_KTE: Tensor, block: Block) -> Tensor:
+    if len(block.keys) == 1:
+        return tensor_KTE[:, block.keys[0][0] : block.keys[0][1]]
+    return torch.cat([tensor_KTE[:, start:end] for start, end in block.keys], dim=1)
+
+
+def _add_rows(total_KTE: Tensor, part_KLE: Tensor, block: Block) -> None:
+    first = 0
+    for start, end in block.keys:
+        total_KTE[:, start:end] += part_KLE[:, first : first + end - start]
+        first += end - start
+
+
+def _weights(query_KTGE: Tensor, keys_KLE: Tensor, block: Block, scale: float) -> Tensor:
+    """Softmax of one block's scores, float32; the mask rides along in the matrix product."""
+    query_KSE = query_KTGE[:, block.start : block.end].flatten(1, 2)
+    mask = block.mask_1SL.expand(query_KSE.shape[0], -1, -1)
+    return torch.softmax(torch.baddbmm(mask, query_KSE, keys_KLE.transpose(1, 2), alpha=scale).float(), -1)
+
+
+def plan(layout: PackedLayout, window: int | None, groups: int, dtype: torch.dtype) -> list[Block]:
+    """The blocks of a packed row; made once per micro-batch and shared by its layers and both passes."""
+    cache_key = ("plan", window, groups, dtype)
     if cache_key not in layout.cache:
-        block = Segment(start, end, 0, num_keys - size)
-        mask_SL = torch.zeros(size, num_keys, dtype=query_KSE.dtype)
-        mask_SL.masked_fill_(~visibility(layout, block, window, mask_SL.device), float("-inf"))
-        layout.cache[cache_key] = mask_SL.repeat(groups, 1)[None]
-    mask_1SL = layout.cache[cache_key]
-    return torch.baddbmm(mask_1SL.expand(key_KLE.shape[0], -1, -1), query_KSE, key_KLE.transpose(1, 2), alpha=scale)
+        layout.cache[cache_key] = [
+            Block(start, end, keys, _mask(layout, start, end, keys, window, dtype).repeat_interleave(groups, 0)[None])
+            for start, end, keys in _cuts(layout.segments)
+        ]
+    return layout.cache[cache_key]  # type: ignore[return-value]
 
 
-def _add_visible(total_KTE: Tensor, part_KLE: Tensor, segment: Segment) -> None:
-    """Add a gradient over visible keys (prefix, then own rows, of which a block may see only the first) where those rows lie."""
-    num_prefix = segment.num_prefix
-    if num_prefix:
-        total_KTE[:, segment.prefix_start : segment.prefix_end] += part_KLE[:, :num_prefix]
-    own = part_KLE[:, num_prefix:]
-    total_KTE[:, segment.start : segment.start + own.shape[1]] += own
+def _cuts(segments: tuple[Segment, ...]) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+    """(first query row, end row, key ranges) of each block."""
+    firsts = [index for index, segment in enumerate(segments) if segment.num_prefix == 0] + [len(segments)]
+    for first, last in itertools.pairwise(firsts):
+        start, end = segments[first].start, segments[last - 1].end
+        if end - start <= QUERY_BLOCK:
+            yield start, end, ((start, end),)
+            continue
+        for segment in segments[first:last]:
+            is_adjacent = segment.num_prefix == 0 or segment.prefix_end == segment.start
+            for block_start in range(segment.start, segment.end, QUERY_BLOCK):
+                block_end = min(block_start + QUERY_BLOCK, segment.end)
+                if is_adjacent:
+                    yield block_start, block_end, ((segment.prefix_start, block_end),)
+                else:
+                    yield block_start, block_end, ((segment.prefix_start, segment.prefix_end), (segment.start, block_end))
+
+
+def _mask(
+    layout: PackedLayout, start: int, end: int, keys: tuple[tuple[int, int], ...], window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """0 where a query row may use a key row, -inf elsewhere, shape (S, L)."""
+    rows = torch.cat([torch.arange(first, last) for first, last in keys])
+    mask_SL = torch.full((end - start, len(rows)), float("-inf"), dtype=dtype)
+    for segment in layout.segments:
+        first, last = max(segment.start, start), min(segment.end, end)
+        if first >= last:
+            continue
+        queries = torch.arange(first, last)[:, None]
+        is_own = (rows >= segment.start) & (rows <= queries)
+        is_prefix = (rows >= segment.prefix_start) & (rows < segment.prefix_end)
+        visible = is_own | is_prefix
+        if window is not None:
+            # Positions: a prefix row keeps its place, an own row stands behind the whole prefix.
+            position = torch.where(rows >= segment.start, rows - segment.start + segment.num_prefix, rows - segment.prefix_start)
+            visible &= queries - segment.start + segment.num_prefix - position < window
+        mask_SL[first - start : last - start].masked_fill_(visible, 0.0)
+    return mask_SL

@@ -41,8 +41,8 @@ class PackedLayout:
     """What attention needs to know of a packed row. Travels as a keyword argument of the model's forward."""
 
     segments: tuple[Segment, ...]
-    cache: dict[object, Tensor] = field(default_factory=dict, repr=False)
-    """Masks, made once per micro-batch and shared by the layers."""
+    cache: dict[object, object] = field(default_factory=dict, repr=False)
+    """Masks and plans, made once per micro-batch and shared by the layers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""One side of `throughput.py`: a trainer that takes an optimizer step when its standard input says so."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+FILES = {"hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz", "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json"}
+WORDS = {"hh": (95, 28, 36), "sharegpt": (300, 220, 240)}
+"""Words of prompt, chosen and rejected of made-up rows where the files are absent, for about the same tokens."""
+MAX_LENGTH = 1024
+
+
+def tell(**message: Any) -> None:
+    print("@" + json.dumps(message), flush=True)
+
+
+def load_rows(data: str, tokenizer: Any, num_rows: int) -> list[dict[str, Any]]:
+    """Rows of messages that fit `MAX_LENGTH` whole, in file order, repeated if there are too few."""
+    from orpo.data.formats import load_preferences
+    from orpo.data.template import TemplateEncoder
+    from orpo.data.types import TokenGroup
+
+    if FILES[data].exists():
+        preferences, _, _ = load_preferences(str(FILES[data]), max_rows=4 * num_rows + 200)
+    else:
+        preferences, _, _ = load_preferences(_made_up(WORDS[data], num_rows))
+    groups = TemplateEncoder(tokenizer, max_length=MAX_LENGTH).encode_many(preferences)
+    fitting = [preference for preference, group in zip(preferences, groups, strict=True) if isinstance(group, TokenGroup)]
+    rows = [
+        {"prompt": _messages(item.prompt, "user"), "chosen": _messages(item.responses[0], "assistant"), "rejected": _messages(item.responses[1], "assistant")}
+        for item in fitting
+    ]
+    return [rows[index % len(rows)] for index in range(num_rows)]
+
+
+def _messages(text: Any, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+
+
+def _made_up(words: tuple[int, int, int], num_rows: int) -> list[dict[str, str]]:
+    source = random.Random(0)  # noqa: S311
+    vocabulary = "the river stone bridge walks slowly under a bright morning sky while children count birds and write letters home".split()
+
+    def text(mean: int) -> str:
+        return " ".join(source.choice(vocabulary) for _ in range(max(4, int(source.gauss(mean, mean / 3)))))
+
+    return [dict(zip(("prompt", "chosen", "rejected"), map(text, words), strict=True)) for _ in range(num_rows)]
+
+
+class OnDemand(TrainerCallback):
+    """Holds every step until it is asked for, and times it."""
+
+    def __init__(self, tokens_of_last_step: Any, floor: Any) -> None:
+        self.tokens_of_last_step, self.floor = tokens_of_last_step, floor
+        self.started = 0.0
+
+    def wait(self) -> None:
+        """Serve questions until the next step is asked for."""
+        for line in sys.stdin:
+            word, *rest = line.split()
+            if word == "step":
+                self.started = time.perf_counter()
+                return
+            if word == "floor":
+                tell(seconds=self.floor(int(rest[0])))
+            if word == "end":
+                tell(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                sys.exit(0)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        names = ("torch", "transformers", "trl", "accelerate", "peft")
+        tell(versions={name: importlib.metadata.version(name) for name in names})
+        self.wait()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        tell(seconds=time.perf_counter() - self.started, tokens=self.tokens_of_last_step())
+        self.wait()
+
+
+def matmul_floor(model: Any, *, is_full: bool, dtype: torch.dtype) -> Any:
+    """A function: seconds that the matrix products of a step over so many tokens take alone, at the model's own shapes.
+
+    Forward and gradient of the input, and for full fine-tuning gradient of the weight, of every linear layer and of the head.
+    """
+    shapes: dict[tuple[int, int], int] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features * module.in_features > 64 * 64 * 8:
+            shapes[module.out_features, module.in_features] = shapes.get((module.out_features, module.in_features), 0) + 1
+
+    def measure(num_tokens: int) -> float:
+        total = 0.0
+        for (num_out, num_in), count in shapes.items():
+            weight, x = torch.randn(num_out, num_in, dtype=dtype), torch.randn(num_tokens, num_in, dtype=dtype)
+            y = torch.randn(num_tokens, num_out, dtype=dtype)
+            total += count * (_best(lambda: x @ weight.t()) + _best(lambda: y @ weight))  # noqa: B023
+            if is_full:
+                total += count * _best(lambda: y.t() @ x)  # noqa: B023
+        return total
+
+    return measure
+
+
+def _best(product: Any) -> float:
+    """Median of a few runs after one that warms up."""
+    product()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[2]
+
+
+def main() -> None:
+    side, case, num_steps = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    from orpo.models import load_model
+
+    model, tokenizer, _ = load_model("smollm2-135m-instruct")
+    pairs = 4 if case["data"] == "hh" else 2
+    rows = load_rows(case["data"], tokenizer, pairs * (num_steps + 1))
+    options = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": pairs,
+        "max_steps": num_steps + 1,
+        "learning_rate": 8e-6,
+        "save_strategy": "no",
+        "logging_steps": 10_000,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "max_length": MAX_LENGTH,
+        "bf16": case["precision"] == "bf16",
+        "gradient_checkpointing": case["checkpointing"],
+    }
+    peft_config = None
+    if case["method"] == "lora":
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
+    floor = matmul_floor(model, is_full=case["method"] == "full", dtype=dtype)
+    build = _trl if side == "trl" else _orpo
+    build(model, tokenizer, rows, options, peft_config, floor)
+
+
+def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, floor: Any) -> None:
+    from orpo import ORPOConfig, ORPOTrainer
+
+    trainer = ORPOTrainer(model=model, args=ORPOConfig(**options), train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
+    trainer.train_sampler.seed = None  # rows in file order, as on the other side
+    tokens = [0]
+    step = trainer.training_step
+
+    def counted(model: Any, inputs: Any, *rest: Any) -> Any:
+        tokens[0] = sum(batch.num_tokens for batch in inputs.microbatches)
+        return step(model, inputs, *rest)
+
+    trainer.training_step = counted
+    trainer.add_callback(OnDemand(lambda: tokens[0], floor))
+    trainer.train()
+
+
+def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, floor: Any) -> None:
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    config = ORPOConfig(use_cpu=not torch.cuda.is_available(), beta=0.1, **options)
+    trainer = ORPOTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
+    )
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+    trainer.add_callback(OnDemand(lambda: 0, floor))
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
