@@ -91,21 +91,23 @@ def score_tokens(
         return []
     found: list[tuple[np.ndarray, ...] | None] = [None] * len(groups)
     device = next(model.parameters()).device
-    with inference(model, compute_dtype), _own_attention(model) as use_attention:
+    with _own_attention(model) as use_attention:
         if engine is None:
-            engine = choose(model, groups, SFT(), nll_scope=nll_scope, budget_bytes=budget_bytes or DEFAULT_BUDGET_BYTES)
+            with inference(model):  # in the weights' own dtype: bf16's rounding would drown what the check looks for
+                engine = choose(model, groups, SFT(), nll_scope=nll_scope, budget_bytes=budget_bytes or DEFAULT_BUDGET_BYTES)
         elif budget_bytes is not None:
             engine = replace(engine, budget_bytes=budget_bytes)
         use_attention(engine)
         num_done = 0
         costs = [_cost(group, engine) for group in groups]
-        for rows in pack(costs, num_ranks=1, max_rows=len(groups), max_tokens=max_tokens):
-            answers = _score_batch(model, [groups[row] for row in rows], engine, nll_scope, device)
-            for row, responses in zip(rows, answers, strict=True):
-                found[row] = responses
-            num_done += len(rows)
-            if progress is not None:
-                progress(num_done, len(groups))
+        with inference(model, compute_dtype):
+            for rows in pack(costs, num_ranks=1, max_rows=len(groups), max_tokens=max_tokens):
+                answers = _score_batch(model, [groups[row] for row in rows], engine, nll_scope, device)
+                for row, responses in zip(rows, answers, strict=True):
+                    found[row] = responses
+                num_done += len(rows)
+                if progress is not None:
+                    progress(num_done, len(groups))
     return [responses for responses in found if responses is not None]
 
 
