@@ -100,7 +100,8 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
         train, held_out = split_by_prompt(train, config["eval_fraction"])
         tell(f"held out     {len(held_out)} rows ({config['eval_fraction']:.0%} of the prompts), {len(train)} to train on")
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    train_report.check(min(rows_per_step, train_report.num_rows) if train_report.num_dropped == 0 else rows_per_step, name="training data")
+    num_set_aside = train_report.num_groups - len(train)
+    train_report.check(rows_per_step + num_set_aside, name="the training data")
     if held_out is not None:
         find_overlap(train, held_out).check(allow=args.allow_overlap)
     return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer)

@@ -1,0 +1,104 @@
+"""Estimate a run before it is started: memory, disk and time, from the configuration alone: orpo plan CONFIG.yaml [--key value …]
+
+No weights are loaded. With data that is here, its real lengths are counted (--no_data does not); `orpo check` then measures one real step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orpo.config import ORPOConfig
+    from orpo.planning import Plan
+    from orpo.runconfig import RunConfig
+
+NAME = "plan"
+HELP = "estimate memory, disk and time of a run from its configuration"
+TAKES_KEYS = True
+
+SAMPLE_ROWS = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that are no keys of the configuration."""
+    parser.usage = "orpo plan [CONFIG.yaml] [--key value …] [--json] [--no_data]"
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--no_data", action="store_true", help="do not read the data; take every row as long as max_length allows")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the estimate."""
+    from orpo.cli.console import print_json, quiet_libraries, report_console, say
+    from orpo.cli.doctor import matmul_flops, memory_facts
+    from orpo.planning import make_plan
+    from orpo.runconfig import resolve
+
+    quiet_libraries()
+    config = resolve(None, args.keys)
+    training = config.training_args()
+    import torch
+
+    lengths = {} if args.no_data else sample_lengths(config, training)
+    flops = matmul_flops(training.device, getattr(torch, training.compute_dtype))
+    plan = make_plan(config, training, flops=flops, **lengths)
+    disk = plan.disk_bytes(training.save_total_limit, training.save_steps, has_checkpoints=training.save_strategy != "no")
+    if args.json:
+        facts = {**plan.to_dict(), "disk_bytes": disk, "data": lengths or None, "device": str(training.device)}
+        print_json({**facts, "device_memory": memory_facts(training.device)})
+        return 0
+    console = report_console(is_json=False)
+    for line in plan_lines(plan, disk, training, has_data=bool(lengths)):
+        say(console, line)
+    return 0
+
+
+def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
+    """Packed tokens of the first rows, and their number where that is all of them; empty where the data is not at hand."""
+    from itertools import islice
+
+    from orpo.data.collate import prepare_groups
+    from orpo.data.formats import stream_preferences
+    from orpo.errors import DataError
+    from orpo.models import load_tokenizer
+    from orpo.trainer_setup import make_encoder
+
+    column_map = args.column_map if isinstance(args.column_map, dict) else None
+    try:
+        rows = stream_preferences(config.train_source(), split=config["dataset_train_split"], column_map=column_map, pairs=args.pairs)
+        first = list(islice(rows, SAMPLE_ROWS + 1))
+    except DataError:
+        return {}
+    tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
+    groups, _ = prepare_groups(first[:SAMPLE_ROWS], make_encoder(tokenizer, args))
+    if not groups:
+        return {}
+    tokens = [group.num_tokens for group in groups]
+    return {
+        "row_tokens": sum(tokens) / len(tokens),
+        "longest_row_tokens": max(tokens),
+        "num_rows": len(groups) if len(first) <= SAMPLE_ROWS else None,
+    }
+
+
+def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool) -> list[str]:
+    """The estimate for a terminal."""
+    from orpo.cli.console import human_bytes, human_seconds
+    from orpo.cli.doctor import memory_facts
+
+    free = memory_facts(args.device)["free_bytes"]
+    lines = [
+        f"parameters   {plan.num_parameters / 1e6:,.1f} M, {plan.num_trainable / 1e6:,.1f} M trained",
+        f"step         about {plan.tokens_per_step:,} packed tokens, micro-batches of at most {plan.tokens_per_microbatch:,}"
+        + ("" if has_data else " (rows as long as max_length allows)"),
+        f"memory       {human_bytes(plan.memory_bytes)} on {args.device}" + (f", {human_bytes(free)} free" if free else ""),
+    ]
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    lines += [f"  {part:<12}{human_bytes(getattr(plan, f'{part}_bytes'))}" for part in parts]
+    lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each, {human_bytes(disk_bytes)} of disk at most")
+    if plan.seconds_per_step is None:
+        return lines
+    lines.append(f"time         roughly {human_seconds(plan.seconds_per_step)} a step")
+    if plan.total_seconds is not None:
+        lines[-1] += f", {human_seconds(plan.total_seconds)} for {plan.num_steps:,} steps"
+    return lines
