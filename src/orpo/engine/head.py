@@ -67,7 +67,11 @@ def head_loss(hidden_TD: Tensor, module: nn.Module, job: HeadJob) -> tuple[Tenso
     linear = plain_linear(module)
     if linear is None:
         return _called_by_chunks(hidden_ND, module, job)
-    return _FusedHead.apply(hidden_ND, linear.weight, linear.bias, job)
+    inputs = (hidden_ND, linear.weight, linear.bias)
+    if not torch.is_grad_enabled():
+        # An autograd function is not told of no_grad: evaluation would make the gradient of every weight that could have one.
+        inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)  # type: ignore[assignment]
+    return _FusedHead.apply(*inputs, job)
 
 
 def plain_linear(module: nn.Module) -> nn.Linear | None:
