@@ -143,6 +143,7 @@ class CheckpointMixin(_Base):
             configuration = {**self.args.to_dict(), **self.hidden_args}
             self._facts = {
                 "data": fingerprint_groups(self.train_dataset),
+                "rows_per_step": self.train_sampler.rows_per_step,
                 "engine": self.engine.name,
                 "compute_dtype": self.args.compute_dtype,
                 "config": json.loads(json.dumps(configuration, default=str)),
@@ -173,7 +174,7 @@ class CheckpointMixin(_Base):
         manifest = read_manifest(folder) if wanted is True else verify(folder)
         self._engine_before_facts()
         differences = require_same_facts(
-            {key: manifest.facts.get(key) for key in ("data", "engine", "compute_dtype", "config")},
+            {key: manifest.facts.get(key) for key in ("data", "rows_per_step", "engine", "compute_dtype", "config")},
             self.facts(),
             where=str(folder),
             allow=self.args.allow_changed_resume,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orpo
 from faults.jobs import metrics
@@ -23,6 +24,19 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
+
+
+class Exit(NamedTuple):
+    """How a process ended, and how long after the first of its group."""
+
+    status: int
+    after_s: float
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class Zygote:
@@ -48,13 +62,21 @@ class Zygote:
             log: where its output goes.
             while_running: called with its pid while it runs.
         """
+        act = None if while_running is None else lambda pids: while_running(pids[0])
+        return self.run_ranks(job, [log], while_running=act, **arguments)[0].status
+
+    def run_ranks(
+        self, job: str, logs: list[Path], *, while_running: Callable[[list[int]], None] | None = None, **arguments: Any
+    ) -> list[Exit]:
+        """Run a job as several ranks over gloo, one per log; their ends in rank order."""
+        command = {"job": job, "logs": [str(log) for log in logs], "port": _free_port(), "arguments": arguments}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"job": job, "log": str(log), "arguments": arguments}) + "\n")
+        self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
-        pid = self._read()["pid"]
+        pids = self._read()["pids"]
         if while_running is not None:
-            while_running(pid)
-        return int(self._read()["status"])
+            while_running(pids)
+        return [Exit(int(status), after_s) for _, status, after_s in sorted(self._read()["exits"])]
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -46,6 +46,7 @@ def train(
     slow_save_s: float = 0.0,
     slow_rows_s: float = 0.0,
     trouble: str | None = None,
+    trouble_rank: int | None = None,
     anew: bool = False,
     num_rows: int = 22,
     options: dict[str, Any] | None = None,
@@ -60,6 +61,7 @@ def train(
         slow_eval_s, slow_save_s, slow_rows_s: time to add to each evaluated micro-batch, before each file is synced, and to each row that
             is prepared, so that a signal hits there.
         trouble: something to go wrong in the model, a key of `TROUBLES`.
+        trouble_rank: the rank that has the trouble; None for all.
         anew: do not resume.
         num_rows: training rows; 22 rows in steps of 4 leave a ragged tail.
         options: more fields of ORPOConfig.
@@ -79,6 +81,7 @@ def train(
         "max_steps": 14, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3, "logging_steps": 2,
         "eval_steps": 4, "eval_strategy": "steps", "save_total_limit": 2, "learning_rate": 3e-3, "warmup_steps": 2, "report_to": "none",
         "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 11,
+        **({"ddp_backend": "gloo", "ddp_timeout": 15} if "WORLD_SIZE" in os.environ else {}),
     }  # fmt: skip
     args = ORPOConfig(output_dir=run_dir, engine=engine, **{**defaults, **(options or {})})
     with SignalGuard():  # as the command line does
@@ -92,11 +95,12 @@ def train(
         )
         if slow_eval_s:
             _slow_evaluation(trainer, slow_eval_s)
-        if trouble is not None:
+        if trouble is not None and trouble_rank in (None, trainer.ranks.rank):
             TROUBLES[trouble](trainer)
         _tell_steps(trainer)
         trainer.train(resume_from_checkpoint=True if find_newest(run_dir) and not anew else None)
-    (Path(run_dir) / "final.json").write_text(json.dumps(digests(trainer)))
+    if trainer.ranks.is_first:
+        (Path(run_dir) / "final.json").write_text(json.dumps(digests(trainer)))
 
 
 def digests(trainer: Any) -> dict[str, str]:
@@ -247,6 +251,53 @@ def _half_forgotten(trainer: Any) -> None:
     trainer.optimizer = torch.optim.AdamW(names, lr=3e-3)
 
 
+def _exception(trainer: Any) -> None:
+    def act(model: Any) -> None:
+        raise ArithmeticError("the trouble of this rank alone")
+
+    _from_step_5(trainer, act)
+
+
+def _full_disk(trainer: Any) -> None:
+    """What this rank saves finds no room, from the second save on."""
+    import errno
+
+    import orpo.trainer_state as module
+
+    real = module.save_rng
+
+    def save_rng(folder: Path, *, rank: int) -> None:
+        if trainer.state.global_step > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        real(folder, rank=rank)
+
+    module.save_rng = save_rng
+
+
+def _cannot_publish(trainer: Any) -> None:
+    """This rank may make no name in the run's folder final."""
+    from orpo.checkpoint import _fs
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("only rank 0 publishes")
+
+    _fs.rename = _fs.write_file = refuse
+
+
+def _late(trainer: Any) -> None:
+    """This rank writes its part of a checkpoint late."""
+    import orpo.trainer_state as module
+
+    real = module.save_rng
+
+    def save_rng(folder: Path, *, rank: int) -> None:
+        time.sleep(0.3)
+        assert not (folder.parents[1] / f"checkpoint-{trainer.state.global_step}").exists(), "published before all had written"
+        real(folder, rank=rank)
+
+    module.save_rng = save_rng
+
+
 TROUBLES = {
     "nan weight": _nan_weight,
     "inf gradient": _inf_gradient,
@@ -254,6 +305,10 @@ TROUBLES = {
     "frozen": _frozen,
     "no gradient": _no_gradient,
     "half forgotten": _half_forgotten,
+    "exception": _exception,
+    "full disk": _full_disk,
+    "cannot publish": _cannot_publish,
+    "late": _late,
 }
 
 

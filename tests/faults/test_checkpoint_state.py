@@ -266,7 +266,8 @@ def test_what_would_need_pickle_is_refused_with_its_place(value: Any, tmp_path: 
 @pytest.mark.parametrize(
     "text",
     ["", "{", '{"$": "tensor", "name": "00009"}', '{"$": "exec", "value": "1"}', '{"$": "dtype", "value": "load"}',
-     '{"$": "float", "value": "1"}', '{"$": "array", "dtype": "|O", "shape": [1], "base64": "AAAAAAAAAAA="}', '{"$": "dict", "items": [[[], 1]]}', "[" * 200_000],
+     '{"$": "float", "value": "1"}',
+     '{"$": "array", "dtype": "|O", "shape": [1], "base64": "AAAAAAAAAAA="}', '{"$": "dict", "items": [[[], 1]]}', "[" * 200_000],
 )  # fmt: skip
 def test_hostile_or_damaged_structure_is_an_error_for_the_user(text: str, tmp_path: Path) -> None:
     (tmp_path / "tree.json").write_text(text)

@@ -2,8 +2,9 @@
 
 It never computes anything itself: a fork of a process whose autograd threads have started could not train.
 
-Standard input: one JSON object per line, {"job": name in faults.jobs, "log": path, "arguments": {...}}.
-Standard output: for each, {"pid": n} at once and {"status": n} at its end: the exit code, or minus the signal's number.
+Standard input: one JSON object per line, {"job": name in faults.jobs, "logs": a path per rank, "port": n, "arguments": {...}}.
+Standard output: for each, {"pids": [...]} at once and, at the end of all, {"exits": [[rank, status, seconds since the first end], ...]};
+a status is the exit code, or minus the signal's number.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
+from typing import Any
 
 
 def _run(job: str, arguments: dict[str, object]) -> int:
@@ -39,17 +42,34 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for descriptor in (1, 2):
-                os.dup2(log, descriptor)
-            status = _run(command["job"], command["arguments"])
-            sys.stdout.flush()
-            os._exit(status)
-        print(json.dumps({"pid": pid}), flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+        ranks = {_fork(command, rank): rank for rank in range(len(command["logs"]))}
+        print(json.dumps({"pids": list(ranks)}), flush=True)
+        exits: list[list[float]] = []
+        first_s = 0.0
+        while len(exits) < len(ranks):
+            pid, status = os.wait()
+            first_s = first_s or time.monotonic()
+            exits.append([ranks[pid], os.waitstatus_to_exitcode(status), time.monotonic() - first_s])
+        print(json.dumps({"exits": exits}), flush=True)
+
+
+def _fork(command: dict[str, Any], rank: int) -> int:
+    """Start one rank; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(command["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    if len(command["logs"]) > 1:
+        size = str(len(command["logs"]))
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(command["port"]),
+        }  # fmt: skip
+    status = _run(command["job"], command["arguments"])
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

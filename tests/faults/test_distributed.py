@@ -1,0 +1,185 @@
+"""Two processes over gloo, on a tiny model (FAULTS 24, 36, 46 to 51)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults import jobs
+from faults.forked import Exit, Finished, Zygote, zygote
+from orpo.checkpoint import find_newest, read_manifest, verify
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+LEAVE_S = 20.0
+"""A rank must be gone this long after the first; the collectives' timeout is 15 s in these runs."""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Zygote]:
+    with zygote() as process:
+        yield process
+
+
+class Pair:
+    """A run of two ranks in a folder."""
+
+    def __init__(self, forks: Zygote, folder: Path) -> None:
+        self._forks = forks
+        self.run = folder / "run"
+        self.logs = [folder / "rank-0.log", folder / "rank-1.log"]
+
+    def train(self, *, act: Callable[[list[int]], None] | None = None, **arguments: Any) -> list[Exit]:
+        for log in self.logs:
+            log.unlink(missing_ok=True)
+        return self._forks.run_ranks("train", self.logs, while_running=act, run_dir=str(self.run), **arguments)
+
+    def finish(self, uninterrupted: Finished) -> None:
+        assert [end.status for end in self.train()] == [0, 0], self.text()
+        Finished(self.run).assert_equals(uninterrupted)
+
+    def text(self, rank: int | None = None) -> str:
+        logs = self.logs if rank is None else [self.logs[rank]]
+        return "\n".join(log.read_text() if log.exists() else "" for log in logs)
+
+    def step(self) -> int:
+        newest = find_newest(self.run)
+        return 0 if newest is None else read_manifest(newest).step
+
+    def last_step(self, rank: int) -> int:
+        return max(int(line.split()[1]) for line in self.text(rank).splitlines() if line.startswith("step "))
+
+    def signal_at(self, line: str, rank: int, number: int) -> Callable[[list[int]], None]:
+        """Signal one rank as soon as its log has a line."""
+
+        def act(pids: list[int]) -> None:
+            end = time.monotonic() + 60
+            while time.monotonic() < end and line not in self.text(rank):
+                time.sleep(0.005)
+            os.kill(pids[rank], number)
+
+        return act
+
+
+@pytest.fixture
+def pair(forks: Zygote, tmp_path: Path) -> Pair:
+    return Pair(forks, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    pair = Pair(forks, tmp_path_factory.mktemp("reference"))
+    assert [end.status for end in pair.train()] == [0, 0], pair.text()
+    return Finished(pair.run)
+
+
+@pytest.mark.parametrize(("line", "rank"), [("step 5", 0), ("step 5", 1), ("saving", 0), ("saving", 1)])
+def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
+    line: str, rank: int, pair: Pair, uninterrupted: Finished
+) -> None:
+    """FAULTS 46."""
+    ends = pair.train(act=pair.signal_at(line, rank, signal.SIGKILL), slow_save_s=0.05 if line == "saving" else 0.0)
+    assert ends[rank].status == -signal.SIGKILL
+    assert ends[1 - rank].status == 1
+    assert ends[1 - rank].after_s < LEAVE_S
+    assert "lost contact with another process" in pair.text(1 - rank)
+    assert "Traceback" not in pair.text(1 - rank)
+    assert pair.step() == (0 if line == "saving" else 3)
+    for path in pair.run.glob("checkpoint-*"):
+        verify(path)
+    pair.finish(uninterrupted)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_is_told_once(rank: int, pair: Pair) -> None:
+    """FAULTS 47."""
+    ends = pair.train(trouble="exception", trouble_rank=rank)
+    assert [end.status for end in ends] == [1, 1]
+    assert max(end.after_s for end in ends) < LEAVE_S
+    assert pair.text(rank).count("Traceback") == 1
+    assert "Traceback" not in pair.text(1 - rank)
+    assert f"stops because rank {rank} failed first: ArithmeticError: the trouble of this rank alone" in pair.text(1 - rank)
+    assert pair.step() == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_save_stops_all_and_nothing_is_published(rank: int, pair: Pair, uninterrupted: Finished) -> None:
+    """FAULTS 36 and 47: a failure inside the save, where ranks wait for each other."""
+    ends = pair.train(trouble="full disk", trouble_rank=rank)
+    assert max(end.after_s for end in ends) < LEAVE_S
+    assert ends[rank].status == 2
+    assert "no room for the checkpoint" in pair.text(rank)
+    assert f"rank {rank} failed first" in pair.text(1 - rank)
+    assert "Traceback" not in pair.text()
+    assert sorted(path.name for path in pair.run.iterdir() if "checkpoint" in path.name) == ["checkpoint-3"]
+    pair.finish(uninterrupted)
+
+
+@pytest.mark.parametrize("trouble", ["nan weight", "inf gradient"])
+def test_bad_numbers_on_one_rank_stop_both_before_the_step(trouble: str, pair: Pair) -> None:
+    """FAULTS 24 and 25 on all ranks: gradients are averaged, so both have it; a loss is this rank's own."""
+    ends = pair.train(trouble=trouble, trouble_rank=1)
+    assert [end.status for end in ends] == [3, 3], pair.text()
+    stops = [next(line for line in pair.text(rank).splitlines() if "GuardStop" in line) for rank in range(2)]
+    assert stops[0] == stops[1]
+    assert "GuardStop: step 5" in stops[0]
+    assert pair.step() == 3
+
+
+def test_uneven_rows_neither_hang_nor_count_twice(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
+    """FAULTS 48: 11 rows in steps of 8 and an evaluation of 5, on two ranks and on one with the same rows per step."""
+    options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1}
+    assert [end.status for end in pair.train(num_rows=11, options=options)] == [0, 0], pair.text()
+    alone = tmp_path / "alone"
+    log = tmp_path / "alone.log"
+    assert forks.run("train", log, run_dir=str(alone), num_rows=11, options={**options, "gradient_accumulation_steps": 4}) == 0
+    two, one = jobs.metrics(pair.run), jobs.metrics(alone)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for left, right in zip(two, one, strict=True):
+        assert left.keys() == right.keys()
+        same = {key: value for key, value in right.items() if key not in ("total_flos", "train_loss")}
+        assert {key: left[key] for key in same} == pytest.approx(same, rel=2e-4, abs=1e-5)
+
+
+def test_only_rank_0_publishes_and_only_when_all_have_written(pair: Pair) -> None:
+    """FAULTS 49."""
+    options = {"max_steps": 3}
+    assert [end.status for end in pair.train(trouble="late", trouble_rank=1, options=options)] == [0, 0], pair.text()
+    manifest = verify(pair.run / "checkpoint-3")
+    assert manifest.world_size == 2
+    assert {"rng-0.json", "rng-1.json", "optimizer.safetensors"} <= set(manifest.files)
+
+
+def test_rank_1_makes_no_name_final(pair: Pair) -> None:
+    """FAULTS 49."""
+    assert [end.status for end in pair.train(trouble="cannot publish", trouble_rank=1, options={"max_steps": 3})] == [0, 0], pair.text()
+
+
+def test_another_number_of_processes_is_refused_unless_allowed(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
+    """FAULTS 50."""
+    pair.train(trouble="exception")
+    log = tmp_path / "alone.log"
+    assert forks.run("train", log, run_dir=str(pair.run)) == 2
+    assert "rows_per_step: 8 -> 4" in log.read_text()
+    options = {"gradient_accumulation_steps": 4, "allow_changed_resume": True}
+    assert forks.run("train", log, run_dir=str(pair.run), options=options) == 0, log.read_text()
+    assert "written by 2 processes, now there are 1" in log.read_text()
+
+
+@pytest.mark.parametrize(("line", "options"), [("step 4", {}), ("evaluating", {"slow_eval_s": 0.05}), ("saving", {"slow_save_s": 0.02})])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_on_one_rank_stops_all_at_one_step(
+    line: str, options: dict[str, Any], rank: int, pair: Pair, uninterrupted: Finished
+) -> None:
+    """FAULTS 51."""
+    line = "step 3" if line == "saving" and rank == 1 else line
+    ends = pair.train(act=pair.signal_at(line, rank, signal.SIGTERM), **options)
+    assert [end.status for end in ends] == [143, 143], pair.text()
+    assert pair.last_step(0) == pair.last_step(1) == pair.step()
+    pair.finish(uninterrupted)
