@@ -116,6 +116,11 @@ class DataReport:
                 f"{count} of {self.num_groups} prompts were already rendered with the chat template and are taken as they are"
                 f"{self._first('already_rendered')}; give messages to have them rendered here"
             )
+        if count := self.notes["text_not_printed"]:
+            found.append(
+                f"the chat template leaves out some of the text of {count} rows (a system message, or reasoning); "
+                f"that text is not trained{self._first('text_not_printed')}"
+            )
         return found
 
     def _first(self, code: str) -> str:
@@ -175,7 +180,7 @@ class DataReport:
     def _advice(self, min_rows: int) -> str:
         if not self.num_rows:
             return "the source is empty; check dataset_name and the split"
-        if not self.dropped:
+        if not self.dropped or self.num_rows < min_rows:
             return f"give at least {min_rows} rows, or lower per_device_train_batch_size and gradient_accumulation_steps"
         reason = self.dropped.most_common(1)[0][0]
         if reason in ("too_long", "prompt_too_long"):

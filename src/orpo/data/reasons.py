@@ -18,6 +18,7 @@ REASONS: dict[str, str] = {
     "row_too_large": "the row exceeds the size limit",
     "unpaired": "one answer with a label, but no counterpart",
     "template_failed": "the chat template raised on this row",
+    "special_tokens": "special-token text that the tokenizer cannot read as plain text",
     "boundary": "the end of the prompt could not be proved on the tokens",
 }
 

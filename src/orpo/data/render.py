@@ -37,7 +37,7 @@ _SENTINEL_ANSWERS = ("Answersentinelqw", "Replysentinelqzz")
 _PROBE_ANSWERS = ("Hello", "hello there", "7", "- x", '"Yes"')
 
 
-class TemplateFailed(Exception):  # noqa: N818 - what happened to one conversation
+class TemplateFailed(Exception):
     """The template raised on these messages; the text says what it said."""
 
 
@@ -171,9 +171,10 @@ class TemplateFacts:
         control_tokens: texts of special tokens, and of added tokens that the template itself prints.
         markers: role markers that the template prints as plain text, such as "[/INST]".
         pure_bos: the beginning-of-text token, where the template prints it first and only there; else None.
-        openers: special tokens that a rendered conversation starts with.
-        user_end, turn_gap, answer_header, header_gap: the parts of what stands between a user's text and the answer: "<|im_end|>", a line
-            break, "<|im_start|>assistant", a line break.
+        openers: special tokens or role markers that a rendered conversation starts with.
+        user_end, turn_gap, answer_header: the parts of what stands between a user's text and the answer: "<|im_end|>", a line break,
+            "<|im_start|>assistant".
+        prompt_gap, answer_gap: blanks after that header, as far as they belong to the prompt; and all of them.
     """
 
     boundary: str
@@ -191,7 +192,8 @@ class TemplateFacts:
     user_end: str
     turn_gap: str
     answer_header: str
-    header_gap: str
+    prompt_gap: str
+    answer_gap: str
 
 
 def as_content(text: str, *, is_parts: bool) -> str | list[dict[str, str]]:
@@ -310,6 +312,22 @@ def _unprovable(name: str, why: str) -> DataError:
     )
 
 
+def _is_marker(text: str) -> bool:
+    """Whether a piece that a template prints can hardly be a word of a sentence: "[INST]" and "### User:", but not "assistant"."""
+    return len(text) > 2 and re.search(r"^\W|\W$", text) is not None
+
+
+def _leading_blanks(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _first_marker(opening: str, tokens: re.Pattern[str]) -> str:
+    """The special token or role marker that a conversation starts with, or nothing."""
+    found = tokens.match(opening)
+    line = opening.split("\n")[0].strip()
+    return found.group() if found else line if _is_marker(line) else ""
+
+
 def probe_template(render: ChatRenderer, encode: Callable[[list[str]], list[list[int]]]) -> TemplateFacts:
     """Find out how a template ends prompts and answers.
 
@@ -330,16 +348,15 @@ def probe_template(render: ChatRenderer, encode: Callable[[list[str]], list[list
     dialogue = probe.try_render(probe.messages(*probe.lead, "assistant", "user", "assistant")) or before
     second_turn = dialogue.partition(_SENTINEL_ANSWERS[0])[2].partition(_SENTINEL_USER)[0]
     tokens = pattern_of(list(probe.added))
-    printed = set(tokens.findall(prompt)) | set(tokens.findall(ending))
-    control = set(added_token_texts(render.tokenizer, special_only=True)) | printed
-
+    control = set(added_token_texts(render.tokenizer, special_only=True)) | set(tokens.findall(prompt)) | set(tokens.findall(ending))
     bos = render.tokenizer.bos_token
     pure_bos = bos if bos and dialogue.startswith(bos) and dialogue.count(bos) == 1 else None
-    body = opening.removeprefix(pure_bos) if pure_bos else opening
+    with_system = probe.try_render(probe.messages("system", "user")) or ""
+    openings = [opening, with_system.partition("Systemsentinelqs")[0]]
+    openers = {_first_marker(text.removeprefix(pure_bos or ""), tokens) for text in openings} | {pure_bos or ""}
     found = tokens.search(between)
-    user_end, rest = (between[: found.end()].strip(), between[found.end() :]) if found else (between.strip(), "")
+    user_end, rest = (between[: found.end()].strip(), between[found.end() :]) if found else ("", between)
     header = rest.strip()
-    first = [text for text in (pure_bos, *tokens.findall(body)[:1]) if text]
     markers = {line.strip() for piece in (between, second_turn, ending) for line in tokens.sub("\n", piece).split("\n")}
     return TemplateFacts(
         boundary=boundary,
@@ -351,11 +368,12 @@ def probe_template(render: ChatRenderer, encode: Callable[[list[str]], list[list
         takes_parts=probe.wants_parts or probe.takes_parts(),
         system=probe.system(),
         control_tokens=tuple(sorted(control)),
-        markers=tuple(sorted(line for line in markers if len(line) > 2 and re.search(r"^\W|\W$", line))),
+        markers=tuple(sorted(filter(_is_marker, markers))),
         pure_bos=pure_bos,
-        openers=tuple(first),
+        openers=tuple(sorted(openers - {""})),
         user_end=user_end,
-        turn_gap=rest[: len(rest) - len(rest.lstrip())],
+        turn_gap=_leading_blanks(rest),
         answer_header=header,
-        header_gap=rest[len(rest.rstrip()) :] if header else "",
+        prompt_gap=prompt[len(prompt.rstrip()) :],
+        answer_gap=_leading_blanks(before[len(prompt.rstrip()) :]),
     )

@@ -16,6 +16,10 @@ from orpo.data.types import Message
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
+class NotPlainError(Exception):
+    """A tokenizer cannot read special-token text as plain text."""
+
+
 def pattern_of(texts: Sequence[str]) -> re.Pattern[str]:
     """A pattern for any of the texts, longest first; one that never matches for none."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
@@ -45,6 +49,7 @@ class ControlText:
         self.tokenizer = tokenizer
         self.ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
         self._tokens = pattern_of(tokens)
+        self._cuts = pattern_of([text for text in tokens if self._is_always_itself(text)])
         self._any = pattern_of([*tokens, *markers])
         flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
         self._eats_right = {text for text in tokens if text in flags and flags[text].rstrip}
@@ -83,7 +88,7 @@ class ControlText:
         anyway; those with marks are encoded with the recognition of special tokens switched off.
 
         Raises:
-            ValueError: the tokenizer makes a control token out of plain text in every way that was tried.
+            NotPlainError: the tokenizer makes a control token out of plain text in every way that was tried.
         """
         ids: list[int] = []
         before = ""
@@ -97,18 +102,24 @@ class ControlText:
 
     def _stretches(self, text: str, marks: tuple[str, str]) -> list[tuple[str, bool, str]]:
         """(text, holds control text that is plain, control token after it) in order; the last has no token after it."""
-        unit = re.compile(f"{marks[0]}(?P<plain>{self._tokens.pattern}){marks[1]}|(?P<control>{self._tokens.pattern})|[{''.join(marks)}]")
+        plain = f"{marks[0]}(?P<plain>{self._tokens.pattern}){marks[1]}"
+        unit = re.compile(f"{plain}|(?P<control>{self._cuts.pattern})|[{marks[0]}{marks[1]}]")
         found: list[tuple[str, bool, str]] = []
-        stretch, position = "", 0
+        stretch, is_plain, position = "", False, 0
         for match in unit.finditer(text):
             stretch += text[position : match.start()] + (match["plain"] or "")
             position = match.end()
             if match["control"]:
-                found.append((stretch, bool(self._tokens.search(stretch)), match["control"]))
-                stretch = ""
-        stretch += text[position:]
-        found.append((stretch, bool(self._tokens.search(stretch)), ""))
+                found.append((stretch, is_plain, match["control"]))
+                stretch, is_plain = "", False
+            else:  # control text of a message, whole or (where the template took it apart) in pieces
+                is_plain = True
+        found.append((stretch + text[position:], is_plain, ""))
         return found
+
+    def _is_always_itself(self, text: str) -> bool:
+        """Whether the tokenizer makes this one token of it wherever it stands (some added tokens are found only after a blank)."""
+        return all(self._encode(before + text + after).count(self.ids[text]) == 1 for before, after in (("", ""), ("a", "b"), ("\n", "\n")))
 
     def _encode(self, text: str, **options: Any) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, **options))
@@ -124,11 +135,13 @@ class ControlText:
         stretch = stretch.rstrip() if after in self._eats_left else stretch
         guard = self._guard if before else None
         text = "\n" + stretch if guard is not None else stretch
+        unknown = self.tokenizer.unk_token  # may come out of any text that does not hold its own
+        forbidden = {index for token, index in self.ids.items() if token != unknown or token in stretch}
         for encode in (self._split_special, self._without_added):
             ids = encode(text)
-            if ids and not set(ids) & set(self.ids.values()):
+            if ids and not forbidden & set(ids):
                 return ids[len(guard) :] if guard is not None and ids[: len(guard)] == guard else ids
-        raise ValueError(f"the tokenizer makes a control token out of plain text: {stretch[:80]!r}")
+        raise NotPlainError(f"the tokenizer makes a control token out of {stretch[:80]!r}")
 
     def _split_special(self, text: str) -> list[int]:
         return self._encode(text, split_special_tokens=True)
@@ -142,6 +155,16 @@ class ControlText:
             text = backend.normalizer.normalize_str(text)
         words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer is not None else [text]
         return [token.id for word in words for token in backend.model.tokenize(word)]
+
+
+def is_unicode(texts: Sequence[str]) -> bool:
+    """Whether all texts are valid Unicode: no lone surrogates, which no tokenizer takes."""
+    try:
+        for text in texts:
+            text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def free_marks(texts: Sequence[str]) -> tuple[str, str]:

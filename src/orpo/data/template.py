@@ -23,7 +23,7 @@ from orpo.data import truncate
 from orpo.data.choose import choose_template, unwrap_tokenizer
 from orpo.data.reasons import REASONS
 from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, added_token_texts, probe_template
-from orpo.data.special import ControlText, content_text
+from orpo.data.special import ControlText, NotPlainError, content_text, is_unicode, strings_of
 from orpo.data.turns import ChatText, Draft, Marks, PlainText
 from orpo.data.types import Dropped, Message, Pairs, Preference, Text, TokenGroup
 from orpo.errors import DataError, OrpoError, UserError
@@ -116,15 +116,16 @@ class TemplateEncoder:
         """The same for many, their texts tokenised together (several times as fast); results in order."""
         results: list[TokenGroup | Dropped] = []
         drafts = [self._draft(preference) for preference in preferences]
-        sizes = [0 if isinstance(draft, Dropped) else 1 + len(draft.full_texts) for draft in drafts]
-        ids = iter(self._ids_of_drafts([draft for draft in drafts if isinstance(draft, Draft)]))
-        for draft, size in zip(drafts, sizes, strict=True):
+        batch = iter(self._ids([text for draft in drafts if isinstance(draft, Draft) and not draft.marks for text in draft.texts]))
+        for draft in drafts:
             if isinstance(draft, Dropped):
                 result: TokenGroup | Dropped = draft
+            elif draft.marks:
+                result = self._fit_marked(draft)
             else:
-                prompt_ids, *full_ids = [next(ids) for _ in range(size)]
-                self._verify(draft, full_ids)
-                result = self._fit(draft, prompt_ids, full_ids)
+                ids = [self._prefix_ids + next(batch) for _ in draft.texts]
+                self._verify(draft, ids[1:])
+                result = self._fit(draft, ids)
             if self.is_strict and isinstance(result, Dropped):
                 raise unusable_row(result)
             results.append(result)
@@ -145,9 +146,12 @@ class TemplateEncoder:
         """
         try:
             text, marks = self._texts.prompt(prompt, tools)
+            ids = self._encode_texts([text], marks)[0]
         except TemplateFailed as error:
             raise DataError(f"the {self.template_name} cannot render this prompt: {error}", where="chat_template") from error
-        return np.asarray(self._prefix_ids + self._encode_texts([text], marks)[0], dtype=np.int32)
+        except NotPlainError as error:
+            raise DataError(str(error), where="special_tokens_in_text") from error
+        return np.asarray(self._prefix_ids + ids, dtype=np.int32)
 
     def describe(self) -> dict[str, Any]:
         """Facts for run.json and the preview; plain JSON types."""
@@ -210,6 +214,8 @@ class TemplateEncoder:
         if self.truncation == "drop" and max(prompt_chars, *answer_chars) > most:
             reason = "prompt_too_long" if prompt_chars > most else "too_long"
             return Dropped(reason, preference.where, f"{max(prompt_chars, *answer_chars)} characters")
+        if not is_unicode(strings_of([preference.prompt, preference.responses, preference.tools])):
+            return Dropped("invalid_text", preference.where, "a lone surrogate")
         if prompt_chars <= most:
             return self._texts.draft(preference)
         if self._texts.is_rendered(preference.prompt):
@@ -228,16 +234,6 @@ class TemplateEncoder:
         return tuple(
             {**message, "content": content_text(message)[part]} if len(content_text(message)) > most else message for message in prompt
         )
-
-    def _ids_of_drafts(self, drafts: Sequence[Draft]) -> list[list[int]]:
-        """Ids of each draft's prompt and full texts, in order; plain ones in one batch."""
-        plain = [text for draft in drafts if draft.marks is None for text in (draft.prompt_text, *draft.full_texts)]
-        batch = iter(self._ids(plain))
-        found: list[list[int]] = []
-        for draft in drafts:
-            texts = [draft.prompt_text, *draft.full_texts]
-            found += [next(batch) for _ in texts] if draft.marks is None else self._encode_texts(texts, draft.marks)
-        return [self._prefix_ids + ids for ids in found] if self._prefix_ids else found
 
     def _encode_texts(self, texts: Sequence[str], marks: Marks) -> list[list[int]]:
         if marks is None:
@@ -271,8 +267,18 @@ class TemplateEncoder:
 
     # Ids to a group.
 
-    def _fit(self, draft: Draft, prompt_ids: list[int], full_ids: list[list[int]]) -> TokenGroup | Dropped:
-        joined = self._join(draft, prompt_ids, full_ids)
+    def _fit_marked(self, draft: Draft) -> TokenGroup | Dropped:
+        """A draft with special-token text that is to be plain text."""
+        try:
+            return self._fit(draft, self._draft_ids(draft))
+        except NotPlainError as error:
+            return Dropped("special_tokens", draft.preference.where, str(error))
+
+    def _draft_ids(self, draft: Draft) -> list[list[int]]:
+        return [self._prefix_ids + ids for ids in self._encode_texts(draft.texts, draft.marks)]
+
+    def _fit(self, draft: Draft, ids: list[list[int]]) -> TokenGroup | Dropped:
+        joined = self._join(draft, ids)
         if isinstance(joined, Dropped):
             return joined
         pairs = draft.preference.pairs
@@ -283,8 +289,9 @@ class TemplateEncoder:
             return fitted
         return self._group(draft.preference, fitted)
 
-    def _join(self, draft: Draft, prompt_ids: list[int], full_ids: list[list[int]]) -> _Joined | Dropped:
-        """Prove the boundary and the ends on the tokens."""
+    def _join(self, draft: Draft, ids: list[list[int]]) -> _Joined | Dropped:
+        """Prove the boundary and the ends on the tokens of the prompt and of each whole sequence."""
+        prompt_ids, *full_ids = ids
         where, notes, num_prompt = draft.preference.where, list(draft.notes), len(prompt_ids)
         if not all(ids[:num_prompt] == prompt_ids for ids in full_ids):
             num_prompt = _common_prefix([prompt_ids, *full_ids])
@@ -360,8 +367,7 @@ class TemplateEncoder:
         if isinstance(shorter, Dropped):
             return shorter
         shorter.notes = [*draft.notes, "prompt_trimmed"]
-        prompt_ids, *full_ids = self._ids_of_drafts([shorter])
-        return self._join(shorter, prompt_ids, full_ids)
+        return self._join(shorter, self._draft_ids(shorter))
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Character spans of a text's tokens; of its characters, where the tokenizer gives none."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, as_content, sentinel_for
-from orpo.data.special import ControlText, content_text, free_marks, strings_of, without_end
+from orpo.data.special import ControlText, NotPlainError, content_text, free_marks, strings_of, without_end
 from orpo.data.types import Dropped, Message, Preference, Text
 from orpo.errors import DataError
 
@@ -44,8 +44,13 @@ class Draft:
     tools: Tools = None
     is_trimmable: bool = True
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompt and the full texts."""
+        return [self.prompt_text, *self.full_texts]
 
-class _BadRow(Exception):  # noqa: N818 - a verdict on a row, not an error of the program
+
+class _BadRow(Exception):
     """The row cannot be used; the arguments are reason code and detail."""
 
 
@@ -79,6 +84,8 @@ class ChatText:
             return Dropped(bad.args[0], preference.where, bad.args[1])
         except TemplateFailed as error:
             return Dropped("template_failed", preference.where, f"the {self.render.name} says: {error}")
+        except NotPlainError as error:
+            return Dropped("special_tokens", preference.where, str(error))
 
     def prompt(self, prompt: Text, tools: Tools = None) -> tuple[str, Marks]:
         """The text to generate from: the same that training takes as the prompt.
@@ -88,8 +95,7 @@ class ChatText:
             DataError: the prompt is not text or messages.
         """
         if isinstance(prompt, str) and self.is_rendered(prompt):
-            text = self._rendered_prompt(prompt)[0]
-            return (text.rstrip() if self.facts.boundary.endswith("stripped") else text), None
+            return self._rendered_prompt(prompt)[0] + self.facts.prompt_gap, None
         try:
             messages, prefill = self._prompt_messages(prompt)
         except _BadRow as bad:
@@ -123,6 +129,8 @@ class ChatText:
             prompt_text = self._before_answer(messages, tools, prefill, marks)[1]
         if not all(text.startswith(prompt_text) for text in full):
             raise _BadRow("boundary", f"the {self.render.name} rewrites the prompt depending on the answer")
+        if not all(_is_printed(messages, prompt_text) and _is_printed(c[-1:], text) for c, text in zip(conversations, full, strict=True)):
+            notes.append("text_not_printed")
         return Draft(preference, prompt_text, full, marks, notes, cut, conversations, tools)
 
     def _mark(
@@ -141,7 +149,9 @@ class ChatText:
         if not any(content_text(message).strip() for message in messages if message["role"] not in ("system", "developer")):
             raise _BadRow("empty_prompt", "no message of the prompt has text")
         if self.facts.pure_bos:
-            messages[0] = self._with_text(messages[0], content_text(messages[0]).removeprefix(self.facts.pure_bos))
+            text = content_text(messages[0])
+            if text.startswith(self.facts.pure_bos):
+                messages[0] = self._with_text(messages[0], text.removeprefix(self.facts.pure_bos))
         if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
             return messages[:-1], content_text(messages[-1])
         return messages, ""
@@ -161,8 +171,6 @@ class ChatText:
         return self._with_text(message, content) if self.facts.wants_parts else message
 
     def _with_text(self, message: Message, text: str) -> Message:
-        if text == message.get("content"):
-            return message
         is_parts = self.facts.wants_parts or (self.facts.takes_parts and isinstance(message.get("content"), (list, tuple)))
         return {**message, "content": as_content(text, is_parts=is_parts)}
 
@@ -218,9 +226,12 @@ class ChatText:
         """
         if self.is_split or not isinstance(prompt, str):
             return False
-        bare, user_end = prompt.strip(), self.facts.user_end
-        is_begun = any(bare.startswith(opener) for opener in self.facts.openers)
-        return is_begun and bool(user_end) and bare.removesuffix(self.facts.answer_header).rstrip().endswith(user_end)
+        bare, user_end, header = prompt.strip(), self.facts.user_end, self.facts.answer_header
+        if not bare.startswith(self.facts.openers):
+            return False
+        is_turn_over = bool(user_end) and bare.endswith(user_end)
+        has_header = bool(header) and bare.endswith(header) and bare.removesuffix(header).rstrip().endswith(user_end)
+        return is_turn_over or has_header
 
     def before_content(self, draft: Draft) -> str | None:
         """What stands before the first answer's own text; None where that is not known (text that was rendered before)."""
@@ -237,27 +248,35 @@ class ChatText:
         if facts.pure_bos and not text.startswith(facts.pure_bos):
             text = facts.pure_bos + text
         has_header = text.endswith(facts.answer_header)
-        if not has_header:
-            text += facts.turn_gap + facts.answer_header
-        return text + facts.header_gap, has_header
+        return (text if has_header else text + facts.turn_gap + facts.answer_header), has_header
 
     def _draft_rendered(self, preference: Preference) -> Draft:
-        facts, header = self.facts, self.facts.answer_header
-        prompt_text, has_header = self._rendered_prompt(str(preference.prompt))
-        responses = [text for text in preference.responses if isinstance(text, str)]
-        if len(responses) < len(preference.responses):
+        facts, given = self.facts, str(preference.prompt)
+        prompt_text, has_header = self._rendered_prompt(given)
+        answers = [text for text in preference.responses if isinstance(text, str)]
+        if len(answers) < len(preference.responses):
             raise _BadRow("bad_messages", "the prompt is text that was rendered before, but an answer is messages")
         if not has_header:
-            if not all(text.lstrip().startswith(header) for text in responses):
+            if not all(text.lstrip().startswith(facts.answer_header) for text in answers):
                 raise _BadRow("boundary", "the prompt was rendered without the answer's header; render it with add_generation_prompt=True")
-            responses = [text.lstrip().removeprefix(header).removeprefix(facts.header_gap) for text in responses]
-        answers = [without_end(text, self._endings) for text in responses]
+            answers = [text.lstrip().removeprefix(facts.answer_header) for text in answers]
+        if not has_header or not given.endswith(facts.answer_gap):
+            answers = [text.removeprefix(facts.answer_gap) for text in answers]
+        answers = [without_end(text, self._endings) for text in answers]
         if not all(answer.strip() for answer in answers):
             raise _BadRow("empty_answer", "an answer is blank")
         notes = ["already_rendered"] + (["special_tokens_in_text"] if self.control.is_in(answers) else [])
-        full = [prompt_text + answer + facts.ending for answer in answers]
-        kept = prompt_text.rstrip() if facts.boundary.endswith("stripped") else prompt_text
-        return Draft(preference, kept, full, None, notes, is_trimmable=False)
+        full = [prompt_text + facts.answer_gap + answer + facts.ending for answer in answers]
+        return Draft(preference, prompt_text + facts.prompt_gap, full, None, notes, is_trimmable=False)
+
+
+def _is_printed(messages: Sequence[Message], text: str) -> bool:
+    """Whether a rendered text holds all of the messages' texts, white space aside."""
+    missing = [content for message in messages if (content := content_text(message).strip()) not in text]
+    if not missing:
+        return True
+    bare = "".join(text.split())
+    return all("".join(content.split()) in bare for content in missing)
 
 
 class PlainText:
