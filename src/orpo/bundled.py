@@ -176,7 +176,7 @@ def load_gguf(path: Path, *, dtype: torch.dtype | None = None, name: str | None 
 
     if not path.is_file():
         raise UserError("there is no such file", where=str(path))
-    pre_tokenizer = _gguf_string(path, "tokenizer.ggml.pre")
+    facts = _gguf_facts(path)
     place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype or torch.float32, **place, **_unpack_all())
@@ -189,23 +189,40 @@ def load_gguf(path: Path, *, dtype: torch.dtype | None = None, name: str | None 
         ) from error
     _unmark_quantized(model)
     _round_float32(model.config)
-    if pre_tokenizer == "smollm":
+    if facts["tokenizer.ggml.pre"] == "smollm":
         _split_like_smollm(tokenizer)
+    _set_special_tokens(tokenizer, facts)
     tokenizer.model_max_length = model.config.max_position_embeddings
     _rename(model, tokenizer, name or str(path))
     return model, tokenizer
 
 
-def _gguf_string(path: Path, key: str) -> str | None:
+_SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
+
+def _gguf_facts(path: Path) -> dict[str, Any]:
+    """What the file says about its tokenizer; None for what it leaves out."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise UserError("reading GGUF files needs the package gguf", where=str(path), mend='pip install "orpo[gguf]"') from error
     try:
-        found = GGUFReader(str(path)).get_field(key)
+        reader = GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:
         raise UserError(f"this is not a whole GGUF file: {error}", where=str(path)) from error
-    return str(found.contents()) if found is not None else None
+    fields = {key: reader.get_field(key) for key in ("tokenizer.ggml.pre", *_SPECIAL_TOKENS.values())}
+    return {key: None if found is None else found.contents() for key, found in fields.items()}
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
+    """transformers before 5.23 takes the first token for the end of a text, whatever the file says."""
+    for name, key in _SPECIAL_TOKENS.items():
+        setattr(tokenizer, name, None if facts[key] is None else tokenizer.convert_ids_to_tokens(int(facts[key])))
 
 
 def _unpack_all() -> dict[str, Any]:
