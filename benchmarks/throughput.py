@@ -69,6 +69,7 @@ class Worker:
 def run(case: Case, num_steps: int) -> dict[str, Any]:
     """Both sides of a case, step by step in turn."""
     workers = {side: Worker(side, case, num_steps) for side in ("trl", "orpo")}
+    yardstick = Worker("floor", case, num_steps)  # a process of its own, so that its memory is nobody's
     for _ in range(WARMUP_STEPS):
         for worker in workers.values():
             worker.ask("step")
@@ -81,9 +82,10 @@ def run(case: Case, num_steps: int) -> dict[str, Any]:
             seconds[side].append(answer["seconds"])
             if side == "orpo":
                 tokens.append(answer["tokens"])
-        floors.append(workers["orpo"].ask(f"floor {tokens[-1]}")["seconds"])
+        floors.append(yardstick.ask(f"floor {tokens[-1]}")["seconds"])
     peaks = {side: worker.ask("end")["peak_bytes"] for side, worker in workers.items()}
-    for worker in workers.values():
+    yardstick.ask("end")
+    for worker in (*workers.values(), yardstick):
         worker.process.wait()
     ratios = [trl / orpo for trl, orpo in zip(seconds["trl"], seconds["orpo"], strict=True)]
     shares = [floor / spent for floor, spent in zip(floors, seconds["orpo"], strict=True)]

@@ -62,26 +62,19 @@ def _made_up(words: tuple[int, int, int], num_rows: int) -> list[dict[str, str]]
 class OnDemand(TrainerCallback):
     """Holds every step until it is asked for, and times it."""
 
-    def __init__(self, tokens_of_last_step: Any, floor: Any) -> None:
-        self.tokens_of_last_step, self.floor = tokens_of_last_step, floor
+    def __init__(self, tokens_of_last_step: Any) -> None:
+        self.tokens_of_last_step = tokens_of_last_step
         self.started = 0.0
 
     def wait(self) -> None:
-        """Serve questions until the next step is asked for."""
-        for line in sys.stdin:
-            word, *rest = line.split()
-            if word == "step":
-                self.started = time.perf_counter()
-                return
-            if word == "floor":
-                tell(seconds=self.floor(int(rest[0])))
-            if word == "end":
-                tell(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-                sys.exit(0)
+        """Wait until the next step is asked for."""
+        if sys.stdin.readline().strip() != "step":
+            tell(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            sys.exit(0)
+        self.started = time.perf_counter()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        names = ("torch", "transformers", "trl", "accelerate", "peft")
-        tell(versions={name: importlib.metadata.version(name) for name in names})
+        tell(versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")})
         self.wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -127,6 +120,10 @@ def main() -> None:
     side, case, num_steps = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     from orpo.models import load_model
 
+    if side == "floor":
+        serve_floor(case)
+        return
+
     model, tokenizer, _ = load_model("smollm2-135m-instruct")
     pairs = 4 if case["data"] == "hh" else 2
     rows = load_rows(case["data"], tokenizer, pairs * (num_steps + 1))
@@ -148,13 +145,28 @@ def main() -> None:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
-    floor = matmul_floor(model, is_full=case["method"] == "full", dtype=dtype)
     build = _trl if side == "trl" else _orpo
-    build(model, tokenizer, rows, options, peft_config, floor)
+    build(model, tokenizer, rows, options, peft_config)
 
 
-def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, floor: Any) -> None:
+def serve_floor(case: dict[str, Any]) -> None:
+    """Answer how long the matrix products of a step take alone, until told to end."""
+    from orpo.engine.precision import keep_freed_memory
+    from orpo.models import load_model
+
+    keep_freed_memory()  # the yardstick must not be slowed by page faults that the engine does not have
+    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
+    measure = matmul_floor(load_model("smollm2-135m-instruct").model, is_full=case["method"] == "full", dtype=dtype)
+    tell(ready=True)
+    for line in sys.stdin:
+        word, *rest = line.split()
+        if word == "end":
+            tell(ended=True)
+            return
+        tell(seconds=measure(int(rest[0])))
+
+
+def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any) -> None:
     from orpo import ORPOConfig, ORPOTrainer
 
     trainer = ORPOTrainer(model=model, args=ORPOConfig(**options), train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
@@ -167,11 +179,11 @@ def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any,
         return step(model, inputs, *rest)
 
     trainer.training_step = counted
-    trainer.add_callback(OnDemand(lambda: tokens[0], floor))
+    trainer.add_callback(OnDemand(lambda: tokens[0]))
     trainer.train()
 
 
-def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, floor: Any) -> None:
+def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any) -> None:
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -181,7 +193,7 @@ def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, 
         model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
     )
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
-    trainer.add_callback(OnDemand(lambda: 0, floor))
+    trainer.add_callback(OnDemand(lambda: 0))
     trainer.train()
 
 

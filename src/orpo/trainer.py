@@ -24,7 +24,7 @@ from orpo.config import ORPOConfig
 from orpo.data.types import TokenGroup
 from orpo.engine.choose import Engine, choose
 from orpo.engine.layout import PreferenceBatch
-from orpo.engine.precision import WorkingWeights, autocast_to, keep_freed_memory
+from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, keep_freed_memory, total_norm
 from orpo.errors import UserError
 from orpo.guards import NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
 from orpo.guards.callbacks import LearningCallback, SignalCallback
@@ -181,13 +181,27 @@ class ORPOTrainer(CheckpointMixin, Trainer):
     def _computing(self) -> Iterator[None]:
         """Low-precision compute: bf16 working weights for a single process on a CPU, autocast elsewhere, nothing for float32."""
         if self._uses_working_weights():
-            if self._working is None:
-                self._working = WorkingWeights(self.model, self.compute_dtype)
-            with self._working.active():
+            with self._working_weights().active():
                 yield
         else:
             with autocast_to(self.args.device, self.compute_dtype):
                 yield
+
+    def _working_weights(self) -> WorkingWeights:
+        if self._working is None:
+            self._working = WorkingWeights(self.model, self.compute_dtype)
+        return self._working
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; on working weights AdamW updates masters and copies in one visit."""
+        wants_adamw = self.optimizer is None and self.args.optim in ("adamw_torch", "adamw_torch_fused") and not self.args.optim_args
+        if wants_adamw and self._uses_working_weights() and self.optimizer_cls_and_kwargs is None:
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = (MasterAdamW, options)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.working = self._working_weights()
+        return optimizer
 
     def _uses_working_weights(self) -> bool:
         wanted = self.args.bf16_weights
@@ -317,11 +331,19 @@ class ORPOTrainer(CheckpointMixin, Trainer):
             logps.append(result.logp_N)
             self.sums.add(result.sums, num_tokens=microbatch.num_tokens)
         if self._working is not None:
-            self._working.release()
+            self._release_gradients()
         self.sums.end_step(loss / self.args.world_size, inputs.num_rows / self.args.world_size)
         self._finish_gradients(model, loss, inputs, logps)
         self.sums.stop()
         return loss
+
+    def _release_gradients(self) -> None:
+        """Hand the step's gradients over; an optimizer that does not know low-precision ones gets float32."""
+        self._working.release()  # type: ignore[union-attr]
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), MasterAdamW):
+            for parameter in self.model.parameters():
+                if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
+                    parameter.grad = parameter.grad.to(parameter.dtype)
 
     def _synchronised(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
         """Gradients are reduced over ranks once per step, with the last micro-batch."""
@@ -335,8 +357,7 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        self._grad_norm = float(norm)
+        self._grad_norm = total_norm(gradients)
         is_fine = self.accelerator.scaler is not None or self.nonfinite.check(
             step=self.state.global_step + 1,
             loss=loss,
@@ -347,7 +368,14 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         if not is_fine:
             model.zero_grad(set_to_none=True)
         elif 0 < self.args.max_grad_norm < self._grad_norm:
-            torch._foreach_mul_(gradients, self.args.max_grad_norm / (self._grad_norm + 1e-6))
+            self._scale_gradients(gradients, self.args.max_grad_norm / (self._grad_norm + 1e-6))
+
+    def _scale_gradients(self, gradients: list[Tensor], scale: float) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.gradient_scale = scale  # in the same visit as the update
+        else:
+            torch._foreach_mul_(gradients, scale)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Already done in the step; transformers would read and write every gradient once more."""

@@ -2,14 +2,15 @@
 
 On a single process on a CPU the whole step runs on bf16 working weights (matrix products are about 2.5 times as fast, and none of
 autocast's copies are made); the float32 masters are the model's own parameters before and after the step, so optimizer, checkpoints and
-everything else see an ordinary float32 model. Gradients come back to float32 one by one, as soon as each is complete, and add up there
-over micro-batches. Elsewhere (GPUs, several processes) it is autocast.
+everything else see an ordinary float32 model. Gradients of several micro-batches add up in float32. Elsewhere (GPUs, several processes)
+it is autocast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class WorkingWeights:
         self.dtype = dtype
         self.parameters = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
         self.working: list[Tensor] = [parameter.data.to(dtype) for parameter in self.parameters]
+        self._copies = dict(zip(self.parameters, self.working, strict=True))
         self._versions = [parameter._version for parameter in self.parameters]
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._hooks = [
@@ -53,13 +55,14 @@ class WorkingWeights:
                 parameter.data = master
 
     def release(self) -> None:
-        """Put the float32 gradients of all micro-batches since the last call on the masters."""
+        """Put the gradients of all micro-batches since the last call on the masters: as they came from a single one, float32 sums of several."""
         for parameter, gradient in self._gradients.items():
+            parameter.grad_dtype = None  # any: one micro-batch's bf16 gradients need no float32 copy before the optimizer
             parameter.grad = gradient
         self._gradients = {}
 
     def _refresh(self, masters: list[Tensor]) -> None:
-        """Copy the masters that have changed. Their version counter says so; a step changes them all, evaluation none."""
+        """Copy the masters that have changed. Their version counter says so; `MasterAdamW` keeps the copies up itself."""
         for index, (parameter, master) in enumerate(zip(self.parameters, masters, strict=True)):
             if parameter._version != self._versions[index]:
                 self.working[index].copy_(master)
@@ -70,9 +73,83 @@ class WorkingWeights:
         if gradient is None:
             return
         if parameter in self._gradients:
-            self._gradients[parameter].add_(gradient)
+            # float32 from the second micro-batch on: bf16 sums would depend on how a step is cut.
+            self._gradients[parameter] = self._gradients[parameter].float().add_(gradient)
         else:
-            self._gradients[parameter] = gradient.float()
+            self._gradients[parameter] = gradient
+
+    def copy_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """The working copy of a parameter."""
+        return self._copies.get(parameter)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on float32 masters whose gradients may be bf16: convert, clip, update and refresh the working copy, piece by piece.
+
+    The same update as `torch.optim.AdamW(fused=True)` on float32 gradients, and the same state, but every number is fetched from memory
+    once, and no float32 copy of all gradients ever exists.
+
+    Attributes:
+        working: the working weights to keep up, if any.
+        gradient_scale: factor on all gradients in the next step (clipping); 1 again after it.
+    """
+
+    PIECE = 2**19
+    """Numbers worked on at a time; five arrays of them stay in the cache."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **{**options, "fused": True})
+        self.working: WorkingWeights | None = None
+        self.gradient_scale = 1.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        self.gradient_scale = 1.0
+        return loss
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter.data)
+            state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+        state["step"] += 1
+        copy = None if self.working is None else self.working.copy_of(parameter)
+        beta1, beta2 = group["betas"]
+        arrays = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy)
+        for master, gradient, average, square, working in _pieces(arrays, self.PIECE):
+            gradient = gradient.float() if gradient.dtype != torch.float32 else gradient
+            if self.gradient_scale != 1.0:
+                gradient = gradient * self.gradient_scale
+            torch._fused_adamw_(
+                [master], [gradient], [average], [square], [], [state["step"]],
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=group["maximize"],
+            )  # fmt: skip
+            if working is not None:
+                working.copy_(master)
+
+
+def _pieces(arrays: tuple[Tensor | None, ...], size: int) -> Iterator[list[Any]]:
+    """The arrays, all of one shape or None, in flat pieces."""
+    flat = [None if array is None else array.view(-1) for array in arrays]
+    length = arrays[0].numel()  # type: ignore[union-attr]
+    for start in range(0, length, size):
+        yield [None if array is None else array[start : start + size] for array in flat]
+
+
+def total_norm(gradients: list[Tensor]) -> float:
+    """Euclidean norm of all gradients together, in float32 whatever their dtype."""
+    if not gradients:
+        return 0.0
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+    return float(torch.linalg.vector_norm(norms))
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
