@@ -54,6 +54,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {**_ROPE_SHAPE}),
     "olmo2": ("olmo2", {**_ROPE_SHAPE}),
     "granite": ("granite", {**_ROPE_SHAPE, "logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    "cohere": ("cohere", {**_ROPE_SHAPE, "logit_scale": 0.25, "tie_word_embeddings": True}),
+    "cohere2": (
+        "cohere2",
+        {
+            **_ROPE_SHAPE,
+            "logit_scale": 0.25,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "smollm3": ("smollm3", {**_ROPE_SHAPE}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt2": ("gpt2", {}),

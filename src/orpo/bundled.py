@@ -220,7 +220,7 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> None:
-    """transformers before 5.23 takes the first token for the end of a text, whatever the file says."""
+    """Set from the file itself: transformers 5.17 takes its second token for the end of a text, whatever the file says."""
     for name, key in _SPECIAL_TOKENS.items():
         setattr(tokenizer, name, None if facts[key] is None else tokenizer.convert_ids_to_tokens(int(facts[key])))
 

@@ -493,4 +493,3 @@ def _stored_quantization(model: PreTrainedModel) -> str | None:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
