@@ -41,8 +41,9 @@ test: $(STAMP) ## the tests that every change must pass
 test-all: $(STAMP) ## the slow ones too
 	@$(PY) -m pytest -q -m "not bench" $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
 format: $(STAMP) ## let ruff mend and format the sources
