@@ -23,6 +23,7 @@ from orpo.checkpoint import RunLock, current_ranks
 from orpo.config import ORPOConfig
 from orpo.data.types import TokenGroup
 from orpo.engine.choose import Engine, choose
+from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, keep_freed_memory, total_norm
 from orpo.errors import UserError
@@ -269,8 +270,6 @@ class ORPOTrainer(CheckpointMixin, Trainer):
             GuardStop: loss or gradient is not finite, or nothing can learn.
             SignalStop: SIGTERM or SIGINT; one checkpoint was saved.
         """
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
         with ExitStack() as stack:
             stack.enter_context(RunLock(self.args.output_dir, ranks=self.ranks))
             stack.enter_context(first_cause(self.args.output_dir, self.ranks))
@@ -279,7 +278,11 @@ class ORPOTrainer(CheckpointMixin, Trainer):
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-            _ = self.engine  # before the model is wrapped
+            engine = self.engine  # chosen before the model is wrapped
+            if self.args.device.type == "cpu":
+                keep_freed_memory()  # after the choice, whose memory is not needed again
+                if engine.name == "shared":
+                    stack.enter_context(fused_modules(self.model))
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
             if checkpoint is not None and self.is_complete_at(checkpoint):
