@@ -117,8 +117,8 @@ class Stream:
             raise DataError("no rows", where=source.label, expected="at least one row", mend="check the path and the split")
         self._rows = itertools.chain(head, rows)
         label = str(head[0][0].file)
-        sample = [row for _, row in head]
-        self.shape = detect_shape(sample, source.column_map, pairs=pairs, sft_rows=sft_rows, where=label)
+        self.head = [row for _, row in head]
+        self.shape = detect_shape(self.head, source.column_map, pairs=pairs, sft_rows=sft_rows, where=label)
 
     def __iter__(self) -> Iterator[tuple[Where, Any]]:
         column = self.shape.group_column
@@ -139,13 +139,13 @@ def _head(rows: Iterator[tuple[Where, Any]]) -> list[tuple[Where, Any]]:
     num_bytes = 0
     for where, row in rows:
         head.append((where, row))
-        num_bytes += _rough_size(row)
+        num_bytes += rough_size(row)
         if len(head) >= _SAMPLE_ROWS or num_bytes > _SAMPLE_BYTES:
             break
     return head
 
 
-def _rough_size(value: Any) -> int:
+def rough_size(value: Any) -> int:
     """Characters of the texts in a value, two levels deep."""
     if isinstance(value, str):
         return len(value)
