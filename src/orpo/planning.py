@@ -15,6 +15,7 @@ from orpo.errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
     from orpo.config import ORPOConfig
     from orpo.runconfig import RunConfig
@@ -234,17 +235,18 @@ def read_model_config(config: RunConfig) -> Any:
         ) from error
 
 
-def _meta_model(model_config: Any, dtype: torch.dtype) -> nn.Module:
+def _meta_model(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(_ATTENTION_NAME, _shape_only_attention)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=_ATTENTION_NAME)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=_ATTENTION_NAME)
     except ValueError as error:
         raise UserError(f"no causal language model can be built: {str(error).splitlines()[0]}", where="model_name_or_path") from error
-    return model.train()
+    model.train()
+    return model
 
 
 def _shape_only_attention(
@@ -301,7 +303,7 @@ def _saved_bytes(model_config: Any, dtype: torch.dtype) -> int:
     return sum(storage.nbytes() for key, storage in saved.items() if key not in own)
 
 
-def _num_adapter_weights(model: nn.Module, config: RunConfig) -> int:
+def _num_adapter_weights(model: PreTrainedModel, config: RunConfig) -> int:
     """Weights of the LoRA adapter: rank x (inputs + outputs) of each adapted linear layer, and the layers trained whole."""
     from torch import nn
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo import compat
-from orpo.configinput import read_file, read_flags, translate_layer
+from orpo.configinput import Given, read_file, read_flags, translate_layer
 from orpo.errors import UserError, UserErrors
 from orpo.runkeys import DEMO_DATA, key_defaults
 
@@ -35,12 +35,14 @@ class RunConfig:
         origins: every key -> "default", "recipes/demo.yaml:3" or "--learning_rate".
         notes: what the user should know (options without effect, text that looks like a variable).
         config_file: the YAML file, if there was one.
+        name: what the run's folder is called where no output_dir says it.
     """
 
     values: dict[str, Any]
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
     config_file: str | None = None
+    name: str | None = None
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -67,7 +69,7 @@ class RunConfig:
         """The run's folder. Without an `output_dir` the same configuration always means the same folder, so that it can be resumed."""
         if self.values["output_dir"] is not None:
             return str(Path(self.values["output_dir"]).expanduser())
-        stem = Path(self.config_file).stem if self.config_file else Path(str(self.values["model_name_or_path"])).name
+        stem = self.name or (Path(self.config_file).stem if self.config_file else Path(str(self.values["model_name_or_path"])).name)
         safe = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run"
         return str(Path("runs") / f"{safe}-{self.identity[:8]}")
 
@@ -120,11 +122,15 @@ def _with_config(source: Any, config: str | None) -> Any:
     return [{"name": config, **item} if isinstance(item, dict) else {"path": item, "name": config} for item in items]
 
 
-def resolve(config_file: str | Path | None = None, flags: Sequence[str] = ()) -> RunConfig:
+def resolve(
+    config_file: str | Path | None = None, flags: Sequence[str] = (), *, base: Mapping[str, Any] | None = None, name: str | None = None
+) -> RunConfig:
     """Resolve a run's configuration.
 
     Args:
         config_file: YAML with one key per line, or None.
+        base: values between the defaults and the file, of a command that is a configuration of its own; their origin is `name`.
+        name: what the run is called.
         flags: command-line arguments (`--learning_rate 1e-5`, `--lora_r=8`, `--use_peft`); one word that is no flag is the file.
 
     Raises:
@@ -140,7 +146,7 @@ def resolve(config_file: str | Path | None = None, flags: Sequence[str] = ()) ->
     given_file = read_file(Path(path), problems) if path is not None else {}
     notes: list[str] = []
     layers = [translate_layer(layer, problems, notes) for layer in (given_file, given_flags)]
-    given = {**layers[0], **layers[1]}
+    given = {**{key: Given(value, str(name)) for key, value in (base or {}).items()}, **layers[0], **layers[1]}
     values, origins = key_defaults(), {}
     for key, default in values.items():
         origins[key] = given[key].origin if key in given else "default"
@@ -151,7 +157,7 @@ def resolve(config_file: str | Path | None = None, flags: Sequence[str] = ()) ->
     if problems:
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
-    return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path)
+    return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
 
 
 def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool) -> list[UserError]:

@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 
     from orpo.data.collate import DataReport
     from orpo.data.template import TemplateEncoder
-    from orpo.data.types import TokenGroup
+    from orpo.data.types import Text, TokenGroup
     from orpo.models import LoadedModel
     from orpo.trainer import ORPOTrainer
 
 logger = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
+
+NUM_PROMPTS = 3
+"""Held-out prompts that are kept to show answers to."""
 
 # Keys that are not the trainer's and yet decide what is trained; the trainer compares its own with the checkpoint's.
 _RUN_IDENTITY = ("model_name_or_path", "model_revision", "dtype", "use_peft", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha",
@@ -49,6 +52,7 @@ class RunData:
         train, train_report: what is trained on, and what became of every row.
         held_out, held_out_report: what is evaluated on; None where nothing is.
         encoder, tokenizer: what made them.
+        prompts: a few held-out prompts, spread over the rows, as text or messages: to show answers to.
     """
 
     train: list[TokenGroup]
@@ -57,6 +61,7 @@ class RunData:
     held_out_report: DataReport | None
     encoder: TemplateEncoder
     tokenizer: Any
+    prompts: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,16 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     train_report.check(rows_per_step + num_set_aside, name="the training data")
     if held_out is not None:
         find_overlap(train, held_out).check(allow=args.allow_overlap)
-    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer)
+    prompts = _some_prompts(held_out or [], [*train_rows, *(held_out_rows or [])])
+    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts)
+
+
+def _some_prompts(groups: Sequence[TokenGroup], rows: Iterable[Any]) -> tuple[Text, ...]:
+    """Prompts of a few groups, from the middle of equal parts, as the rows have them."""
+    count = min(NUM_PROMPTS, len(groups))
+    wanted = [groups[len(groups) * (2 * number + 1) // (2 * count)].where for number in range(count)]
+    found = {row.where: row.prompt for row in rows if row.where in wanted}
+    return tuple(found[where] for where in wanted)
 
 
 def _read_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | None) -> list[Any]:
@@ -209,7 +223,24 @@ def build_trainer(config: RunConfig, args: ORPOConfig, data: RunData, model: Any
     return trainer
 
 
-def run_training(config: RunConfig, tell: Tell, callbacks: Sequence[TrainerCallback] = (), command: str = "train") -> RunResult:
+class Observer:
+    """Looks at a run's model before and after training; the demo scores held-out pairs there. Does nothing by itself."""
+
+    def before(self, trainer: ORPOTrainer, data: RunData) -> None:
+        """The model still has its starting weights, also where the run will be resumed."""
+
+    def after(self, trainer: ORPOTrainer, data: RunData) -> None:
+        """The model has its final weights; they are saved."""
+
+
+def run_training(
+    config: RunConfig,
+    tell: Tell,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    command: str = "train",
+    observer: Observer | None = None,
+) -> RunResult:
     """Train as configured; resume what was interrupted, do nothing where all is done.
 
     Args:
@@ -217,6 +248,7 @@ def run_training(config: RunConfig, tell: Tell, callbacks: Sequence[TrainerCallb
         tell: receives each line for the user; called on the first process alone.
         callbacks: more callbacks for the trainer, such as a progress bar.
         command: what run.json says the run was started by.
+        observer: looks at the model before and after.
 
     Raises:
         UserError: anything wrong with configuration, data, model or folder.
@@ -242,9 +274,12 @@ def run_training(config: RunConfig, tell: Tell, callbacks: Sequence[TrainerCallb
     tell(f"training     {describe_schedule(trainer)}")
     if checkpoint:
         tell(f"resuming     from {checkpoint}")
+    observer = observer or Observer()
+    observer.before(trainer, data)
     with _failures_recorded(journal, args):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = _final_evaluation(trainer)
+        observer.after(trainer, data)
         journal.finish(metrics)
     return RunResult(folder.path, final_weights(folder.path), metrics)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,13 @@ def report_console(*, is_json: bool) -> Console:
 
 
 def say(console: Console, text: str = "") -> None:
-    """One line as it is: no markup is read in it, and it is never broken."""
-    console.print(redact_text(text), markup=False, soft_wrap=True)
+    """One line as it is: no markup is read in it, it is never broken, and it cannot steer the terminal."""
+    console.print(printable(redact_text(text)), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Without control characters but line ends and tabs: what a model or a file says must not move the cursor or set colours."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def print_json(facts: dict[str, Any]) -> None:
@@ -76,6 +82,7 @@ def quiet_libraries() -> None:
     import transformers
 
     show_warnings_plainly()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains on import about kernels that only quantized models need
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
