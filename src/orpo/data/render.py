@@ -11,13 +11,12 @@ import ctypes
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orpo.data.special import pattern_of
+from orpo.data.special import pattern_of, strings_of
 from orpo.data.types import Message
 from orpo.errors import DataError
 
@@ -29,11 +28,14 @@ CHATML = (
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
-RENDER_LIMIT_S = 10.0
+RENDER_LIMIT_S = 3.0
 """Seconds that one rendering may take; an honest template needs well under a millisecond."""
 
+_MOST_EXTRA_CHARS = 1 << 20
+"""Characters that a template may print over and above ten times what the messages hold."""
+
 _SENTINEL_USER = "Usersentinelqv"
-_SENTINEL_ANSWERS = ("Answersentinelqw", "Replysentinelqzz")
+_SENTINEL_ANSWERS = ("Answersentinelqw", "Replysentinelqzz, of another length")
 _PROBE_ANSWERS = ("Hello", "hello there", "7", "- x", '"Yes"')
 
 
@@ -49,8 +51,9 @@ class _TimedOut(BaseException):
 def time_limit(limit_s: float) -> Iterator[None]:
     """Raise `_TimedOut` inside the block once `limit_s` seconds have passed.
 
-    In the main thread a timer signal does it: Python's long C loops (such as `9 ** 9 ** 9`) look for signals as well. Elsewhere, and
-    where there are no timer signals, another thread raises it at the next bytecode.
+    In the main thread a timer of the process's own running time does it, by a signal: Python's long C loops (such as `9 ** 9 ** 9`) look
+    for signals as well, and a machine that was asleep is no template's fault. Elsewhere, and where there are no such timers, another
+    thread raises it at the next bytecode.
     """
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
         yield from _limit_by_signal(limit_s)
@@ -62,16 +65,13 @@ def _limit_by_signal(limit_s: float) -> Iterator[None]:
     def expire(signum: int, frame: object) -> None:
         raise _TimedOut
 
-    started_s = time.monotonic()
-    previous = signal.signal(signal.SIGALRM, expire)
-    left_s, interval_s = signal.setitimer(signal.ITIMER_REAL, limit_s)
+    previous = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous if previous is not None else signal.SIG_DFL)
-        if left_s:  # somebody else's timer (a test's time limit, say) goes on from where it would be by now
-            signal.setitimer(signal.ITIMER_REAL, max(left_s - (time.monotonic() - started_s), 1e-3), interval_s)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous if previous is not None else signal.SIG_DFL)
 
 
 def _limit_by_thread(limit_s: float) -> Iterator[None]:
@@ -102,20 +102,11 @@ class ChatRenderer:
         template: Jinja text; None leaves the choice to the tokenizer (it may hold several by name).
         name: what errors call the template.
         variables: further variables that the template sees (`enable_thinking=False`, ...).
-        limit_s: seconds that one rendering may take.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        template: str | None,
-        *,
-        name: str,
-        variables: dict[str, Any] | None = None,
-        limit_s: float = RENDER_LIMIT_S,
-    ) -> None:
+    def __init__(self, tokenizer: Any, template: str | None, *, name: str, variables: dict[str, Any] | None = None) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, name
-        self.variables, self.limit_s = variables or {}, limit_s
+        self.variables = variables or {}
 
     def __call__(
         self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None, generation_prompt: bool = False
@@ -123,10 +114,13 @@ class ChatRenderer:
         """The text of the conversation.
 
         Raises:
-            TemplateFailed: the template raised.
+            TemplateFailed: the template raised, or printed far more than it was given.
             DataError: it ran past the time limit.
         """
-        return self._run(messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
+        text: str = self._run(messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
+        if len(text) > _MOST_EXTRA_CHARS and len(text) > _MOST_EXTRA_CHARS + 10 * sum(map(len, strings_of([messages, tools]))):
+            raise TemplateFailed(f"it printed {len(text)} characters for a conversation far shorter")
+        return text
 
     def reference_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """What transformers itself makes of the conversation: the oracle that the fast path is held to."""
@@ -134,7 +128,7 @@ class ChatRenderer:
 
     def _run(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None, **options: Any) -> Any:
         try:
-            with time_limit(self.limit_s):
+            with time_limit(RENDER_LIMIT_S):
                 return self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=list(tools) if tools else None,
@@ -144,7 +138,7 @@ class ChatRenderer:
                 )
         except _TimedOut:
             raise DataError(
-                f"the {self.name} ran longer than {self.limit_s:g} s on one conversation and was stopped",
+                f"the {self.name} ran longer than {RENDER_LIMIT_S:g} s on one conversation and was stopped",
                 expected="a template that renders a conversation in milliseconds",
                 mend="look at the template before trusting its source, or give another one: chat_template: PATH",
             ) from None

@@ -184,6 +184,13 @@ def without_end(text: str, endings: Sequence[str]) -> str:
         text = bare[: -len(ending)]
 
 
+def without_bos(text: str, bos: str | None) -> str:
+    """The text without the beginning-of-text tokens that it brings along, so that a sequence begins once."""
+    while bos and text.startswith(bos):
+        text = text.removeprefix(bos)
+    return text
+
+
 def content_text(message: Message) -> str:
     """The text of a message's content, typed parts joined; images and the like count as no text."""
     content = message.get("content")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, as_content, sentinel_for
-from orpo.data.special import ControlText, NotPlainError, content_text, free_marks, strings_of, without_end
+from orpo.data.special import ControlText, NotPlainError, content_text, free_marks, strings_of, without_bos, without_end
 from orpo.data.types import Dropped, Message, Preference, Text
 from orpo.errors import DataError
 
@@ -75,7 +75,11 @@ class ChatText:
         self._endings = [text for text in dict.fromkeys((terminator, render.tokenizer.eos_token or "", facts.ending.strip())) if text]
 
     def draft(self, preference: Preference) -> Draft | Dropped:
-        """The preference as texts, or why it cannot be."""
+        """The preference as texts, or why it cannot be.
+
+        Raises:
+            DataError: the template does not come to an end.
+        """
         try:
             if self.is_rendered(preference.prompt):
                 return self._draft_rendered(preference)
@@ -86,6 +90,9 @@ class ChatText:
             return Dropped("template_failed", preference.where, f"the {self.render.name} says: {error}")
         except NotPlainError as error:
             return Dropped("special_tokens", preference.where, str(error))
+        except DataError as error:
+            error.where = str(preference.where)
+            raise
 
     def prompt(self, prompt: Text, tools: Tools = None) -> tuple[str, Marks]:
         """The text to generate from: the same that training takes as the prompt.
@@ -151,7 +158,7 @@ class ChatText:
         if self.facts.pure_bos:
             text = content_text(messages[0])
             if text.startswith(self.facts.pure_bos):
-                messages[0] = self._with_text(messages[0], text.removeprefix(self.facts.pure_bos))
+                messages[0] = self._with_text(messages[0], without_bos(text, self.facts.pure_bos))
         if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
             return messages[:-1], content_text(messages[-1])
         return messages, ""
@@ -181,7 +188,7 @@ class ChatText:
             roles = ", ".join(str(message.get("role")) for message in messages) or "none"
             raise _BadRow("bad_messages", f"an answer must be one assistant message; found: {roles}")
         message = self._checked(messages[0])
-        text = without_end(content_text(message), self._endings)
+        text = without_bos(without_end(content_text(message), self._endings), self.facts.pure_bos)
         if not text.strip() and not message.get("tool_calls"):
             raise _BadRow("empty_answer", "an answer is blank")
         if message.get("content") is None:
@@ -244,9 +251,8 @@ class ChatText:
 
     def _rendered_prompt(self, prompt: str) -> tuple[str, bool]:
         """A rendered prompt up to and including the header of the answer, and whether the header stood there."""
-        facts, text = self.facts, prompt.strip()
-        if facts.pure_bos and not text.startswith(facts.pure_bos):
-            text = facts.pure_bos + text
+        facts = self.facts
+        text = (facts.pure_bos or "") + without_bos(prompt.strip(), facts.pure_bos)
         has_header = text.endswith(facts.answer_header)
         return (text if has_header else text + facts.turn_gap + facts.answer_header), has_header
 
@@ -262,7 +268,7 @@ class ChatText:
             answers = [text.lstrip().removeprefix(facts.answer_header) for text in answers]
         if not has_header or not given.endswith(facts.answer_gap):
             answers = [text.removeprefix(facts.answer_gap) for text in answers]
-        answers = [without_end(text, self._endings) for text in answers]
+        answers = [without_bos(without_end(text, self._endings), facts.pure_bos) for text in answers]
         if not all(answer.strip() for answer in answers):
             raise _BadRow("empty_answer", "an answer is blank")
         notes = ["already_rendered"] + (["special_tokens_in_text"] if self.control.is_in(answers) else [])
@@ -301,7 +307,7 @@ class PlainText:
             DataError: it holds messages, which need a template.
         """
         prompt, *responses = [self._text(text, preference) for text in (preference.prompt, *preference.responses)]
-        answers = [without_end(text, self._endings) for text in responses]
+        answers = [without_bos(without_end(text, self._endings), self.bos) for text in responses]
         prompt_text, marks = self.prompt(prompt)
         if not prompt_text.strip():
             return Dropped("empty_prompt", preference.where, "the prompt is blank")
@@ -312,7 +318,7 @@ class PlainText:
         answers = [answer[: self.most_chars] if i in cut else answer for i, answer in enumerate(answers)]
         if self.is_split and self.control.is_in([prompt, *answers]):
             marks = free_marks([prompt, *answers])
-            prompt_text = self.control.mark(self._without_bos(prompt), marks)
+            prompt_text = self.control.mark(without_bos(prompt, self.bos), marks)
             answers = self.control.mark(answers, marks)
         return Draft(preference, prompt_text, [prompt_text + answer for answer in answers], marks, notes, cut)
 
@@ -322,7 +328,7 @@ class PlainText:
         Raises:
             DataError: it is messages, which need a template.
         """
-        text = self._without_bos(self._text(prompt, None))
+        text = without_bos(self._text(prompt, None), self.bos)
         if self.is_split and self.control.is_in([text]):
             marks = free_marks([text])
             return self.control.mark(text, marks), marks
@@ -335,9 +341,6 @@ class PlainText:
     def before_content(self, draft: Draft) -> str | None:
         """Nothing stands between prompt and answer."""
         return None
-
-    def _without_bos(self, text: str) -> str:
-        return text.removeprefix(self.bos) if self.bos else text
 
     def _text(self, text: Text, preference: Preference | None) -> str:
         if isinstance(text, str):
