@@ -63,6 +63,8 @@ def generate(
     batch_size: int = 16,
     compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    each: Callable[[int, Answer], None] | None = None,
+    occurrences: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer every prompt.
 
@@ -78,6 +80,8 @@ def generate(
         batch_size: prompts at a time.
         compute_dtype: None for the weights' own; bfloat16 is about twice as fast on float32 weights.
         progress: called with (answers done, prompts).
+        each: called with (prompt's number, answer) as soon as it is there.
+        occurrences: how often each prompt came before, where these prompts are part of a longer list; None counts here.
 
     Returns:
         Answers in the order of the prompts.
@@ -88,17 +92,27 @@ def generate(
     _check(max_new_tokens, temperature, top_p, batch_size)
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     limit = _context_tokens(model)
-    answers: list[Answer | None] = [Answer("", 0, TOO_LONG) if limit and len(one) >= limit else None for one in ids]
-    seeds = _stream_seeds(ids, seed)
-    todo = sorted((row for row, answer in enumerate(answers) if answer is None), key=lambda row: -len(ids[row]))
+    found: dict[int, Answer] = {}
+
+    def keep(row: int, answer: Answer) -> None:
+        found[row] = answer
+        if each is not None:
+            each(row, answer)
+
+    todo = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    for row in list(todo):
+        if limit and len(ids[row]) >= limit:
+            keep(row, Answer("", 0, TOO_LONG))
+            todo.remove(row)
+    seeds = _stream_seeds(ids, seed, count_occurrences(ids) if occurrences is None else occurrences)
     job = _Job(model, encoder.terminator_ids, max_new_tokens, temperature, top_p, limit)
     with inference(model, compute_dtype), _plain_generation_config(model):
         for rows in _batches(todo, [len(one) for one in ids], batch_size, max_new_tokens, limit):
             for row, tokens in zip(rows, job.run([ids[row] for row in rows], [seeds[row] for row in rows]), strict=True):
-                answers[row] = _answer(tokenizer, tokens, encoder.terminator_ids)
+                keep(row, _answer(tokenizer, tokens, encoder.terminator_ids))
             if progress is not None:
-                progress(sum(answer is not None for answer in answers), len(answers))
-    return [answer for answer in answers if answer is not None]
+                progress(len(found), len(ids))
+    return [found[row] for row in range(len(ids))]
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
@@ -120,15 +134,23 @@ def _context_tokens(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _stream_seeds(ids: Sequence[np.ndarray], seed: int) -> list[int]:
-    """A seed per prompt from its ids and how often it came before: independent of the batch and of the other prompts."""
+def count_occurrences(ids: Sequence[np.ndarray]) -> list[int]:
+    """How often each prompt came before in the list."""
     seen: Counter[bytes] = Counter()
     found = []
     for one in ids:
-        content = one.astype("<i4").tobytes()
-        digest = hashlib.sha256(f"{seed}:{seen[content]}:".encode() + content).digest()
-        found.append(int.from_bytes(digest[:8], "little") >> 1)
+        content = one.tobytes()
+        found.append(seen[content])
         seen[content] += 1
+    return found
+
+
+def _stream_seeds(ids: Sequence[np.ndarray], seed: int, occurrences: Sequence[int]) -> list[int]:
+    """A seed per prompt from its ids and how often it came before: independent of the batch and of the other prompts."""
+    found = []
+    for one, occurrence in zip(ids, occurrences, strict=True):
+        digest = hashlib.sha256(f"{seed}:{occurrence}:".encode() + one.astype("<i4").tobytes()).digest()
+        found.append(int.from_bytes(digest[:8], "little") >> 1)
     return found
 
 
