@@ -66,7 +66,8 @@ def shared_attention_forward(
     if shared_layout is None:
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks_H, **kwargs), None
     if dropout:
-        raise ValueError("attention dropout is not supported on packed rows; set it to 0 or use engine='padded'")
+        raise ValueError(f"attention dropout of {dropout:g} is on, which packed rows do not support; leave disable_dropout on to use them")
+    shared_layout.windows.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they come in float32, values in bf16.
@@ -138,16 +139,15 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask_SL: Tensor, scale: flo
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SL, scale=scale, enable_gqa=grouped)
 
 
-def _plain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks_H: Tensor | None
-) -> Tensor:
+def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks_H: Tensor | None) -> Tensor:
     """Attention written out, softmax in float32: soft cap on the scores (Gemma 2), a learned sink per head (gpt-oss)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    # Not -inf: a row of padding may see nothing at all, and the NaN of its softmax would reach the others as a key of the next layer.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks_H is not None:
         sink = sinks_H.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
@@ -283,9 +283,7 @@ def _cuts(segments: tuple[Segment, ...]) -> Iterator[tuple[int, int, tuple[tuple
                     yield block_start, block_end, ((segment.prefix_start, segment.prefix_end), (segment.start, block_end))
 
 
-def _mask(
-    layout: PackedLayout, start: int, end: int, keys: tuple[tuple[int, int], ...], window: int | None, dtype: torch.dtype
-) -> Tensor:
+def _mask(layout: PackedLayout, start: int, end: int, keys: tuple[tuple[int, int], ...], window: int | None, dtype: torch.dtype) -> Tensor:
     """0 where a query row may use a key row, -inf elsewhere, shape (S, L)."""
     rows = torch.cat([torch.arange(first, last) for first, last in keys])
     mask_SL = torch.full((end - start, len(rows)), float("-inf"), dtype=dtype)

@@ -43,6 +43,8 @@ class PackedLayout:
     segments: tuple[Segment, ...]
     cache: dict[object, object] = field(default_factory=dict, repr=False)
     """Masks and plans, made once per micro-batch and shared by the layers."""
+    windows: set[int | None] = field(default_factory=set, repr=False)
+    """Sliding windows that attention was called with, for the check at the start of a run."""
 
 
 @dataclass(frozen=True, slots=True)
