@@ -119,6 +119,20 @@ def test_row_12_one_end_if_natural_and_none_if_cut(style: str) -> None:
     assert cut.notes == ("answer_cut",)
 
 
+def test_row_12_a_cut_answer_ends_with_no_terminator_of_its_own_text() -> None:
+    """Special-token text is trained as it is under "warn"; a cut just behind it must not look like a natural end."""
+    tokenizer = build_tokenizer()
+    for max_length in range(20, 40):
+        encoder = TemplateEncoder(tokenizer, max_length=max_length, truncation="keep_end")
+        group = encoder.encode(row("Hello", "a<|im_end|>" * 30 + "b", "No"))
+        assert isinstance(group, TokenGroup)
+        assert not group.is_ended[0]
+        assert group.response_ids[0][-1] != encoder.terminator_id
+    assert (
+        reason(TemplateEncoder(tokenizer, max_length=20, truncation="keep_end"), "Hello", "<|im_end|>" * 30 + "b", "No") == "empty_answer"
+    )
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_row_13_pad_is_eos_and_the_end_is_still_there(style: str) -> None:
     terminator = TERMINATORS.get(style, "<|im_end|>")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,16 @@ import numpy as np
 
 from orpo.data import truncate
 from orpo.data.choose import choose_template, unwrap_tokenizer
+from orpo.data.join import Ends, Joined, common_prefix, cut_answers, distinct, join, to_group
 from orpo.data.reasons import REASONS
 from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, added_token_texts, probe_template
 from orpo.data.special import ControlText, NotPlainError, content_text, is_unicode, strings_of
 from orpo.data.turns import ChatText, Draft, Marks, PlainText
-from orpo.data.types import Dropped, Message, Pairs, Preference, Text, TokenGroup
+from orpo.data.types import Dropped, Message, Preference, Text, TokenGroup
 from orpo.errors import DataError, OrpoError, UserError
 
 NUM_VERIFIED = 32
 """Responses of an encoder's first rows that are compared with transformers' own `apply_chat_template(tokenize=True)`."""
-
-
-@dataclass(slots=True)
-class _Joined:
-    """A prompt and its responses, proved to fit together on the tokens."""
-
-    prompt_ids: list[int]
-    responses: list[list[int]]
-    ended: list[bool]
-    notes: list[str]
 
 
 class TemplateEncoder:
@@ -101,6 +92,7 @@ class TemplateEncoder:
             self._texts = self._plain_text(options)
         else:
             self._texts = self._chat_text(options, template_variables)
+        self._ends = Ends(self.terminator_id, self._is_eos_appended, frozenset(self._control.ids.values()))
         stops = (self.terminator_id, self.tokenizer.eos_token_id)
         self.terminator_ids: tuple[int, ...] = tuple(dict.fromkeys(int(i) for i in stops if i is not None))
 
@@ -121,11 +113,11 @@ class TemplateEncoder:
             if isinstance(draft, Dropped):
                 result: TokenGroup | Dropped = draft
             elif draft.marks:
-                result = self._fit_marked(draft)
+                result = self._settle(draft, None)
             else:
                 ids = [self._prefix_ids + next(batch) for _ in draft.texts]
                 self._verify(draft, ids[1:])
-                result = self._fit(draft, ids)
+                result = self._settle(draft, ids)
             if self.is_strict and isinstance(result, Dropped):
                 raise unusable_row(result)
             results.append(result)
@@ -145,13 +137,16 @@ class TemplateEncoder:
             DataError: the template raised on these messages.
         """
         try:
-            text, marks = self._texts.prompt(prompt, tools)
-            ids = self._encode_texts([text], marks)[0]
+            ids = self._prompt_ids(prompt, tools)
         except TemplateFailed as error:
             raise DataError(f"the {self.template_name} cannot render this prompt: {error}", where="chat_template") from error
         except NotPlainError as error:
             raise DataError(str(error), where="special_tokens_in_text") from error
-        return np.asarray(self._prefix_ids + ids, dtype=np.int32)
+        return np.asarray(ids, dtype=np.int32)
+
+    def _prompt_ids(self, prompt: Text, tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        text, marks = self._texts.prompt(prompt, tools)
+        return self._prefix_ids + self._encode_texts([text], marks)[0]
 
     def describe(self) -> dict[str, Any]:
         """Facts for run.json and the preview; plain JSON types."""
@@ -267,50 +262,29 @@ class TemplateEncoder:
 
     # Ids to a group.
 
-    def _fit_marked(self, draft: Draft) -> TokenGroup | Dropped:
-        """A draft with special-token text that is to be plain text."""
+    def _settle(self, draft: Draft, ids: list[list[int]] | None) -> TokenGroup | Dropped:
+        """A group of a draft; its ids are made here where they could not be made in a batch."""
         try:
-            return self._fit(draft, self._draft_ids(draft))
+            return self._fit(draft, self._draft_ids(draft) if ids is None else ids)
         except NotPlainError as error:
             return Dropped("special_tokens", draft.preference.where, str(error))
+        except TemplateFailed as error:
+            return Dropped("template_failed", draft.preference.where, f"the {self.template_name} says: {error}")
 
     def _draft_ids(self, draft: Draft) -> list[list[int]]:
         return [self._prefix_ids + ids for ids in self._encode_texts(draft.texts, draft.marks)]
 
     def _fit(self, draft: Draft, ids: list[list[int]]) -> TokenGroup | Dropped:
-        joined = self._join(draft, ids)
+        joined = join(draft, ids, self._ends)
         if isinstance(joined, Dropped):
             return joined
         pairs = draft.preference.pairs
-        if pairs and not _distinct(pairs, joined.responses)[0]:
+        if pairs and not distinct(pairs, joined.responses)[0]:
             return Dropped("identical_answers", draft.preference.where, "the answers have the same tokens")
         fitted = self._fit_lengths(draft, joined)
-        if isinstance(fitted, Dropped):
-            return fitted
-        return self._group(draft.preference, fitted)
+        return fitted if isinstance(fitted, Dropped) else to_group(draft.preference, fitted)
 
-    def _join(self, draft: Draft, ids: list[list[int]]) -> _Joined | Dropped:
-        """Prove the boundary and the ends on the tokens of the prompt and of each whole sequence."""
-        prompt_ids, *full_ids = ids
-        where, notes, num_prompt = draft.preference.where, list(draft.notes), len(prompt_ids)
-        if not all(ids[:num_prompt] == prompt_ids for ids in full_ids):
-            num_prompt = _common_prefix([prompt_ids, *full_ids])
-            if set(prompt_ids[num_prompt:]) & set(self._control.ids.values()):
-                return Dropped("boundary", where, "an answer changes the tokens of the prompt's last header")
-            notes.append("boundary_merge")
-        if num_prompt == 0:
-            return Dropped("boundary", where, "no token of the prompt stays the same with an answer after it")
-        end = [self.terminator_id] if self._is_eos_appended else []
-        responses = [ids[num_prompt:] + end for ids in full_ids]
-        if not all(ids and ids[-1] == self.terminator_id for ids in responses):
-            return Dropped("boundary", where, "an answer does not end with the terminator")
-        if not all(ids[:-1] for ids in responses):
-            return Dropped("empty_answer", where, "the tokenizer makes no token of an answer")
-        ended = [i not in draft.cut for i in range(len(responses))]
-        responses = [ids if is_ended else ids[:-1] for ids, is_ended in zip(responses, ended, strict=True)]
-        return _Joined(prompt_ids[:num_prompt], responses, ended, notes)
-
-    def _fit_lengths(self, draft: Draft, joined: _Joined) -> _Joined | Dropped:
+    def _fit_lengths(self, draft: Draft, joined: Joined) -> Joined | Dropped:
         """The length contract, decided once for the group."""
         num_prompt, longest = len(joined.prompt_ids), max(map(len, joined.responses))
         is_long_prompt = num_prompt >= self.max_length or num_prompt > (self.max_prompt_length or num_prompt)
@@ -320,28 +294,24 @@ class TemplateEncoder:
             detail = f"prompt {num_prompt} and longest answer {longest} tokens; max_length is {self.max_length}"
             return Dropped("prompt_too_long" if is_long_prompt else "too_long", draft.preference.where, detail)
         least = 1 + self._num_head_tokens(draft, joined)
-        trimmed: _Joined | Dropped = joined
+        trimmed: Joined | Dropped = joined
         for budget in truncate.prompt_budgets(num_prompt, longest, self.max_length, self.max_prompt_length, least):
             trimmed = self._trim(draft, joined, budget) if budget < num_prompt else joined
-            if isinstance(trimmed, _Joined):
+            if isinstance(trimmed, Joined):
                 break
         if isinstance(trimmed, Dropped):
             return trimmed
-        joined = trimmed
-        room = self.max_length - len(joined.prompt_ids)
-        joined.ended = [is_ended and len(ids) <= room for ids, is_ended in zip(joined.responses, joined.ended, strict=True)]
-        joined.responses = [ids[:room] for ids in joined.responses]
-        return joined
+        return cut_answers(trimmed, self.max_length - len(trimmed.prompt_ids), self.terminator_id)
 
-    def _num_head_tokens(self, draft: Draft, joined: _Joined) -> int:
+    def _num_head_tokens(self, draft: Draft, joined: Joined) -> int:
         """Tokens of the template that stand between the prompt and what the answer says (an empty think block, say)."""
         before = self._texts.before_content(draft)
         if before is None:
             return 0
         ids = self._encode_texts([before], draft.marks)[0]
-        return max(0, *(_common_prefix([ids, joined.prompt_ids + response]) - len(joined.prompt_ids) for response in joined.responses))
+        return max(0, *(common_prefix([ids, joined.prompt_ids + response]) - len(joined.prompt_ids) for response in joined.responses))
 
-    def _trim(self, draft: Draft, joined: _Joined, budget: int) -> _Joined | Dropped:
+    def _trim(self, draft: Draft, joined: Joined, budget: int) -> Joined | Dropped:
         """The same group with a prompt of at most `budget` tokens."""
         preference = draft.preference
         if isinstance(self._texts, PlainText):
@@ -355,44 +325,22 @@ class TemplateEncoder:
             return _untrimmable(preference)
 
         def measure(messages: Sequence[Message]) -> int:
-            return len(self.prompt_ids(tuple(messages), preference.tools))
+            return len(self._prompt_ids(tuple(messages), preference.tools))
 
-        try:
-            messages = truncate.trim_messages(self._texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
-        except DataError as error:
-            return Dropped("template_failed", preference.where, str(error))
+        messages = truncate.trim_messages(self._texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
         if messages is None:
             return Dropped("prompt_too_long", preference.where, f"its headers alone need more than the {budget} tokens left for it")
         shorter = self._texts.draft(replace(preference, prompt=tuple(messages)))
         if isinstance(shorter, Dropped):
             return shorter
         shorter.notes = [*draft.notes, "prompt_trimmed"]
-        return self._join(shorter, self._draft_ids(shorter))
+        return join(shorter, self._draft_ids(shorter), self._ends)
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Character spans of a text's tokens; of its characters, where the tokenizer gives none."""
         if not self._is_fast:
             return [(i, i + 1) for i in range(len(text))]
         return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets)
-
-    def _group(self, preference: Preference, fitted: _Joined) -> TokenGroup | Dropped:
-        pairs, kept = _distinct(preference.pairs, fitted.responses)
-        notes = list(fitted.notes)
-        if preference.pairs and not pairs:
-            return Dropped("identical_after_truncation", preference.where, f"the same within {self.max_length} tokens")
-        if len(pairs) < len(preference.pairs):
-            notes.append("identical_pair_removed")
-        if not all(fitted.ended[i] for i in kept):
-            notes.append("answer_cut")
-        return TokenGroup(
-            prompt_ids=np.asarray(fitted.prompt_ids, dtype=np.int32),
-            response_ids=tuple(np.asarray(fitted.responses[i], dtype=np.int32) for i in kept),
-            pairs=pairs,
-            is_ended=tuple(fitted.ended[i] for i in kept),
-            where=preference.where,
-            notes=tuple(dict.fromkeys(notes)),
-            columns=preference.columns,
-        )
 
 
 def unusable_row(dropped: Dropped) -> DataError:
@@ -424,20 +372,3 @@ def _untrimmable(preference: Preference) -> Dropped:
 
 def _num_chars(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(content_text(message)) for message in text)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many first ids all sequences share."""
-    shared = 0
-    for column in zip(*sequences, strict=False):
-        if any(index != column[0] for index in column):
-            break
-        shared += 1
-    return shared
-
-
-def _distinct(pairs: Pairs, responses: Sequence[list[int]]) -> tuple[Pairs, tuple[int, ...]]:
-    """Pairs of responses that differ, and the responses in them; all responses of a row without pairs."""
-    if not pairs:
-        return (), tuple(range(len(responses)))
-    return truncate.drop_identical(pairs, lambda i, j: responses[i] == responses[j])
