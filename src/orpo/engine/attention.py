@@ -70,7 +70,7 @@ def shared_attention_forward(
     shared_layout.windows.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they come in float32, values in bf16.
+        # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they are float32, values bf16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if softcap is None and sinks_H is None and query.device.type == "cpu":

@@ -31,7 +31,7 @@ precision. Two correct engines differ by up to 0.4 nats on single tokens of Smol
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 """Largest difference of a gradient, relative to its norm."""
 NEGLIGIBLE_GRADIENT = 1e-4
-"""A gradient this small beside the largest one is rounding (that of a bias of keys, in OPT) and is measured by this share of the largest."""
+"""A gradient this small beside the largest one is rounding (a bias of keys in OPT) and is measured by this share of the largest."""
 CHECK_TOKENS = 2048
 """Rows for the check are taken up to this many packed tokens."""
 
@@ -215,7 +215,7 @@ def _run_with_dropout(model: nn.Module, batch: PreferenceBatch, objective: Objec
 
 
 def _hidden_window(core: Any, groups: Sequence[TokenGroup], agreement: Agreement) -> str | None:
-    """A restriction that lies in the model's masks alone, of which packed attention hears nothing, and that rows of the run are longer than.
+    """A restriction in the model's masks alone, of which packed attention hears nothing, that some row of the run is longer than.
 
     The rows of the check may be too short to show it (Qwen 2 MoE's window, Llama 4's chunks).
     """
