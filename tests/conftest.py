@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ from tinymodels import build_tiny_model, build_tiny_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from faults.forked import Zygote
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Shared machines are slow at times; a deadline would then fail tests at random. CI draws the same examples every run.
@@ -37,6 +39,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data sets in ../shared/data are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Zygote]:
+    """Starts small real runs in processes of their own within milliseconds (tests/faults/forked.py)."""
+    from faults.forked import zygote
+
+    with zygote() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
@@ -29,6 +30,7 @@ from orpo.checkpoint import (
     publish,
     read_manifest,
     recover,
+    require_safe_weights,
     require_same_facts,
     save_optimizer,
     save_rng,
@@ -210,6 +212,21 @@ class CheckpointMixin(_Base):
     def _engine_before_facts(self) -> None:
         self._facts = None
         _ = self.engine
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._is_sharded:
+            require_safe_weights(resume_from_checkpoint)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except SafetensorError as error:
+            raise CheckpointError(f"the weights cannot be read ({error})", where=resume_from_checkpoint) from None
+
+    def _load_best_model(self) -> None:
+        folder = str(self.state.best_model_checkpoint)
+        verify(folder)
+        if not self._is_sharded:
+            require_safe_weights(folder)
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

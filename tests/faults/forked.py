@@ -16,6 +16,7 @@ import orpo
 from faults.jobs import metrics
 
 TESTS = Path(__file__).resolve().parents[1]
+TOKEN = "hf_" + "QwErTyUiOpAsDfGhJkLzXcVbNm012345"
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(Path(orpo.__file__).parents[1]), str(TESTS)]),
@@ -23,6 +24,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    # Looked for in what a run writes (tests/security/test_run_folder.py).
+    "HF_TOKEN": TOKEN,
+    "WANDB_API_KEY": TOKEN,
+    "AWS_SECRET_ACCESS_KEY": TOKEN,
 }
 
 
@@ -101,7 +106,7 @@ class Finished:
 
 @contextmanager
 def zygote() -> Iterator[Zygote]:
-    """A zygote for the time of a test module."""
+    """A zygote for the time of a test session."""
     process = Zygote()
     try:
         yield process

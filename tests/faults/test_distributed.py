@@ -5,26 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faults import jobs
-from faults.forked import Exit, Finished, Zygote, zygote
+from faults.forked import Exit, Finished, Zygote
 from orpo.checkpoint import find_newest, read_manifest, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 LEAVE_S = 20.0
 """A rank must be gone this long after the first; the collectives' timeout is 15 s in these runs."""
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Zygote]:
-    with zygote() as process:
-        yield process
 
 
 class Pair:

@@ -10,13 +10,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faults.forked import Finished, Zygote, zygote
+from faults.forked import Finished, Zygote
 from orpo.checkpoint import find_newest, read_manifest
 
 BY_EPOCH = {"logging_strategy": "epoch", "eval_strategy": "epoch", "eval_on_start": True, "load_best_model_at_end": False}
@@ -28,12 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "by epoch": {"engine": "padded", "options": BY_EPOCH},
 }
 NUM_LONG = 200
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Zygote]:
-    with zygote() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

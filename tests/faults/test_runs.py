@@ -7,21 +7,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faults import jobs
-from faults.forked import Finished, Zygote, zygote
+from faults.forked import Finished, Zygote
 from orpo.checkpoint import find_newest, read_manifest, verify
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Zygote]:
-    with zygote() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")

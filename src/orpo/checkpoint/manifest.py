@@ -118,7 +118,7 @@ def checked_name(name: str, where: str) -> str:
     """
     path = PurePosixPath(name)
     is_confined = (
-        bool(name)
+        bool(path.parts)
         and not path.is_absolute()
         and str(path) == name
         and not {".", ".."} & set(path.parts)
