@@ -34,6 +34,16 @@ class Cleaned:
     num_left: int
     left: Counter[str]
 
+    def sentence(self) -> str:
+        """The result in words."""
+        reasons = ", ".join(f"{number} {code}" for code, number in self.left.most_common())
+        return f"{self.num_written} rows in {self.path}; {self.num_left} left ({reasons or 'none'}), listed in {self.log_path}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        counts = {"num_written": self.num_written, "num_left": self.num_left, "left": dict(self.left)}
+        return {"path": str(self.path), "log_path": str(self.log_path), **counts}
+
 
 def write_clean(audit: Audit, source: Any, options: AuditOptions, path: str | Path, *, keep: Collection[str] = ()) -> Cleaned:
     """Write the rows that are fit to train on as JSON lines, unchanged, and beside them `<path>.log.jsonl`.

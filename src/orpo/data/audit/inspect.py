@@ -167,7 +167,8 @@ class Inspector:
         words = [words_of(text)[:_MOST_WORDS] for text in (prompt, *answers)]
         hashes = [self._hasher.hashes(some) for some in words]
         stripped = [answer.strip() for answer in answers]
-        chunk.excerpts.append(" ".join(prompt[: 4 * _EXCERPT_CHARS].split())[:_EXCERPT_CHARS])
+        asked = draft.prompt if isinstance(draft.prompt, str) else draft.prompt[-1]["content"] if draft.prompt else ""
+        chunk.excerpts.append(" ".join(asked[: 4 * _EXCERPT_CHARS].split())[:_EXCERPT_CHARS])
         chunk.prompt_keys.append(key_of(" ".join(words[0]) or prompt.strip()))
         chunk.row_keys.append(key_of(prompt.strip(), *stripped, repr(draft.pairs)))
         chunk.chosen_keys.append(key_of(stripped[draft.pairs[0][0] if draft.pairs else 0]))
