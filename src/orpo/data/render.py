@@ -162,7 +162,7 @@ class TemplateFacts:
         wants_parts: contents must be lists of typed parts.
         takes_parts: contents may be lists of typed parts.
         system: "printed", "ignored" or "refused".
-        control_tokens: texts of special tokens, and of added tokens that the template itself prints.
+        control_tokens: texts of special tokens, and of added tokens that the template itself prints around turns.
         markers: role markers that the template prints as plain text, such as "[/INST]".
         pure_bos: the beginning-of-text token, where the template prints it first and only there; else None.
         openers: special tokens or role markers that a rendered conversation starts with.
@@ -342,7 +342,6 @@ def probe_template(render: ChatRenderer, encode: Callable[[list[str]], list[list
     dialogue = probe.try_render(probe.messages(*probe.lead, "assistant", "user", "assistant")) or before
     second_turn = dialogue.partition(_SENTINEL_ANSWERS[0])[2].partition(_SENTINEL_USER)[0]
     tokens = pattern_of(list(probe.added))
-    control = set(added_token_texts(render.tokenizer, special_only=True)) | set(tokens.findall(prompt)) | set(tokens.findall(ending))
     bos = render.tokenizer.bos_token
     pure_bos = bos if bos and dialogue.startswith(bos) and dialogue.count(bos) == 1 else None
     with_system = probe.try_render(probe.messages("system", "user")) or ""
@@ -351,6 +350,9 @@ def probe_template(render: ChatRenderer, encode: Callable[[list[str]], list[list
     found = tokens.search(between)
     user_end, rest = (between[: found.end()].strip(), between[found.end() :]) if found else ("", between)
     header = rest.strip()
+    # Of the header only its first token: behind it stand think blocks and the like, which answers may well contain.
+    printed = [*tokens.findall(opening + user_end + second_turn + ending), *tokens.findall(header)[:1]]
+    control = set(added_token_texts(render.tokenizer, special_only=True)) | set(printed)
     markers = {line.strip() for piece in (between, second_turn, ending) for line in tokens.sub("\n", piece).split("\n")}
     return TemplateFacts(
         boundary=boundary,
