@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_ORPHANS_S = 5.0
+"""How long a lock is waited for whose holder is dead: a child that it had just forked may not have let go yet."""
 _open_descriptors: set[int] = set()
 
 
@@ -113,20 +115,27 @@ class RunLock:
 
     def _flock(self, descriptor: int) -> bool:
         """Take the kernel's lock; False where the file system has none."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._refusal(_read(descriptor)) from None
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise UserError(f"the run's lock cannot be taken ({error})", where=str(self.path)) from None
-            return False
-        return True
+        end = time.monotonic() + _ORPHANS_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                holder = _read(descriptor)
+                is_orphaned = holder.get("host") == socket.gethostname() and not _is_running(holder.get("pid"))
+                if not is_orphaned or time.monotonic() > end:
+                    raise self._refusal(holder) from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_FLOCK:
+                    raise UserError(f"the run's lock cannot be taken ({error})", where=str(self.path)) from None
+                return False
 
     def _is_alive(self, holder: dict[str, Any], descriptor: int, *, has_flock: bool) -> bool:
         """Whether the run that wrote the lock file still runs, given that we hold the kernel's lock where there is one."""
         if holder.get("host") == socket.gethostname():
-            return not has_flock and _is_running(holder.get("pid"))
+            # Our own number in it is that of an earlier process: a restarted container gives the same ones again.
+            return not has_flock and holder.get("pid") != os.getpid() and _is_running(holder.get("pid"))
         before = os.fstat(descriptor).st_mtime_ns
         logger.warning("%s names a run on another machine (%s); watching it for %.0f s", self.path, _name(holder), 3 * self._beat_s)
         end = time.monotonic() + 3 * self._beat_s
@@ -171,4 +180,4 @@ def _is_running(pid: Any) -> bool:
         return False
     except OSError:
         return True
-    return pid != os.getpid()
+    return True
