@@ -51,7 +51,8 @@ format: $(STAMP) ## let ruff mend and format the sources
 	@$(PY) -m ruff format .
 
 bench: $(STAMP) ## measure speed and memory against TRL's trainer
-	@$(PY) -m pytest -q -s -m bench $(ARGS)
+	@$(PY) benchmarks/throughput.py $(ARGS)
+	@$(PY) benchmarks/scaling.py
 
 faults: $(STAMP) ## the long version of the fault matrix (kills, full disks, two processes)
 	@$(PY) -m pytest -q -m "not bench" tests/faults $(ARGS)

@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, side: str, case: Case, num_steps: int) -> None:
         command = [sys.executable, str(HERE / "throughput_worker.py"), side, json.dumps(asdict(case)), str(num_steps + WARMUP_STEPS)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self.read()
 
     def read(self) -> dict[str, Any]:
@@ -134,7 +134,8 @@ def main() -> None:
     base = Case(precision=args.precision, checkpointing=args.checkpointing)
     cases = [
         replace(base, data=data, method=method)
-        for data, method in itertools.product([args.data] if args.data else ["hh", "sharegpt"], [args.method] if args.method else ["full", "lora"])
+        for data in ([args.data] if args.data else ["hh", "sharegpt"])
+        for method in ([args.method] if args.method else ["full", "lora"])
     ]
     if args.matrix:
         cases = [Case(*values) for values in itertools.product(["hh", "sharegpt"], ["full", "lora"], ["bf16", "fp32"], [False, True])]

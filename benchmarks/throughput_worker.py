@@ -39,7 +39,11 @@ def load_rows(data: str, tokenizer: Any, num_rows: int) -> list[dict[str, Any]]:
     groups = TemplateEncoder(tokenizer, max_length=MAX_LENGTH).encode_many(preferences)
     fitting = [preference for preference, group in zip(preferences, groups, strict=True) if isinstance(group, TokenGroup)]
     rows = [
-        {"prompt": _messages(item.prompt, "user"), "chosen": _messages(item.responses[0], "assistant"), "rejected": _messages(item.responses[1], "assistant")}
+        {
+            "prompt": _messages(item.prompt, "user"),
+            "chosen": _messages(item.responses[0], "assistant"),
+            "rejected": _messages(item.responses[1], "assistant"),
+        }
         for item in fitting
     ]
     return [rows[index % len(rows)] for index in range(num_rows)]
@@ -50,8 +54,23 @@ def _messages(text: Any, role: str) -> list[dict[str, str]]:
 
 
 def _made_up(words: tuple[int, int, int], num_rows: int) -> list[dict[str, str]]:
-    source = random.Random(0)  # noqa: S311
-    vocabulary = "the river stone bridge walks slowly under a bright morning sky while children count birds and write letters home".split()
+    source = random.Random(0)
+    vocabulary = [
+        "the",
+        "river",
+        "stone",
+        "bridge",
+        "walks",
+        "slowly",
+        "under",
+        "a",
+        "bright",
+        "sky",
+        "and",
+        "children",
+        "write",
+        "letters",
+    ]
 
     def text(mean: int) -> str:
         return " ".join(source.choice(vocabulary) for _ in range(max(4, int(source.gauss(mean, mean / 3)))))

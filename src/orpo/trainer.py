@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, TrainOutput
 
 from orpo.checkpoint import RunLock, current_ranks
@@ -78,7 +78,7 @@ class ORPOTrainer(CheckpointMixin, Trainer):
     Args:
         model: a model, or its name: hub id, folder, GGUF file, or the alias `smollm2-135m-instruct`.
         args: options; `ORPOConfig()` if None.
-        train_dataset: rows of any shape `orpo.data.formats` knows (a `datasets.Dataset`, a list of dicts, a path or hub id), or token groups.
+        train_dataset: rows of any shape that `orpo.data.formats` knows (`datasets.Dataset`, list of dicts, path, hub id), or token groups.
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; `tokenizer` is the same. If None, the model's own.
         model_init: makes the model anew for every `train()`, in place of `model`.
@@ -92,6 +92,8 @@ class ORPOTrainer(CheckpointMixin, Trainer):
     """
 
     _tag_names = ("orpo",)
+    control: TrainerControl
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
     def __init__(
         self,
@@ -126,7 +128,8 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         if train_dataset is None:
             raise UserError("train_dataset is missing", where="ORPOTrainer")
         train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True)
-        eval_groups, self.eval_report = None, None
+        eval_groups: Any = None
+        self.eval_report = None
         if isinstance(eval_dataset, dict):
             eval_groups = {name: as_groups(rows, tokenizer, args)[0] for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -235,7 +238,7 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         """Not prepared by accelerate: the sampler already knows the ranks, and every batch is one whole step."""
         return DataLoader(
             StepDataset(groups, nll_scope=self.args.nll_scope, world_size=self.args.world_size),
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=only_item,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(0),  # or the loader draws a seed from the global state, and resuming would not be exact

@@ -34,7 +34,8 @@ def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
         return model, None
     from orpo.models import load_model
 
-    kwargs = dict(args.model_init_kwargs or {})
+    given = args.model_init_kwargs
+    kwargs = dict(given) if isinstance(given, dict) else {}
     revision = kwargs.pop("revision", args.model_revision)
     kwargs.pop("trust_remote_code", None)
     loaded = load_model(
@@ -142,9 +143,7 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
     if args.disable_dropout:
         disable_dropout(model)
     else:
-        logger.warning(
-            "dropout is on: micro-batches of different cut then give different updates, and the engines cannot be compared (guarantees 2, 3)"
-        )
+        logger.warning("dropout is on: how a step is cut into micro-batches then changes its update, and the engines cannot be compared")
     from orpo.models import upcast_trainable
 
     if note := upcast_trainable(model):
@@ -177,4 +176,4 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]

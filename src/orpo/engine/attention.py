@@ -123,7 +123,7 @@ def visibility(layout: PackedLayout, segment: Segment, window: int | None, devic
         if window is not None:
             visible_SL &= torch.ones_like(visible_SL).triu(segment.num_prefix - window + 1)
         layout.cache[cache_key] = visible_SL
-    return layout.cache[cache_key]
+    return layout.cache[cache_key]  # type: ignore[return-value]
 
 
 def _visible(tensor: Tensor, segment: Segment) -> Tensor:

@@ -77,7 +77,7 @@ def _gated_mlp_forward(module: Any, hidden_states: Tensor) -> Tensor:
 def _is_equal(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
     """Whether the lean form gives the module's own values and gradients on random input."""
     weight = next(module.parameters())
-    width = weight.shape[-1] if weight.dim() == 1 else getattr(module.gate_proj, "in_features", 0)  # type: ignore[union-attr]
+    width = weight.shape[-1] if weight.dim() == 1 else getattr(module.gate_proj, "in_features", 0)
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not width:
         return False
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -88,7 +88,7 @@ def _is_equal(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
             gradients = [torch.autograd.grad(result.square().sum(), [x, *trained]) for result in results]
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return False
-    pairs = [tuple(results), *zip(*gradients, strict=True)]
+    pairs = [tuple(result.detach() for result in results), *zip(*gradients, strict=True)]
     return all(float((a - b).norm()) <= TOLERANCE * float(a.norm()) + 1e-12 for a, b in pairs)
 
 

@@ -25,6 +25,10 @@ ROWS_IN_CACHE = 16
 """Rows of float32 logits worked on at a time on a CPU: 16 rows of 49k entries stay in the cache through all passes."""
 
 
+VOCABULARY_BLOCK = 16_384
+"""Rows of the head's gradient that a later chunk is added to at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogitRule:
     """What a model does to its logits behind the head: `softcap * tanh(scale * x / softcap)`."""
@@ -78,7 +82,7 @@ def plain_linear(module: nn.Module) -> nn.Linear | None:
     """The linear layer that the output module is, looking through PEFT's copy for trained modules; None where it is more than that."""
     active = getattr(module, "modules_to_save", None)
     if active is not None and len(getattr(module, "active_adapters", [])) == 1:
-        module = active[module.active_adapters[0]]  # type: ignore[index,operator]
+        module = active[module.active_adapters[0]]
     is_plain = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.nn")
     return module if is_plain else None  # type: ignore[return-value]
 
@@ -93,11 +97,11 @@ class _FusedHead(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             run = _HeadRun(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, job, ctx.needs_input_grad)  # type: ignore[attr-defined]
             run.visit_all()
-        ctx.set_materialize_grads(False)  # type: ignore[attr-defined]
+        ctx.set_materialize_grads(False)
         ctx.hidden_dtype, ctx.weight_dtype = hidden_ND.dtype, weight_VD.dtype  # type: ignore[attr-defined]
         # Not saved through save_for_backward: they are results, and used exactly once.
         ctx.grads = (run.d_hidden_ND, run.d_weight_VD, run.d_bias_V)  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(run.logp_N, run.sums)  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(run.logp_N, run.sums)
         return run.loss, run.logp_N, run.sums
 
     @staticmethod
@@ -120,13 +124,10 @@ class _FusedHead(torch.autograd.Function):
 class _HeadRun:
     """One pass over all predicted tokens, chunk by chunk."""
 
-    def __init__(
-        self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: HeadJob, needs_grad: tuple[bool, ...]
-    ) -> None:
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: HeadJob, needs_grad: tuple[bool, ...]) -> None:
         self.hidden_ND, self.weight_VD, self.bias_V, self.job = hidden_ND, weight_VD, bias_V, job
         self.wants_hidden, self.wants_weight = needs_grad[0], needs_grad[1]
         self.wants_bias = bias_V is not None and needs_grad[2]
-        self.num_chunks = 0
         device = hidden_ND.device
         self.loss = torch.zeros((), device=device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -197,14 +198,16 @@ class _HeadRun:
             self.d_bias_V += d_logits_CV.sum(0, dtype=torch.float32)
 
     def _add_weight_gradient(self, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-        """The first chunk's product is taken as it is; from the second on the sum is kept in float32."""
-        self.num_chunks += 1
+        """Later chunks are added vocabulary block by block in float32 and stored in the weight's dtype: one gradient, no second copy."""
         if self.d_weight_VD is None:
             self.d_weight_VD = torch.mm(d_logits_CV.t(), hidden_CD)
-        elif self.d_weight_VD.dtype == d_logits_CV.dtype == torch.float32:
+        elif self.d_weight_VD.dtype == torch.float32:
             self.d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
         else:
-            self.d_weight_VD = self.d_weight_VD.float().add_(torch.mm(d_logits_CV.t(), hidden_CD))
+            for start in range(0, self.d_weight_VD.shape[0], VOCABULARY_BLOCK):
+                block = self.d_weight_VD[start : start + VOCABULARY_BLOCK]
+                part = torch.mm(d_logits_CV[:, start : start + VOCABULARY_BLOCK].t(), hidden_CD)
+                block.copy_(block.float().add_(part))
 
 
 def _row_blocks(logits_CV: Tensor) -> Iterator[slice]:
@@ -259,7 +262,7 @@ def _to_gradient(logits_CV: Tensor, target_C: Tensor, grad_C: Tensor, factor_C: 
 
 
 def _add_at(matrix_CV: Tensor, column_C: Tensor, value_C: Tensor) -> None:
-    """Add one value per row. Through float32: the two parts nearly cancel for a likely token, and bf16 would round their difference twice."""
+    """Add one value per row. In float32: for a likely token the two nearly cancel, and bf16 would round twice."""
     old = matrix_CV.gather(1, column_C[:, None]).float()
     matrix_CV.scatter_(1, column_C[:, None], (old + value_C[:, None]).to(matrix_CV.dtype))
 
@@ -276,7 +279,7 @@ def _called_by_chunks(hidden_ND: Tensor, module: nn.Module, job: HeadJob) -> tup
             logits_CV = job.rule.softcap * torch.tanh(logits_CV / job.rule.softcap)
         return logits_CV.gather(1, target_C[:, None])[:, 0] - torch.logsumexp(logits_CV, 1)
 
-    vocabulary = getattr(module, "out_features", None) or module.weight.shape[0]  # type: ignore[union-attr,index]
+    vocabulary = getattr(module, "out_features", None) or module.weight.shape[0]
     size = max(1, job.budget_bytes // (int(vocabulary) * 4))
     target_N = job.batch.target_N
     pieces = [

@@ -31,9 +31,7 @@ class WorkingWeights:
         self._copies = dict(zip(self.parameters, self.working, strict=True))
         self._versions = [parameter._version for parameter in self.parameters]
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.parameters if parameter.requires_grad
-        ]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.parameters if parameter.requires_grad]
 
     def close(self) -> None:
         """Stop watching the parameters."""
@@ -55,9 +53,9 @@ class WorkingWeights:
                 parameter.data = master
 
     def release(self) -> None:
-        """Put the gradients of all micro-batches since the last call on the masters: as they came from a single one, float32 sums of several."""
+        """Put the gradients since the last call on the masters: of one micro-batch as they came, of several as float32 sums."""
         for parameter, gradient in self._gradients.items():
-            parameter.grad_dtype = None  # any: one micro-batch's bf16 gradients need no float32 copy before the optimizer
+            parameter.grad_dtype = None  # any: bf16 gradients need no float32 copy
             parameter.grad = gradient
         self._gradients = {}
 
@@ -103,7 +101,7 @@ class MasterAdamW(torch.optim.AdamW):
         self.gradient_scale = 1.0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -154,7 +152,7 @@ def total_norm(gradients: list[Tensor]) -> float:
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Autocast on the device, or nothing for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)  # type: ignore[return-value]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def keep_freed_memory() -> bool:
