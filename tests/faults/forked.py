@@ -63,7 +63,7 @@ class Zygote:
         """Run a job to its end; its exit code, or minus the number of the signal that killed it.
 
         Args:
-            job: a function of `faults.jobs`.
+            job: a function of `faults.jobs`, or "module:function" of another module in `tests`.
             log: where its output goes.
             while_running: called with its pid while it runs.
         """

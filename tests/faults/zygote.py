@@ -2,13 +2,15 @@
 
 It never computes anything itself: a fork of a process whose autograd threads have started could not train.
 
-Standard input: one JSON object per line, {"job": name in faults.jobs, "logs": a path per rank, "port": n, "arguments": {...}}.
+Standard input: one JSON object per line, {"job": name, "logs": a path per rank, "port": n, "arguments": {...}}; a name is that of a
+function in faults.jobs, or module:function.
 Standard output: for each, {"pids": [...]} at once and, at the end of all, {"exits": [[rank, status, seconds since the first end], ...]};
 a status is the exit code, or minus the signal's number.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -18,11 +20,11 @@ from typing import Any
 
 
 def _run(job: str, arguments: dict[str, object]) -> int:
-    from faults import jobs
     from orpo.errors import OrpoError
 
+    module, _, name = job.rpartition(":")
     try:
-        getattr(jobs, job)(**arguments)
+        getattr(importlib.import_module(module or "faults.jobs"), name)(**arguments)
     except OrpoError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         return error.exit_code

@@ -1,0 +1,90 @@
+"""Short real runs of `ORPOTrainer` on a tiny model, for tests; a module, so that ranks started by a test do the very same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from orpo import ORPOConfig, ORPOTrainer
+from orpo.data.types import TokenGroup
+from randomgroups import random_groups
+from tinymodels import build_tiny_model, build_tiny_tokenizer
+
+QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+STEADY: dict[str, Any] = {
+    "bf16": False,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "orpo_alpha": 1.0,
+    "seed": 7,
+}
+"""float32, and a rate at which thirty steps move a tiny model."""
+
+
+def make_config(output_dir: Any, **options: Any) -> ORPOConfig:
+    """A quiet float32 configuration; batch 2 x 2 unless told otherwise."""
+    defaults = {**QUIET, **STEADY, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    return ORPOConfig(output_dir=str(output_dir), **{**defaults, **options})
+
+
+def make_trainer(
+    output_dir: Any, groups: Sequence[TokenGroup], *, model: Any = None, arguments: dict[str, Any] | None = None, **options: Any
+) -> ORPOTrainer:
+    """A trainer of a tiny Llama (or `model`) on token groups. `arguments` go to the trainer, the rest to its configuration."""
+    return ORPOTrainer(
+        model=build_tiny_model("llama", num_layers=2) if model is None else model,
+        args=make_config(output_dir, **options),
+        train_dataset=list(groups),
+        **{"processing_class": build_tiny_tokenizer(), **(arguments or {})},
+    )
+
+
+def logged(trainer: ORPOTrainer, name: str = "loss") -> list[float]:
+    """A metric at every log of training."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry and "train_runtime" not in entry]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all weights."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_trajectory(found: Sequence[float], expected: Sequence[float], *, largest: float = 1e-5, mean: float = 1e-6) -> None:
+    """Relative differences of losses, step by step: the largest, and the mean with its sign (a drift that noise would hide)."""
+    assert len(found) == len(expected)
+    differences = (torch.tensor(found, dtype=torch.float64) - torch.tensor(expected, dtype=torch.float64)) / torch.tensor(expected)
+    assert differences.abs().max() <= largest, differences
+    assert differences.mean().abs() <= mean, differences.mean()
+
+
+def train_and_report(output_dir: str, *, num_rows: int = 13, lora: bool = False, **options: Any) -> None:
+    """A run of one or more ranks: every rank leaves its weights, rank 0 the logs and an evaluation, for a test to compare."""
+    from pathlib import Path
+
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"eval_dataset": {"a": random_groups(7, seed=1, kinds=("pair", "sft")), "b": random_groups(1, seed=2)}}
+    if lora:
+        arguments["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = random_groups(num_rows, kinds=("pair", "pair", "four", "sft", "partial", "pair"))
+    trainer = make_trainer(output_dir, rows, arguments=arguments, **options)
+    trainer.train()
+    evaluation = trainer.evaluate()
+    rank = trainer.args.process_index
+    save_file(
+        {name: weight.contiguous() for name, weight in weights(trainer.model).items()}, Path(output_dir) / f"weights-{rank}.safetensors"
+    )
+    if rank == 0:
+        report = {
+            "log": trainer.state.log_history,
+            "evaluation": evaluation,
+            "engine": trainer.engine.name,
+            "steps": trainer.state.global_step,
+        }
+        (Path(output_dir) / "report.json").write_text(json.dumps(report))
