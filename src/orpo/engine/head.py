@@ -82,7 +82,7 @@ def plain_linear(module: nn.Module) -> nn.Linear | None:
     """The linear layer that the output module is, looking through PEFT's copy for trained modules; None where it is more than that."""
     active = getattr(module, "modules_to_save", None)
     if active is not None and len(getattr(module, "active_adapters", [])) == 1:
-        module = active[module.active_adapters[0]]
+        module = active[module.active_adapters[0]]  # type: ignore[index]
     is_plain = isinstance(module, nn.Linear) and type(module).__module__.startswith("torch.nn")
     return module if is_plain else None  # type: ignore[return-value]
 
@@ -279,7 +279,7 @@ def _called_by_chunks(hidden_ND: Tensor, module: nn.Module, job: HeadJob) -> tup
             logits_CV = job.rule.softcap * torch.tanh(logits_CV / job.rule.softcap)
         return logits_CV.gather(1, target_C[:, None])[:, 0] - torch.logsumexp(logits_CV, 1)
 
-    vocabulary = getattr(module, "out_features", None) or module.weight.shape[0]
+    vocabulary = getattr(module, "out_features", None) or module.weight.shape[0]  # type: ignore[index]
     size = max(1, job.budget_bytes // (int(vocabulary) * 4))
     target_N = job.batch.target_N
     pieces = [
