@@ -7,27 +7,21 @@ set runs anywhere.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import math
 import os
 import secrets
 import time
 import typing
 import warnings
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
 from orpo import compat
-from orpo.data.pairs import parse_policy
-from orpo.errors import DataError, UserError, UserErrors
-from orpo.valuetypes import describe, found, is_accepted, members
+from orpo.configchecks import check_values, did_you_mean
+from orpo.errors import UserError, UserErrors
 
-OBJECTIVES = ("orpo",)
-ENGINES = ("auto", "shared", "padded")
 CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 4_096
 
 
@@ -208,188 +202,6 @@ def field_defaults() -> dict[str, Any]:
     return {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(ORPOConfig) if item.init
     }
-
-
-# name -> (lowest, is the lowest itself allowed, highest or None)
-_RANGES: dict[str, tuple[float, bool, float | None]] = {
-    "orpo_alpha": (0, True, None),
-    "orpo_beta": (0, False, None),
-    "learning_rate": (0, False, None),
-    "weight_decay": (0, True, None),
-    "adam_beta1": (0, True, 1),
-    "adam_beta2": (0, True, 1),
-    "adam_epsilon": (0, False, None),
-    "max_grad_norm": (0, True, None),
-    "warmup_steps": (0, True, None),
-    "num_train_epochs": (0, False, None),
-    "per_device_train_batch_size": (1, True, None),
-    "per_device_eval_batch_size": (1, True, None),
-    "gradient_accumulation_steps": (1, True, None),
-    "max_length": (2, True, None),
-    "max_prompt_length": (1, True, None),
-    "logits_budget_mb": (1, True, None),
-    "max_tokens_per_microbatch": (1, True, None),
-    "max_nonfinite_skips": (0, True, None),
-    "logging_steps": (0, False, None),
-    "save_steps": (0, False, None),
-    "eval_steps": (0, False, None),
-    "eval_delay": (0, True, None),
-    "save_total_limit": (1, True, None),
-    "seed": (0, True, 2**32 - 1),
-    "data_seed": (0, True, 2**63 - 1),
-    "dataloader_num_workers": (0, True, None),
-    "ddp_timeout": (1, True, None),
-}
-_MENDS = {
-    "max_grad_norm": "0 turns gradient clipping off",
-    "save_total_limit": "leave it out to keep every checkpoint",
-    "orpo_alpha": "0 leaves the next-token loss alone; the paper uses 0.1",
-}
-# Fields whose annotation is narrower than what transformers takes from scripts in the wild.
-_UNCHECKED_TYPES = frozenset(
-    {"fsdp", "fsdp_config", "debug", "report_to", "deepspeed", "accelerator_config", "include_num_input_tokens_seen"}
-)
-
-
-def _enum_choices() -> dict[str, tuple[str, ...]]:
-    from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    enums = {
-        "eval_strategy": IntervalStrategy,
-        "logging_strategy": IntervalStrategy,
-        "save_strategy": SaveStrategy,
-        "hub_strategy": HubStrategy,
-        "lr_scheduler_type": SchedulerType,
-        "optim": OptimizerNames,
-    }
-    choices = {name: tuple(str(item.value) for item in kind) for name, kind in enums.items()}
-    return {**choices, "objective": OBJECTIVES, "engine": ENGINES}
-
-
-def check_values(values: dict[str, Any]) -> list[UserError]:
-    """Every problem among the values of an `ORPOConfig`; also used for a configuration that is not yet one.
-
-    Args:
-        values: field name -> value; fields that are absent are not checked.
-    """
-    problems = _type_problems(values)
-    bad = {problem.where for problem in problems}
-    usable = {name: value for name, value in values.items() if name not in bad}
-    problems += _choice_problems(usable) + _range_problems(usable)
-    bad = {problem.where for problem in problems}
-    usable = {name: value for name, value in values.items() if name not in bad}
-    return problems + compat.refusals(usable) + _cross_problems(usable)
-
-
-def _type_problems(values: dict[str, Any]) -> list[UserError]:
-    hints = field_types()
-    problems = []
-    for name, value in values.items():
-        hint = hints.get(name)
-        if hint is None or name in _UNCHECKED_TYPES:
-            continue
-        if is_accepted(hint, value):
-            continue
-        options = [choice for member in members(hint) for choice in typing.get_args(member) if isinstance(choice, str)]
-        problems.append(UserError(f"found {found(value)}", where=name, expected=describe(hint), mend=did_you_mean(value, options)))
-    return problems
-
-
-def _choice_problems(values: dict[str, Any]) -> list[UserError]:
-    problems = []
-    for name, choices in _enum_choices().items():
-        if name not in values:
-            continue
-        value = getattr(values[name], "value", values[name])
-        if value not in choices:
-            listed = ", ".join(choices) if len(choices) <= 12 else f"one of {len(choices)} names"
-            problems.append(UserError(f"found {found(value)}", where=name, expected=listed, mend=did_you_mean(value, choices)))
-    return problems
-
-
-def _range_problems(values: dict[str, Any]) -> list[UserError]:
-    problems = []
-    for name, (lowest, is_included, highest) in _RANGES.items():
-        value = values.get(name)
-        if value is None:
-            continue
-        is_high_enough = value >= lowest if is_included else value > lowest
-        if math.isfinite(value) and is_high_enough and (highest is None or value <= highest):
-            continue
-        expected = f"{'at least' if is_included else 'more than'} {lowest:g}" + (f", at most {highest:g}" if highest is not None else "")
-        problems.append(UserError(f"found {value}", where=name, expected=f"a finite number, {expected}", mend=_MENDS.get(name)))
-    return problems
-
-
-def _cross_problems(values: dict[str, Any]) -> list[UserError]:
-    problems: list[UserError] = []
-    get: Callable[[str], Any] = values.get
-    max_length, max_prompt_length = get("max_length"), get("max_prompt_length")
-    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
-        problems.append(
-            UserError(
-                f"found {max_prompt_length}, which leaves no room for an answer within max_length {max_length}",
-                where="max_prompt_length",
-                expected=f"at most {max_length - 1}",
-            )
-        )
-    if get("max_steps") == 0:
-        problems.append(UserError("found 0", where="max_steps", expected="a positive number, or -1 to train by epochs"))
-    if get("fp16") and get("bf16"):
-        problems.append(UserError("is on together with bf16", where="fp16", mend="keep bf16; drop fp16"))
-    elif get("fp16") and not _has_gpu(values):
-        problems.append(UserError("needs a GPU", where="fp16", mend="leave it out; the dtype is chosen by itself"))
-    if get("trust_remote_code") and not is_pinned(values):
-        problems.append(
-            UserError(
-                "runs code from the model's repository, and no revision says which",
-                where="trust_remote_code",
-                expected="model_revision with a commit hash or tag; a branch such as main can change under you",
-                mend="read the code, then name its commit in model_revision; or leave trust_remote_code out",
-            )
-        )
-    if isinstance(get("column_map"), str) and not get("column_map").startswith("{"):
-        problems.append(UserError(f"found {found(get('column_map'))}", where="column_map", expected='{"prompt": "question", …}'))
-    if get("pairs") is not None:
-        try:
-            parse_policy(get("pairs"))
-        except DataError as error:
-            problems.append(UserError(error.what, where="pairs", expected=error.expected, mend=error.mend))
-    is_best_kept = get("load_best_model_at_end") and _name_of(get("save_strategy")) != "best"
-    if is_best_kept and _name_of(get("eval_strategy")) != _name_of(get("save_strategy")):
-        problems.append(
-            UserError(
-                f"needs an evaluation at every save; eval_strategy is {_name_of(get('eval_strategy'))!r} and "
-                f"save_strategy {_name_of(get('save_strategy'))!r}",
-                where="load_best_model_at_end",
-                mend="set both to the same, or save_strategy to best",
-            )
-        )
-    return problems
-
-
-def _name_of(value: Any) -> Any:
-    return getattr(value, "value", value)
-
-
-def _has_gpu(values: dict[str, Any]) -> bool:
-    import torch
-
-    return not values.get("use_cpu") and torch.accelerator.is_available()
-
-
-def is_pinned(values: dict[str, Any]) -> bool:
-    """Whether the model's revision is named, in `model_revision` or in `model_init_kwargs`, and is not the moving `main`."""
-    kwargs = values.get("model_init_kwargs")
-    revision = values.get("model_revision") or (kwargs.get("revision") if isinstance(kwargs, dict) else None)
-    return revision not in (None, "", "main")
-
-
-def did_you_mean(word: Any, choices: typing.Iterable[str]) -> str | None:
-    """`did you mean 'cosine'?` for a near miss, else None."""
-    close = difflib.get_close_matches(str(word), list(choices), n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(name) for name in close)}?" if close else None
 
 
 def _read_beta(config: ORPOConfig) -> float:

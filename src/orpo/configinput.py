@@ -205,7 +205,7 @@ def _hint(key: str) -> Any:
 
 
 def _unknown(key: str, origin: str) -> UserError:
-    from orpo.config import did_you_mean
+    from orpo.configchecks import did_you_mean
 
     names = [*key_types(), *(entry.name for entry in compat.OLDER_NAMES if entry.name != "tokenizer"), "beta"]
     if key == "tokenizer":

@@ -7,6 +7,7 @@ autograd saves tensors through, so that the count holds for any architecture.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from orpo.config import ORPOConfig
     from orpo.runconfig import RunConfig
 
+logger = logging.getLogger(__name__)
+
 # Bytes of optimizer state per trained weight, by the start of the optimizer's name; AdamW's two moments in float32 where none fits.
 _OPTIMIZER_BYTES = {
     "adamw_8bit": 2.0, "adamw_bnb_8bit": 2.0, "paged_adamw_8bit": 2.0, "lion_8bit": 1.0, "paged_lion_8bit": 1.0, "adafactor": 0.1,
@@ -29,6 +32,8 @@ _ADAMW_BYTES = 8.0
 _STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _4BIT_BYTES, _8BIT_BYTES = 0.57, 1.06  # with the constants of their blocks
 _PROBE_TOKENS = 256
+_TYPICAL_ACTIVATIONS = 20
+"""Numbers saved per token and layer, in widths of the model: 19 to 21 for the Llama family."""
 _ATTENTION_NAME = "orpo_planning"
 _MATMUL_SHARE = 0.5
 """Share of the peak speed of matrix products that a training step reaches; between 0.3 (short rows, GPU) and 0.55 (measured on a CPU)."""
@@ -267,11 +272,15 @@ def _shape_only_attention(
 
 def _activation_bytes(model_config: Any, dtype: torch.dtype) -> tuple[float, float, float]:
     """Per packed token: (all layers, one layer, the inputs of all layers), from models of one and two layers."""
-    num_layers = int(model_config.get_text_config().num_hidden_layers)
-    few = [_saved_bytes(_with_layers(model_config, count), dtype) for count in (1, 2)]
+    num_layers, width = int(model_config.get_text_config().num_hidden_layers), int(model_config.get_text_config().hidden_size)
+    try:
+        few = [_saved_bytes(_with_layers(model_config, count), dtype) for count in (1, 2)]
+    except (RuntimeError, NotImplementedError) as error:  # the model looks at values, and meta tensors have none
+        logger.debug("activations are guessed from the width alone: %s", error)
+        few = [_PROBE_TOKENS * width * dtype.itemsize * _TYPICAL_ACTIVATIONS * count for count in (1, 2)]
     one_layer = max(few[1] - few[0], 0) / _PROBE_TOKENS
     rest = max(few[0] / _PROBE_TOKENS - one_layer, 0)
-    layer_inputs = num_layers * int(model_config.get_text_config().hidden_size) * dtype.itemsize
+    layer_inputs = num_layers * width * dtype.itemsize
     return num_layers * one_layer + rest, one_layer, float(layer_inputs)
 
 
@@ -279,6 +288,7 @@ def _with_layers(model_config: Any, count: int) -> Any:
     smaller = copy.deepcopy(model_config)
     text = smaller.get_text_config()
     text.num_hidden_layers = count
+    text.pad_token_id = smaller.pad_token_id = None  # some models search the ids for padding, and meta tensors have no values
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:count]
     return smaller

@@ -161,7 +161,8 @@ def resolve(
 
 
 def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool) -> list[UserError]:
-    from orpo.config import check_values, field_types
+    from orpo.config import field_types
+    from orpo.configchecks import check_values
 
     trainer = {key: value for key, value in values.items() if key in field_types()}
     own = {key: value for key, value in values.items() if key not in trainer}

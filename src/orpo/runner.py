@@ -5,11 +5,9 @@ What the command line, the demo and the recipes share. Nothing here prints; `tel
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,47 +19,21 @@ from orpo.config import ORPOConfig
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.redact import redact, redact_text
 from orpo.runconfig import RunConfig, as_facts
+from orpo.rundata import RunData, Tell, prepare_data
 from orpo.runfolder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, describe_device, fingerprint_groups, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from orpo.data.collate import DataReport
-    from orpo.data.template import TemplateEncoder
-    from orpo.data.types import Text, TokenGroup
     from orpo.models import LoadedModel
     from orpo.trainer import ORPOTrainer
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[[str], None]
-
-NUM_PROMPTS = 3
-"""Held-out prompts that are kept to show answers to."""
 
 # Keys that are not the trainer's and yet decide what is trained; the trainer compares its own with the checkpoint's.
 _RUN_IDENTITY = ("model_name_or_path", "model_revision", "dtype", "use_peft", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha",
                  "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Tokenised rows of a run.
-
-    Attributes:
-        train, train_report: what is trained on, and what became of every row.
-        held_out, held_out_report: what is evaluated on; None where nothing is.
-        encoder, tokenizer: what made them.
-        prompts: a few held-out prompts, spread over the rows, as text or messages: to show answers to.
-    """
-
-    train: list[TokenGroup]
-    train_report: DataReport
-    held_out: list[TokenGroup] | None
-    held_out_report: DataReport | None
-    encoder: TemplateEncoder
-    tokenizer: Any
-    prompts: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,98 +51,6 @@ class RunResult:
     weights: Path | None
     metrics: dict[str, float]
     is_already_complete: bool = False
-
-
-def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
-    """Read, judge and tokenise all rows. The model's tokenizer is loaded, its weights are not.
-
-    Raises:
-        UserError: nothing usable, fewer rows than one optimizer step, or prompts in both training and held-out data.
-    """
-    from orpo.data.collate import find_overlap
-    from orpo.models import load_tokenizer
-    from orpo.trainer_setup import make_encoder
-
-    # Rows are read before the tokenizer is fetched: a missing column is told in the first second.
-    train_rows = _read_rows(config, args, config.train_source(), config["dataset_train_split"])
-    held_out_source = config.eval_source()
-    held_out_rows = None if held_out_source is None else _read_rows(config, args, *held_out_source)
-    tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
-    encoder = make_encoder(tokenizer, args)
-    train, train_report = _tokenise(train_rows, encoder, args, "train rows", tell)
-    held_out, held_out_report = None, None
-    if held_out_rows is not None:
-        held_out, held_out_report = _tokenise(held_out_rows, encoder, args, "held out", tell)
-    elif config["eval_fraction"] is not None:
-        train, held_out = split_by_prompt(train, config["eval_fraction"])
-        tell(f"held out     {len(held_out)} rows ({config['eval_fraction']:.0%} of the prompts), {len(train)} to train on")
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    num_set_aside = train_report.num_groups - len(train)
-    train_report.check(rows_per_step + num_set_aside, name="the training data")
-    if held_out is not None:
-        find_overlap(train, held_out).check(allow=args.allow_overlap)
-    prompts = _some_prompts(held_out or [], [*train_rows, *(held_out_rows or [])])
-    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts)
-
-
-def _some_prompts(groups: Sequence[TokenGroup], rows: Iterable[Any]) -> tuple[Text, ...]:
-    """Prompts of a few groups, from the middle of equal parts, as the rows have them."""
-    count = min(NUM_PROMPTS, len(groups))
-    wanted = [groups[len(groups) * (2 * number + 1) // (2 * count)].where for number in range(count)]
-    found = {row.where: row.prompt for row in rows if row.where in wanted}
-    return tuple(found[where] for where in wanted)
-
-
-def _read_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | None) -> list[Any]:
-    from orpo.data.formats import load_preferences
-
-    column_map = args.column_map if isinstance(args.column_map, dict) else None
-    preferences, dropped, _ = load_preferences(  # which logs the shape it recognised
-        source,
-        split=split,
-        column_map=column_map,
-        pairs=args.pairs,
-        sft_rows=args.sft_rows,
-        strict=args.strict_data,
-        streaming=config["dataset_streaming"],
-    )
-    return [*preferences, *dropped]
-
-
-def _tokenise(
-    rows: Iterable[Any], encoder: TemplateEncoder, args: ORPOConfig, name: str, tell: Tell
-) -> tuple[list[TokenGroup], DataReport]:
-    from orpo.data.collate import prepare_groups
-
-    groups, report = prepare_groups(rows, encoder, strict=args.strict_data)
-    report.check(1, name=name)
-    first, *rest = report.lines()
-    tell(f"{name:<12} {first}")
-    for line in rest:
-        if not line.startswith("  warning: "):  # logged as warnings already
-            tell(line)
-    return groups, report
-
-
-def split_by_prompt(groups: Sequence[TokenGroup], fraction: float) -> tuple[list[TokenGroup], list[TokenGroup]]:
-    """Hold out a share of the prompts, all rows of a prompt on one side.
-
-    Which ones depends on the prompts alone, so that adding rows or changing the order moves no prompt to the other side.
-
-    Raises:
-        UserError: one side would be empty.
-    """
-    train: list[TokenGroup] = []
-    held_out: list[TokenGroup] = []
-    for group in groups:
-        digest = hashlib.sha256(group.prompt_ids.astype("<i4").tobytes()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(group)
-    if not train or not held_out:
-        side = "held out" if train else "left to train on"
-        raise UserError(
-            f"of {len(groups)} rows none is {side}", where="eval_fraction", expected="some rows on both sides", mend="change eval_fraction"
-        )
-    return train, held_out
 
 
 def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> LoadedModel:
@@ -208,15 +88,21 @@ def build_trainer(config: RunConfig, args: ORPOConfig, data: RunData, model: Any
     from orpo.trainer import ORPOTrainer
 
     args.disable_tqdm = True
-    trainer = ORPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        processing_class=data.tokenizer,
-        peft_config=config.peft_config(),
-        callbacks=callbacks,
-    )
+    try:
+        trainer = ORPOTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=data.tokenizer,
+            peft_config=config.peft_config(),
+            callbacks=callbacks,
+        )
+    except ValueError as error:
+        if config["use_peft"] and "arget modules" in str(error):  # peft's words for names that are nowhere in the model
+            what = f"none of {config['lora_target_modules']!r} is a layer of this model"
+            raise UserError(what, where="lora_target_modules", mend="leave it out to adapt all linear layers") from error
+        raise
     trainer.encoder, trainer.train_report, trainer.eval_report = data.encoder, data.train_report, data.held_out_report
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo.config import ORPOConfig, check_values, field_defaults, field_types, fresh_run_dir
+from orpo.config import ORPOConfig, field_defaults, field_types, fresh_run_dir
+from orpo.configchecks import check_values
 from orpo.errors import UserError, UserErrors
 
 SNAPSHOT = Path(__file__).parents[1] / "snapshots" / "config_fields.json"

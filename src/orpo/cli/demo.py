@@ -15,7 +15,7 @@ from orpo.runkeys import DEMO_DATA
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orpo.runner import RunData
+    from orpo.rundata import RunData
     from orpo.trainer import ORPOTrainer
 
 NAME = "demo"

@@ -1,0 +1,264 @@
+"""Find before training what can be found: orpo check CONFIG.yaml [--key value …]
+
+Checks the configuration, the run's folder, the data, the template's boundaries, disk and memory, and makes one real step forward and
+backward on the longest rows. Nothing of the run is created. Exit code 0: it would run; 2: something must be mended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import OrpoError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from orpo.config import ORPOConfig
+    from orpo.planning import Plan
+    from orpo.runconfig import RunConfig
+    from orpo.rundata import RunData
+
+NAME = "check"
+HELP = "find what would go wrong in a run, before it is started"
+TAKES_KEYS = True
+
+OK, WARNING, PROBLEM, SKIPPED = "ok", "warning", "problem", "skipped"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that are no keys of the configuration."""
+    parser.usage = "orpo check [CONFIG.yaml] [--key value …] [--json] [--quick]"
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--quick", action="store_true", help="do not load the model and make no step")
+
+
+@dataclass
+class Finding:
+    """The outcome of one check: `status` is ok, warning, problem or skipped."""
+
+    name: str
+    status: str
+    detail: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Report:
+    """Findings in order; a check that raises a user error is a problem, and those that depend on it are skipped."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.findings: list[Finding] = []
+        self._tell = tell
+
+    def add(self, name: str, status: str, detail: str, **facts: Any) -> None:
+        """Record and show one finding."""
+        self.findings.append(Finding(name, status, detail, facts))
+        self._tell(f"{status:<8} {name:<14} {detail}")
+
+    def attempt(self, name: str, check: Callable[[], Any]) -> Any:
+        """Run a check that records its own finding; None where it failed."""
+        try:
+            return check()
+        except OrpoError as error:
+            self.add(name, PROBLEM, str(error))
+            return None
+
+    def skip(self, *names: str) -> None:
+        """Say what could not be looked at."""
+        for name in names:
+            self.add(name, SKIPPED, "needs what failed above")
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the run could be started."""
+        return all(finding.status != PROBLEM for finding in self.findings)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be; 2 where there is a problem."""
+    from orpo.cli.console import print_json, quiet_libraries, report_console, say
+
+    quiet_libraries()
+    console = report_console(is_json=args.json)
+    report = Report(lambda line: say(console, line))
+    check_all(args.keys, report, is_quick=args.quick)
+    if args.json:
+        print_json({"is_ok": report.is_ok, "findings": [asdict(finding) for finding in report.findings]})
+    else:
+        say(console, "ready: orpo train would run" if report.is_ok else "not ready: mend the problems above")
+    return 0 if report.is_ok else UserError.exit_code
+
+
+def check_all(keys: list[str], report: Report, *, is_quick: bool = False) -> None:
+    """All checks in the order in which a run would meet the problems."""
+    resolved = report.attempt("configuration", lambda: _check_configuration(keys, report))
+    if resolved is None:
+        report.skip("folder", "data", "disk", "memory", "step")
+        return
+    config, args = resolved
+    is_writable = report.attempt("folder", lambda: _check_folder(config, report))
+    data = report.attempt("data", lambda: _check_data(config, args, report))
+    plan = report.attempt("model", lambda: _plan(config, args, data))
+    if plan is None:
+        report.skip("disk", "memory", "step")
+        return
+    if is_writable:
+        _check_disk(config, args, plan, report)
+    else:
+        report.skip("disk")
+    _check_memory(args, plan, report)
+    if is_quick:
+        report.add("step", SKIPPED, "--quick")
+    elif data is None:
+        report.skip("step")
+    else:
+        report.attempt("step", lambda: _check_step(config, args, data, report))
+
+
+def _check_configuration(keys: list[str], report: Report) -> tuple[RunConfig, ORPOConfig]:
+    from orpo.runconfig import resolve
+
+    config = resolve(None, keys)
+    args = config.training_args()
+    given = [key for key in config.values if config.is_given(key)]
+    report.add("configuration", OK, f"{len(given)} keys given, {args.compute_dtype} on {args.device}")
+    for note in config.notes:
+        report.add("configuration", WARNING, note)
+    return config, args
+
+
+def _check_folder(config: RunConfig, report: Report) -> bool:
+    """The folder, or the nearest one above it that is there, can be written."""
+    from orpo.checkpoint import list_checkpoints
+    from orpo.runfolder import COMPLETE, RunFolder
+
+    folder = Path(config.output_dir).absolute()
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=present, prefix=".orpo-check-") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})", where=str(present), mend="choose another output_dir, or change its permissions"
+        ) from error
+    num = len(list_checkpoints(folder))
+    if RunFolder(folder).status == COMPLETE:
+        report.add("folder", WARNING, f"{folder}: a complete run is here; the same configuration would do nothing, another is refused")
+    else:
+        report.add(
+            "folder", OK, f"{folder}: " + (f"a run with {num} checkpoints is here; it would be resumed" if num else "can be written")
+        )
+    return True
+
+
+def _check_data(config: RunConfig, args: ORPOConfig, report: Report) -> RunData:
+    from orpo.rundata import prepare_data
+
+    data = prepare_data(config, args, lambda line: None)
+    facts = data.encoder.describe()
+    num_held_out = len(data.held_out) if data.held_out is not None else 0
+    report.add(
+        "data",
+        OK,
+        f"{len(data.train)} of {data.train_report.num_rows} rows to train on, {num_held_out} held out",
+        train=data.train_report.to_dict(),
+        held_out=data.held_out_report.to_dict() if data.held_out_report else None,
+    )
+    for warning in [*data.train_report.histogram(), *data.train_report.warnings()]:
+        report.add("data", WARNING, warning.strip())
+    boundary = f", boundary {facts['boundary']}" if "boundary" in facts else ""
+    report.add("template", OK, f"{facts['template']}: answers end with {facts['terminator']!r}{boundary}", **facts)
+    return data
+
+
+def _plan(config: RunConfig, args: ORPOConfig, data: RunData | None) -> Plan:
+    from orpo.planning import make_plan
+
+    if data is None:
+        return make_plan(config, args)
+    tokens = [group.num_tokens for group in data.train]
+    return make_plan(config, args, row_tokens=sum(tokens) / len(tokens), longest_row_tokens=max(tokens), num_rows=len(tokens))
+
+
+def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: Report) -> None:
+    from orpo.cli.console import human_bytes
+
+    folder = Path(config.output_dir).absolute()
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(present).free
+    has_checkpoints = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    needed = plan.disk_bytes(args.save_total_limit, args.save_steps, has_checkpoints=has_checkpoints)
+    detail = f"{human_bytes(needed)} at most for checkpoints and final weights, {human_bytes(free)} free"
+    if needed > free:
+        detail += "\n  to mend it: save_total_limit: 2, a larger save_steps, or an output_dir on another disk"
+    report.add("disk", PROBLEM if needed > free else OK, detail, needed_bytes=needed, free_bytes=free)
+
+
+def _check_memory(args: ORPOConfig, plan: Plan, report: Report) -> None:
+    from orpo.cli.console import human_bytes
+    from orpo.cli.doctor import memory_facts
+
+    memory = memory_facts(args.device)
+    free = memory["free_bytes"] or memory["total_bytes"]
+    detail = f"about {human_bytes(plan.memory_bytes)} on {args.device}, " + (f"{human_bytes(free)} free" if free else "free: unknown")
+    is_tight = free is not None and plan.memory_bytes > free
+    if is_tight:
+        detail += "\n  to mend it: max_tokens_per_microbatch, gradient_checkpointing: true, use_peft: true, or a smaller model"
+    # An estimate is no proof: the step below decides.
+    report.add("memory", WARNING if is_tight else OK, detail, estimate_bytes=plan.memory_bytes, free_bytes=free)
+
+
+def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Report) -> None:
+    """One real step on the longest rows, forward and backward, in a folder that is removed again."""
+    import torch
+
+    from orpo.cli.console import human_bytes
+    from orpo.runner import build_trainer, explain_out_of_memory, load_run_model
+
+    longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
+    loaded = load_run_model(config, args, data)
+    with tempfile.TemporaryDirectory(prefix="orpo-check-") as scratch:
+        args.output_dir, args.gradient_accumulation_steps = scratch, 1
+        trainer = build_trainer(config, args, replace(data, train=longest, held_out=None), loaded.model, [])
+        try:
+            engine = trainer.engine.name
+            start = time.perf_counter()
+            loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+            seconds = time.perf_counter() - start
+        except (RuntimeError, MemoryError) as error:
+            raise explain_out_of_memory(error, args) or error from error
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss is {float(loss)}", where="first step", mend="look at the rows, or set bf16: false")
+    norm = trainer._grad_norm  # before clipping; None where the weights are sharded
+    if norm == 0:
+        raise UserError("no weight gets a gradient", where="first step", mend="nothing would learn; look at lora_target_modules")
+    peak = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else _peak_resident_bytes()
+    shown_norm = "unknown" if norm is None else f"{norm:.3g}"
+    report.add(
+        "step",
+        OK,
+        f"loss {float(loss):.3f}, gradient norm {shown_norm}, {seconds:.1f} s for the {len(longest)} longest rows, {engine} engine, "
+        f"peak of this process {human_bytes(peak)}",
+        loss=float(loss),
+        grad_norm=norm,
+        seconds=seconds,
+        peak_bytes=peak,
+        engine=engine,
+        num_tokens=sum(group.num_tokens for group in longest),
+    )
+
+
+def _peak_resident_bytes() -> int:
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

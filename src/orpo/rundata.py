@@ -1,0 +1,135 @@
+"""The rows of a run: read, judged, tokenised, and split, before any weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+
+if TYPE_CHECKING:
+    from orpo.config import ORPOConfig
+    from orpo.data.collate import DataReport
+    from orpo.data.template import TemplateEncoder
+    from orpo.data.types import Text, TokenGroup
+    from orpo.runconfig import RunConfig
+
+Tell = Callable[[str], None]
+"""Receives each line for the user."""
+
+NUM_PROMPTS = 3
+"""Held-out prompts that are kept to show answers to."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Tokenised rows of a run.
+
+    Attributes:
+        train, train_report: what is trained on, and what became of every row.
+        held_out, held_out_report: what is evaluated on; None where nothing is.
+        encoder, tokenizer: what made them.
+        prompts: a few held-out prompts, spread over the rows, as text or messages: to show answers to.
+    """
+
+    train: list[TokenGroup]
+    train_report: DataReport
+    held_out: list[TokenGroup] | None
+    held_out_report: DataReport | None
+    encoder: TemplateEncoder
+    tokenizer: Any
+    prompts: tuple[Text, ...] = ()
+
+
+def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
+    """Read, judge and tokenise all rows. The model's tokenizer is loaded, its weights are not.
+
+    Raises:
+        UserError: nothing usable, fewer rows than one optimizer step, or prompts in both training and held-out data.
+    """
+    from orpo.data.collate import find_overlap
+    from orpo.models import load_tokenizer
+    from orpo.trainer_setup import make_encoder
+
+    # Rows are read before the tokenizer is fetched: a missing column is told in the first second.
+    train_rows = _read_rows(config, args, config.train_source(), config["dataset_train_split"])
+    held_out_source = config.eval_source()
+    held_out_rows = None if held_out_source is None else _read_rows(config, args, *held_out_source)
+    tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
+    encoder = make_encoder(tokenizer, args)
+    train, train_report = _tokenise(train_rows, encoder, args, "train rows", tell)
+    held_out, held_out_report = None, None
+    if held_out_rows is not None:
+        held_out, held_out_report = _tokenise(held_out_rows, encoder, args, "held out", tell)
+    elif config["eval_fraction"] is not None:
+        train, held_out = split_by_prompt(train, config["eval_fraction"])
+        tell(f"held out     {len(held_out)} rows ({config['eval_fraction']:.0%} of the prompts), {len(train)} to train on")
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    num_set_aside = train_report.num_groups - len(train)
+    train_report.check(rows_per_step + num_set_aside, name="the training data")
+    if held_out is not None:
+        find_overlap(train, held_out).check(allow=args.allow_overlap)
+    prompts = _some_prompts(held_out or [], [*train_rows, *(held_out_rows or [])])
+    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts)
+
+
+def _some_prompts(groups: Sequence[TokenGroup], rows: Iterable[Any]) -> tuple[Text, ...]:
+    """Prompts of a few groups, from the middle of equal parts, as the rows have them."""
+    count = min(NUM_PROMPTS, len(groups))
+    wanted = [groups[len(groups) * (2 * number + 1) // (2 * count)].where for number in range(count)]
+    found = {row.where: row.prompt for row in rows if row.where in wanted}
+    return tuple(found[where] for where in wanted)
+
+
+def _read_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | None) -> list[Any]:
+    from orpo.data.formats import load_preferences
+
+    column_map = args.column_map if isinstance(args.column_map, dict) else None
+    preferences, dropped, _ = load_preferences(  # which logs the shape it recognised
+        source,
+        split=split,
+        column_map=column_map,
+        pairs=args.pairs,
+        sft_rows=args.sft_rows,
+        strict=args.strict_data,
+        streaming=config["dataset_streaming"],
+    )
+    return [*preferences, *dropped]
+
+
+def _tokenise(
+    rows: Iterable[Any], encoder: TemplateEncoder, args: ORPOConfig, name: str, tell: Tell
+) -> tuple[list[TokenGroup], DataReport]:
+    from orpo.data.collate import prepare_groups
+
+    groups, report = prepare_groups(rows, encoder, strict=args.strict_data)
+    report.check(1, name=name)
+    first, *rest = report.lines()
+    tell(f"{name:<12} {first}")
+    for line in rest:
+        if not line.startswith("  warning: "):  # logged as warnings already
+            tell(line)
+    return groups, report
+
+
+def split_by_prompt(groups: Sequence[TokenGroup], fraction: float) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """Hold out a share of the prompts, all rows of a prompt on one side.
+
+    Which ones depends on the prompts alone, so that adding rows or changing the order moves no prompt to the other side.
+
+    Raises:
+        UserError: one side would be empty.
+    """
+    train: list[TokenGroup] = []
+    held_out: list[TokenGroup] = []
+    for group in groups:
+        digest = hashlib.sha256(group.prompt_ids.astype("<i4").tobytes()).digest()
+        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(group)
+    if not train or not held_out:
+        side = "held out" if train else "left to train on"
+        raise UserError(
+            f"of {len(groups)} rows none is {side}", where="eval_fraction", expected="some rows on both sides", mend="change eval_fraction"
+        )
+    return train, held_out
