@@ -118,7 +118,8 @@ def test_five_steps_equal_trls(engine: str, tmp_path: Path, monkeypatch: pytest.
     for (name, weight), other in zip(own.model.named_parameters(), peer.model.parameters(), strict=True):
         moved = (other - start[name]).norm()
         assert moved > 0
-        assert (weight - other).norm() <= 1e-4 * moved, name
+        # AdamW divides by a gradient's own size, so that rounding of a tiny one moves its weight by as much as a large one's.
+        assert (weight - other).norm() <= 1e-3 * moved, name
 
 
 def test_what_trl_logs_is_what_we_log(tmp_path: Path) -> None:
