@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NAME = "audit"
 HELP = "find what in a preference data set hurts, and write a cleaned one"
 
+_NO_LIMIT = 10**7
+"""A max_length that no row reaches."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -101,7 +104,8 @@ def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
     from orpo.cli.console import quiet_libraries
 
     quiet_libraries()
-    options = replace(options, encoder=data.make_encoder())
+    unlimited = data.make_encoder(max_length=_NO_LIMIT, max_prompt_length=None, truncation="drop")
+    options = replace(options, encoder=data.make_encoder(), unlimited_encoder=unlimited)
     return options if args.tokenizer is not None or args.model is None else _with_model(options, args, data)
 
 

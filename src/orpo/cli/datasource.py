@@ -64,14 +64,14 @@ class DataInput:
         """The keyword arguments of `stream_preferences`."""
         return {"split": self.split, "column_map": self.column_map, "pairs": self.pairs, "sft_rows": self.sft_rows}
 
-    def make_encoder(self) -> Any:
-        """The encoder of training, with the model's tokenizer."""
+    def make_encoder(self, **replaced: Any) -> Any:
+        """The encoder of training, with the model's tokenizer; `replaced` goes before the arguments."""
         from orpo.data.template import TemplateEncoder
         from orpo.models import load_tokenizer
 
         if self.model is None:
             raise UserError("no model is named", where="--model", expected="the model whose tokenizer is used")
-        return TemplateEncoder(load_tokenizer(self.model, revision=self.revision), **self.encoding)
+        return TemplateEncoder(load_tokenizer(self.model, revision=self.revision), **{**self.encoding, **replaced})
 
 
 def read_data_arguments(args: argparse.Namespace) -> DataInput:

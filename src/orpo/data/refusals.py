@@ -67,7 +67,7 @@ def refusal(sample: Sample) -> DataError:
             expected=PAIR_EXAMPLE,
             mend=f"did you mean these? Then set column_map: {{{hint}}}",
         )
-    free = [c for c in sample.columns if c not in prompt.columns]
+    free = [c for c in sample.columns if c not in prompt.columns and sample.share(c, lambda value: isinstance(value, str)) > 0.5]
     if answer is not None and (answer not in prompt.columns or any(looks_like_messages(v) for v in sample.values(answer))):
         return sample.error(
             f"instruction-only rows: one answer per prompt ({answer!r}) and none to reject",

@@ -13,11 +13,11 @@ from orpo.data.audit.shortcuts import Shortcut
 from orpo.data.audit.surprise import Surprise
 from orpo.data.audit.table import Table
 from orpo.data.audit.tokens import TokenFacts, percentiles
-from orpo.data.reasons import REASONS
 from orpo.data.types import Where
 
 _NUM_EXAMPLES = 5
 _FLAGS_AS_FOUND = ("replacement_character", "mojibake", "control_characters", "special_token_text", "turn_in_answer", "low_contrast")
+_LENGTH_CODES = ("too_long", "prompt_too_long", "identical_after_truncation", "prompt_trimmed", "answer_cut")
 _LOOKS_CUT_SHARE = 0.05
 _MANY = 0.01
 """Share of the rows from which identical pairs are warned about beyond their being dropped (FAULTS 8)."""
@@ -135,7 +135,7 @@ class Findings:
             indices = np.asarray(sorted(rows[where] for where in places if where in rows), dtype=np.int64)
             if code == "special_token_text":
                 self.items = [item for item in self.items if item.code != code]
-            self._add(code, indices, note=f"By the tokenizer, with max_length {facts.max_length}." if code in REASONS else "")
+            self._add(code, indices, note=f"With max_length {facts.max_length}." if code in _LENGTH_CODES else "")
 
     def _rows_by_where(self, wanted: set[Where]) -> dict[Where, int]:
         if not wanted:

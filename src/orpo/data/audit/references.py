@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,23 @@ def _no_reader(row: Mapping[str, Any]) -> Any:
 
 
 def evaluation_prompts(source: Any, **options: Any) -> Iterator[str]:
-    """The prompts of an evaluation set, in any shape that training data may have."""
-    for item in stream_preferences(source, **options):
+    """The prompts of an evaluation set: of preferences in any shape, or of a file that holds prompts alone.
+
+    Raises:
+        DataError: neither.
+    """
+    items = stream_preferences(source, **options)
+    try:
+        first = next(items, None)
+    except DataError as error:
+        if not isinstance(source, (str, Path)):
+            raise
+        try:
+            yield from benchmark_prompts([source])
+        except DataError:
+            raise error from None
+        return
+    for item in itertools.chain([] if first is None else [first], items):
         if isinstance(item, Preference):
             yield plain_text(item.prompt)
 

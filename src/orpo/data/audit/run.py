@@ -37,7 +37,8 @@ class AuditOptions:
         benchmarks: files with benchmark prompts.
         scenario_column: the column that names each row's scenario; None: a column such as `scenario` or `category` if there is one, else
             groups of similar prompts.
-        encoder: a `TemplateEncoder`, for lengths in tokens and what the template does.
+        encoder: a `TemplateEncoder`, for lengths in tokens and what the template does; `unlimited_encoder`: the same with a max_length that
+            no row reaches, so that lengths are told beyond the real one.
         score: mean log-probabilities of each group's responses, for surprising pairs with a model as it stands.
         fit_and_score: the same for held-out groups after training on others, for cross-fitting with `num_folds` folds.
         num_workers: processes.
@@ -54,6 +55,7 @@ class AuditOptions:
     benchmarks: Sequence[Any] = ()
     scenario_column: str | None = None
     encoder: tokens.Encoder | None = None
+    unlimited_encoder: tokens.Encoder | None = None
     score: Score | None = None
     fit_and_score: FitAndScore | None = None
     num_folds: int = 5
@@ -131,7 +133,7 @@ def _with_tokenizer(auditor: _Auditor) -> tuple[tokens.TokenFacts | None, list[S
     if options.encoder is None:
         return None, []
     wants_groups = options.score is not None or options.fit_and_score is not None
-    facts = tokens.encode_rows(auditor.preferences(), options.encoder, keeps_groups=wants_groups)
+    facts = tokens.encode_rows(auditor.preferences(), options.encoder, options.unlimited_encoder, keeps_groups=wants_groups)
     surprises = []
     if options.score is not None:
         surprises.append(as_it_stands(facts.groups, options.score))

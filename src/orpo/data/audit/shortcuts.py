@@ -23,6 +23,9 @@ MIN_PAIRS = 50
 WARN_ACCURACY = 0.60
 WARN_RULE_ACCURACY = 0.85
 MIN_RULE_PAIRS = 30
+_SURE = 1.7
+"""Half widths of the 95 % interval above chance from which an accuracy is no accident among two dozen features (3.3 standard errors)."""
+
 _MOST_FITTED = 20_000
 
 
@@ -48,9 +51,9 @@ class Shortcut:
     @property
     def is_warned_of(self) -> bool:
         """Whether a model could do well, on all pairs or on a part of them, by this feature alone."""
-        num_clear = self.accuracy - self.error > 0.5
+        is_clear = self.accuracy - _SURE * self.error > 0.5
         is_rule = self.rule_accuracy >= WARN_RULE_ACCURACY and self.coverage >= 0.02
-        return num_clear and (self.accuracy >= WARN_ACCURACY or is_rule)
+        return is_clear and (self.accuracy >= WARN_ACCURACY or is_rule)
 
     def sentence(self) -> str:
         """The result in words."""

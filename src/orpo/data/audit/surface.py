@@ -119,6 +119,13 @@ class WordHasher:
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Every bit of the result depends on every bit of the input (the finaliser of splitmix64); uint64 wraps around by design."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def run_hashes(word_hashes: np.ndarray, size: int) -> np.ndarray:
     """64-bit hashes of all runs of `size` words; of the whole text where it is shorter. Unsorted, with repeats."""
     size = min(size, len(word_hashes))
@@ -126,9 +133,9 @@ def run_hashes(word_hashes: np.ndarray, size: int) -> np.ndarray:
         return np.empty(0, dtype=np.uint64)
     num_runs = len(word_hashes) - size + 1
     total = np.zeros(num_runs, dtype=np.uint64)
-    for offset in range(size):  # the multiplier is odd, so each word's place counts; uint64 wraps around by design
+    for offset in range(size):  # the multiplier is odd, so each word's place counts
         total = total * _MULTIPLIER + word_hashes[offset : offset + num_runs] + np.uint64(1)
-    return total ^ (total >> np.uint64(29))
+    return _mixed(total)
 
 
 def shingles(word_hashes: np.ndarray) -> np.ndarray:

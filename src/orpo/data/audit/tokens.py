@@ -19,6 +19,7 @@ class Encoder(Protocol):
     """What is needed of `orpo.data.template.TemplateEncoder`."""
 
     max_length: int
+    max_prompt_length: int | None
 
     def encode_many(self, preferences: list[Preference]) -> list[TokenGroup | Dropped]: ...
 
@@ -30,7 +31,7 @@ class TokenFacts:
     """What tokenising found.
 
     Attributes:
-        lengths: "prompt", "chosen", "rejected", "longest" (prompt and longest answer) -> tokens per row.
+        lengths: "prompt", "chosen", "rejected", "longest" (prompt and longest answer) -> tokens per row, as the rows are.
         dropped: reason -> rows.
         notes: note -> rows.
         max_length: the encoder's.
@@ -69,34 +70,66 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
     return {f"p{p}": round(float(q)) for p, q in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
 
 
-def encode_rows(preferences: Iterable[Preference], encoder: Encoder, *, keeps_groups: bool = False) -> TokenFacts:
+def encode_rows(
+    preferences: Iterable[Preference], encoder: Encoder, unlimited: Encoder | None = None, *, keeps_groups: bool = False
+) -> TokenFacts:
     """Tokenise all preferences as training would.
 
-    Lengths are those of the rows that are kept, after any trimming; what is dropped for its length is counted under its reason.
+    Args:
+        encoder: the one of training, with its max_length and truncation policy.
+        unlimited: the same without a length limit. With it, lengths are those of the rows as they are, and only rows that are too long go
+            through `encoder` as well; without it, lengths are those of what the policy leaves.
     """
-    dropped: dict[str, list[Where]] = {}
-    notes: dict[str, list[Where]] = {}
-    groups: list[TokenGroup] = []
-    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longest": []}
-    for item in _encoded(preferences, encoder):
+    found = _Found()
+    if unlimited is None:
+        for _, item in _encoded(preferences, encoder):
+            found.measure(item)
+            found.take(item, keeps_groups=keeps_groups)
+    else:
+        for preference, item in _encoded(preferences, unlimited):
+            found.measure(item)
+            is_long = isinstance(item, TokenGroup) and not _fits(item, encoder)
+            found.take(encoder.encode_many([preference])[0] if is_long else item, keeps_groups=keeps_groups)
+    arrays = {name: np.asarray(values, dtype=np.int64) for name, values in found.lengths.items()}
+    return TokenFacts(arrays, found.dropped, found.notes, encoder.max_length, encoder.describe(), found.groups)
+
+
+def _fits(group: TokenGroup, encoder: Encoder) -> bool:
+    return group.longest_tokens <= encoder.max_length and len(group.prompt_ids) <= (encoder.max_prompt_length or encoder.max_length)
+
+
+class _Found:
+    """What `encode_rows` collects."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longest": []}
+        self.dropped: dict[str, list[Where]] = {}
+        self.notes: dict[str, list[Where]] = {}
+        self.groups: list[TokenGroup] = []
+
+    def measure(self, item: TokenGroup | Dropped) -> None:
+        """Note a row's lengths."""
         if isinstance(item, Dropped):
-            dropped.setdefault(item.reason, []).append(item.where)
-            continue
-        for note in item.notes:
-            notes.setdefault(note, []).append(item.where)
+            return
         chosen, rejected = item.pairs[0] if item.pairs else (0, None)
-        lengths["prompt"].append(len(item.prompt_ids))
-        lengths["chosen"].append(len(item.response_ids[chosen]))
+        self.lengths["prompt"].append(len(item.prompt_ids))
+        self.lengths["chosen"].append(len(item.response_ids[chosen]))
         if rejected is not None:
-            lengths["rejected"].append(len(item.response_ids[rejected]))
-        lengths["longest"].append(item.longest_tokens)
+            self.lengths["rejected"].append(len(item.response_ids[rejected]))
+        self.lengths["longest"].append(item.longest_tokens)
+
+    def take(self, item: TokenGroup | Dropped, *, keeps_groups: bool) -> None:
+        """Note what became of a row."""
+        if isinstance(item, Dropped):
+            self.dropped.setdefault(item.reason, []).append(item.where)
+            return
+        for note in item.notes:
+            self.notes.setdefault(note, []).append(item.where)
         if keeps_groups:
-            groups.append(item)
-    arrays = {name: np.asarray(values, dtype=np.int64) for name, values in lengths.items()}
-    return TokenFacts(arrays, dropped, notes, encoder.max_length, encoder.describe(), groups)
+            self.groups.append(item)
 
 
-def _encoded(preferences: Iterable[Preference], encoder: Encoder) -> Iterator[TokenGroup | Dropped]:
+def _encoded(preferences: Iterable[Preference], encoder: Encoder) -> Iterator[tuple[Preference, TokenGroup | Dropped]]:
     iterator = iter(preferences)
     while batch := list(itertools.islice(iterator, _BATCH)):
-        yield from encoder.encode_many(batch)
+        yield from zip(batch, encoder.encode_many(batch), strict=True)
