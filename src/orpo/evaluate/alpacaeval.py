@@ -128,7 +128,7 @@ def read_reference(source: str | Path | None, *, limit: int | None = None) -> li
         raise UserError(
             f"the reference outputs cannot be fetched from the hub: {type(error).__name__}",
             where="alpacaeval",
-            mend=f"give a file with --alpaca-reference ({HUB_REFERENCE} of {HUB_ID}, or any model's outputs)",
+            mend=f"give a file with --alpaca_reference ({HUB_REFERENCE} of {HUB_ID}, or any model's outputs)",
         ) from error
     return read_outputs(path)[:limit]
 
@@ -347,7 +347,7 @@ def _tables_from(module: Any, folder: str | Path | None) -> Iterator[None]:
             raise UserError(
                 f"its table {filename} cannot be fetched from the hub ({type(error).__name__})",
                 where="alpacaeval",
-                mend=f"--alpaca-tables FOLDER with {' and '.join(TABLES)} of {HUB_ID}",
+                mend=f"--alpaca_tables FOLDER with {' and '.join(TABLES)} of {HUB_ID}",
             ) from error
 
     module.hf_hub_download = find

@@ -223,7 +223,7 @@ class EndpointJudge:
             detail = ""
         message = f"HTTP {error.code} {error.reason}" + (f": {detail}" if detail else "")
         if error.code in _FATAL or 300 <= error.code < 400:
-            mend = {401: "check the key", 403: "check the key", 404: "check --judge-url and --judge-model"}.get(error.code)
+            mend = {401: "check the key", 403: "check the key", 404: "check --judge_url and --judge_model"}.get(error.code)
             fatal = JudgeUnavailable(f"the judge at {self.shown_url} cannot be asked: {message}", where="judge_url", mend=mend)
             fatal.is_final = True
             return fatal

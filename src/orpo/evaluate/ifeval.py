@@ -85,7 +85,7 @@ def read_items(source: str | Path = HUB_ID, *, limit: int | None = None) -> list
     """
     from orpo.data.formats import read_source
 
-    items = []
+    items: list[Item] = []
     for where, row in read_source(str(source), None):
         if limit is not None and len(items) >= limit:
             break

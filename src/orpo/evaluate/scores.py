@@ -82,9 +82,6 @@ def score_tokens(
     progress: Progress | None = None,
 ) -> TokenScores:
     """Log-probability of every token of every response; arguments as for `score_groups`."""
-    from orpo.engine.choose import choose
-    from orpo.engine.shared import DEFAULT_BUDGET_BYTES
-    from orpo.objective import SFT
     from orpo.steps import pack
 
     if not groups:
@@ -93,9 +90,8 @@ def score_tokens(
     device = next(model.parameters()).device
     with _own_attention(model) as use_attention:
         if engine is None:
-            with inference(model):  # in the weights' own dtype: bf16's rounding would drown what the check looks for
-                engine = choose(model, groups, SFT(), nll_scope=nll_scope, budget_bytes=budget_bytes or DEFAULT_BUDGET_BYTES)
-        elif budget_bytes is not None:
+            engine = choose_scoring_engine(model, groups, nll_scope=nll_scope)
+        if budget_bytes is not None:
             engine = replace(engine, budget_bytes=budget_bytes)
         use_attention(engine)
         num_done = 0
@@ -109,6 +105,16 @@ def score_tokens(
                 if progress is not None:
                     progress(num_done, len(groups))
     return [responses for responses in found if responses is not None]
+
+
+def choose_scoring_engine(model: nn.Module, groups: Sequence[TokenGroup], *, nll_scope: str = "response") -> Engine:
+    """The engine that `score_tokens` chooses by itself, for callers that score in pieces. The model comes back as it was."""
+    from orpo.engine.choose import choose
+    from orpo.objective import SFT
+
+    # In the weights' own dtype: bf16's rounding would drown what the check looks for.
+    with _own_attention(model), inference(model):
+        return choose(model, groups, SFT(), nll_scope=nll_scope)
 
 
 def _score_batch(

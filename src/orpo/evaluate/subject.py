@@ -135,9 +135,13 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
 
     config = config or Target.find(name).config
     # Quantized runs are loaded as they were trained.
-    bits = {key: bool(config[key]) for key in ("load_in_4bit", "load_in_8bit")} if config is not None else {}
     model, tokenizer, facts = load_model(
-        name, revision=loading.revision, device=loading.device, trust_remote_code=loading.trust_remote_code, **bits
+        name,
+        revision=loading.revision,
+        device=loading.device,
+        trust_remote_code=loading.trust_remote_code,
+        load_in_4bit=config is not None and bool(config["load_in_4bit"]),
+        load_in_8bit=config is not None and bool(config["load_in_8bit"]),
     )
     encoder = make_encoder(tokenizer, loading, config)
     if encoder.new_tokens and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -157,7 +161,7 @@ def _grow(model: Any, tokenizer: Any, name: str, new_tokens: Sequence[str], conf
         raise UserError(
             f"the template's tokens {', '.join(new_tokens)} are new to {name}",
             where="chat_template",
-            mend="leave --chat-template away, or train the model on it first",
+            mend="leave --chat_template away, or train the model on it first",
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
@@ -213,7 +217,7 @@ def held_out_groups(rows: list[Any], fraction: float | None, encoder: TemplateEn
 
     groups, report = prepare_groups(rows, encoder)
     if fraction is not None:
-        from orpo.runner import split_by_prompt
+        from orpo.rundata import split_by_prompt
 
         groups = split_by_prompt(groups, fraction)[1]
     groups = [group for group in groups if group.pairs]
