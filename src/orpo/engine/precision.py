@@ -120,22 +120,24 @@ class MasterAdamW(torch.optim.AdamW):
         state["step"] += 1
         copy = None if self.working is None else self.working.copy_of(parameter)
         beta1, beta2 = group["betas"]
+        divisor = None if self.gradient_scale == 1.0 else torch.tensor(1.0 / self.gradient_scale)
         arrays = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy)
         for master, gradient, average, square, working in _pieces(arrays, self.PIECE):
             gradient = gradient.float() if gradient.dtype != torch.float32 else gradient
-            if self.gradient_scale != 1.0:
-                gradient = gradient * self.gradient_scale
             torch._fused_adamw_(
                 [master], [gradient], [average], [square], [], [state["step"]],
                 lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-                amsgrad=False, maximize=group["maximize"],
+                amsgrad=False, maximize=group["maximize"], grad_scale=divisor,
             )  # fmt: skip
             if working is not None:
                 working.copy_(master)
 
 
 def _pieces(arrays: tuple[Tensor | None, ...], size: int) -> Iterator[list[Any]]:
-    """The arrays, all of one shape or None, in flat pieces."""
+    """The arrays, all of one shape or None, in flat pieces; whole if one of them is not contiguous."""
+    if not all(array is None or array.is_contiguous() for array in arrays):
+        yield list(arrays)
+        return
     flat = [None if array is None else array.view(-1) for array in arrays]
     length = arrays[0].numel()  # type: ignore[union-attr]
     for start in range(0, length, size):
@@ -146,8 +148,15 @@ def total_norm(gradients: list[Tensor]) -> float:
     """Euclidean norm of all gradients together, in float32 whatever their dtype."""
     if not gradients:
         return 0.0
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
-    return float(torch.linalg.vector_norm(norms))
+    pieces = (piece for gradient in gradients for piece in _norm_pieces(gradient))
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces])))
+
+
+def _norm_pieces(gradient: Tensor) -> tuple[Tensor, ...]:
+    """A low-precision gradient on a CPU in pieces, whose float32 copies stay in the cache; others whole."""
+    if gradient.device.type != "cpu" or gradient.dtype == torch.float32 or not gradient.is_contiguous():
+        return (gradient,)
+    return gradient.view(-1).split(MasterAdamW.PIECE)
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
