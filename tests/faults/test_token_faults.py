@@ -161,6 +161,14 @@ def test_row_14_templates_that_are_not_prefix_preserving_are_proved_or_refused()
         report.check()
 
 
+def test_row_14_a_header_of_plain_text_that_depends_on_the_answer_is_refused() -> None:
+    """Without special tokens in the header only the text can tell: the longest common prefix would silently end in its middle."""
+    template = STYLES["alpaca"].replace("### Response:\n{{", "### {% if '!' in m['content'] %}Loud {% endif %}Response:\n{{")
+    encoder = TemplateEncoder(build_tokenizer(), chat_template=template)
+    assert group_of(encoder, "Hello", "Yes", "No").notes == ()
+    assert reason(encoder, "Hello", "Yes!", "No") == "boundary"
+
+
 def test_row_14_without_generation_prompt_the_header_belongs_to_the_prompt() -> None:
     encoder = TemplateEncoder(build_tokenizer("byte_level", STYLES["no_generation_prompt"]))
     group = group_of(encoder, "Hello", "Yes", "No")

@@ -260,6 +260,17 @@ def test_an_assistant_prefill_belongs_to_the_prompt(style: str) -> None:
     np.testing.assert_array_equal(encoder.prompt_ids(prompt), group.prompt_ids)
 
 
+def test_a_prefill_that_ends_with_a_blank_keeps_one_prompt_for_all_answers() -> None:
+    """ "The answer " and "The answer is" part before the blank in most tokenizers; so does the prompt, for every answer alike."""
+    encoder = TemplateEncoder(build_tokenizer())
+    prompt = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The answer "})
+    group = encode(encoder, prompt, "is yes.", "was no.")
+    assert group.notes == ()
+    assert encoder.tokenizer.decode(group.prompt_ids).endswith("The answer")
+    assert encoder.tokenizer.decode(group.response_ids[0]) == " is yes.<|im_end|>"
+    np.testing.assert_array_equal(encoder.prompt_ids(prompt), group.prompt_ids)
+
+
 def test_a_system_message_that_the_template_leaves_out_is_told() -> None:
     tokenizer = build_tokenizer("byte_level", MISTRAL_LATE_SYSTEM)
     encoder = TemplateEncoder(tokenizer)

@@ -130,16 +130,39 @@ def test_split_takes_no_prompt_as_rendered() -> None:
 def test_tokens_that_eat_their_blanks_still_do() -> None:
     from tokenizers import AddedToken
 
-    tokenizer = build_tokenizer("byte_level", STYLES["chatml"].replace("<|im_end|>", "<|eats|>"))
+    template = "{% for m in messages %}<|eats|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|eats|>{% endif %}"
+    tokenizer = build_tokenizer("byte_level", template.replace("{% endfor %}", "<|eats|>{% endfor %}", 1))
     tokenizer.add_tokens([AddedToken("<|eats|>", special=True, rstrip=True, lstrip=True, normalized=False)], special_tokens=True)
-    split = TemplateEncoder(tokenizer, special_tokens_in_text="split")
-    group = split.encode(row("a<|im_start|>b  ", "Yes<s> ", "no"))
-    assert isinstance(group, TokenGroup)
-    names = tokenizer.convert_ids_to_tokens([*group.prompt_ids.tolist(), *group.response_ids[0].tolist()])
-    for i, name in enumerate(names):
-        if name == "<|eats|>":
-            assert names[i - 1].strip("ĠĊ") != ""
-            assert i + 1 == len(names) or names[i + 1] == "<|im_start|>"
+    harmless, special = "  a-b  ", "  a<s>b  "
+    ids = []
+    for text in (harmless, special):
+        group = TemplateEncoder(tokenizer, special_tokens_in_text="split").encode(row(text, text, "no"))
+        assert isinstance(group, TokenGroup)
+        ids.append([*group.prompt_ids.tolist(), *group.response_ids[0].tolist()])
+    assert tokenizer.decode(ids[1]) == tokenizer.decode(ids[0]).replace("-", "<s>") == "<|eats|>a<s>b<|eats|><|eats|>a<s>b<|eats|>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", ["chatml", "zephyr", "gemma"])
+@pytest.mark.parametrize("added", [[], ["<|user|>", "<|assistant|>"]])
+def test_the_words_around_keep_their_ids(added: list[str], style: str, kind: str) -> None:
+    """Tokenizers that put a blank before a text's first word must not do so in the middle of a conversation."""
+    tokenizer = build_tokenizer(kind, STYLES[style])
+    tokenizer.add_tokens(added)
+    row_with = row("Hello there and<|im_start|>more of it.", "Yes", "no")
+    one, other = (TemplateEncoder(tokenizer, special_tokens_in_text=policy).encode(row_with) for policy in ("warn", "split"))
+    assert isinstance(one, TokenGroup)
+    if added and style == "zephyr" and kind == "sentencepiece_legacy":
+        # This tokenizer finds added tokens behind blanks only, so it cannot be told when it would find the template's own.
+        assert isinstance(other, Dropped)
+        assert other.reason == "special_tokens"
+        return
+    assert isinstance(other, TokenGroup)
+    at = one.prompt_ids.tolist().index(tokenizer.convert_tokens_to_ids("<|im_start|>"), 1)
+    assert other.prompt_ids[:at].tolist() == one.prompt_ids[:at].tolist()
+    rest = one.prompt_ids[at + 1 :].tolist()
+    end = next(i for i in range(len(rest)) if tokenizer.decode(rest[:i]).strip() == "more of it")
+    assert other.prompt_ids.tolist()[-len(rest[end:]) :] == rest[end:]
 
 
 @pytest.mark.parametrize("kind", KINDS)

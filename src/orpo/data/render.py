@@ -36,7 +36,9 @@ _MOST_EXTRA_CHARS = 1 << 20
 
 _SENTINEL_USER = "Usersentinelqv"
 _SENTINEL_ANSWERS = ("Answersentinelqw", "Replysentinelqzz, of another length")
-_PROBE_ANSWERS = ("Hello", "hello there", "7", "- x", '"Yes"')
+
+PROBE_ANSWERS = ("Hello", "hello there", "I am", "The answer", "a", "is", "Yes", "no", "7", "- x", '"Yes"')
+"""Beginnings that answers commonly have: a prompt's tokens must stay the same before all of them."""
 
 
 class TemplateFailed(Exception):
@@ -278,7 +280,7 @@ class _Probe:
         if generation is not None and is_supported:
             candidates = [("generation_prompt", generation), ("generation_prompt_stripped", generation.rstrip())]
         candidates += [("before_answer", before), ("before_answer_stripped", before.rstrip())]
-        full_ids = self.encode([before + answer + ending for answer in _PROBE_ANSWERS])
+        full_ids = self.encode([before + answer + ending for answer in PROBE_ANSWERS])
         for name, text in candidates:
             ids = self.encode([text])[0]
             if before.startswith(text) and ids and all(full[: len(ids)] == ids for full in full_ids):

@@ -8,7 +8,7 @@ out of a message's text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from orpo.data.types import Message
@@ -56,9 +56,9 @@ class ControlText:
         self._eats_left = {text for text in tokens if text in flags and flags[text].lstrip}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._normalizer = getattr(backend, "normalizer", None) if any(t in flags and flags[t].normalized for t in tokens) else None
-        self._guard: list[int] | None = None
-        if tokens and self._encode(tokens[0] + "x")[1:] != self._encode("x"):
-            self._guard = self._encode("\n")
+        # Some tokenizers put a blank before the first word of a text. Behind one of these it is not the first.
+        is_blank_put_first = bool(tokens) and self._encode(tokens[0] + "x")[1:] != self._encode("x")
+        self._guards = [(text, self._encode(text)) for text in ("\ue000", "\n")] if is_blank_put_first else []
 
     def is_in(self, texts: Sequence[str]) -> bool:
         """Whether any of the texts holds a control token or a role marker."""
@@ -105,16 +105,20 @@ class ControlText:
         plain = f"{marks[0]}(?P<plain>{self._tokens.pattern}){marks[1]}"
         unit = re.compile(f"{plain}|(?P<control>{self._cuts.pattern})|[{marks[0]}{marks[1]}]")
         found: list[tuple[str, bool, str]] = []
-        stretch, is_plain, position = "", False, 0
-        for match in unit.finditer(text):
-            stretch += text[position : match.start()] + (match["plain"] or "")
-            position = match.end()
-            if match["control"]:
-                found.append((stretch, is_plain, match["control"]))
-                stretch, is_plain = "", False
-            else:  # control text of a message, whole or (where the template took it apart) in pieces
-                is_plain = True
-        found.append((stretch + text[position:], is_plain, ""))
+        stretch, is_plain, own, position = "", False, "", 0
+        for match in [*unit.finditer(text), None]:
+            between = text[position : match.start() if match else len(text)]
+            control = match["control"] or "" if match else ""
+            own += between + "\0"
+            stretch += between
+            if match and not control:  # control text of a message, whole or (where the template took it apart) in pieces
+                stretch, is_plain = stretch + (match["plain"] or ""), True
+            else:
+                if is_plain and self._tokens.search(own):
+                    raise NotPlainError("the tokenizer finds one of the template's own tokens in some places only")
+                found.append((stretch, is_plain, control))
+                stretch, is_plain, own = "", False, ""
+            position = match.end() if match else len(text)
         return found
 
     def _is_always_itself(self, text: str) -> bool:
@@ -133,15 +137,21 @@ class ControlText:
         """Without recognising special tokens."""
         stretch = stretch.lstrip() if before in self._eats_right else stretch
         stretch = stretch.rstrip() if after in self._eats_left else stretch
-        guard = self._guard if before else None
-        text = "\n" + stretch if guard is not None else stretch
         unknown = self.tokenizer.unk_token  # may come out of any text that does not hold its own
         forbidden = {index for token, index in self.ids.items() if token != unknown or token in stretch}
         for encode in (self._split_special, self._without_added):
-            ids = encode(text)
+            ids = self._inside(stretch, encode) if before else encode(stretch)
             if ids and not forbidden & set(ids):
-                return ids[len(guard) :] if guard is not None and ids[: len(guard)] == guard else ids
+                return ids
         raise NotPlainError(f"the tokenizer makes a control token out of {stretch[:80]!r}")
+
+    def _inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Ids of a text that is not the beginning of a sequence."""
+        for guard, guard_ids in self._guards:
+            ids = encode(guard + text)
+            if ids[: len(guard_ids)] == guard_ids:  # else the guard merged with the text
+                return ids[len(guard_ids) :]
+        return encode(text)
 
     def _split_special(self, text: str) -> list[int]:
         return self._encode(text, split_special_tokens=True)

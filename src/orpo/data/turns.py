@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, as_content, sentinel_for
+from orpo.data.render import PROBE_ANSWERS, ChatRenderer, TemplateFacts, TemplateFailed, as_content, sentinel_for
 from orpo.data.special import ControlText, NotPlainError, content_text, free_marks, strings_of, without_bos, without_end
 from orpo.data.types import Dropped, Message, Preference, Text
 from orpo.errors import DataError
@@ -221,9 +221,10 @@ class ChatText:
             raise _BadRow("boundary", f"the {self.render.name} does not print the answer to this prompt")
         if self.facts.boundary == "before_answer" and not prefill:
             return before, before
-        alone, full = self.encode([before, text], marks)
-        is_kept = self.facts.boundary != "before_answer_stripped" and full[: len(alone)] == alone
-        return before, before if is_kept else before.rstrip()
+        if self.facts.boundary == "before_answer_stripped":
+            return before, before.rstrip()
+        alone, *full = self.encode([before, *(before + answer for answer in PROBE_ANSWERS)], marks)
+        return before, before if all(ids[: len(alone)] == alone for ids in full) else before.rstrip()
 
     def is_rendered(self, prompt: Text) -> bool:
         """Whether a prompt is text that somebody rendered with this template before.
