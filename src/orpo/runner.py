@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 # Keys that are not the trainer's and yet decide what is trained; the trainer compares its own with the checkpoint's.
 _RUN_IDENTITY = ("model_name_or_path", "model_revision", "dtype", "use_peft", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha",
-                 "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora")  # fmt: skip
+                 "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora", "model_init_kwargs")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,9 @@ def build_trainer(config: RunConfig, args: ORPOConfig, data: RunData, model: Any
 
     from orpo.trainer import ORPOTrainer
 
+    args.model_init_kwargs = None  # used by load_run_model; the trainer refuses them together with a model that is loaded
     args.disable_tqdm = True
+    args.log_level_replica = "error"  # transformers turns the other processes' notes on again
     try:
         trainer = ORPOTrainer(
             model=model,

@@ -90,6 +90,21 @@ def test_a_run_from_start_to_end_and_again(tmp_path: Path, options: dict[str, ob
     assert "seed: 5 -> 6" in refusal
 
 
+def test_no_secret_reaches_a_file_or_the_terminal(
+    tmp_path: Path, options: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS 60: the hub token of the configuration, that of the environment, and one inside a nested option."""
+    monkeypatch.setenv("HF_TOKEN", "environment-secret-1")
+    secrets = {"hub_token": "configured-secret-2", "run_name": "on environment-secret-1", "max_steps": 2}
+    config = write_config(tmp_path, {**options, **secrets, "model_init_kwargs": {"token": "nested-secret-3"}})
+    assert main(["train", config]) == 0
+    shown = capsys.readouterr().err.encode()
+    files = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for secret in (b"environment-secret-1", b"configured-secret-2", b"nested-secret-3"):
+        assert secret not in shown
+        assert [text for text in files if secret in text] == []
+
+
 def test_an_adapter_run(tmp_path: Path, options: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, {**options, "use_peft": True, "lora_r": 2, "max_steps": 2, "eval_fraction": None})
     assert main(["train", config]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 
 
 def stderr_console() -> Console:
-    """A rich console on stderr; plain text at full width where stderr is no terminal (a log keeps its lines whole)."""
+    """A rich console on stderr; plain text at full width where stderr is no terminal (a log keeps its lines whole).
+
+    Under a launcher of several processes all but the first are silent.
+    """
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
-    return console if console.is_terminal else Console(stderr=True, highlight=False, width=200)
+    is_quiet = os.environ.get("RANK", "0") != "0"
+    console = Console(stderr=True, highlight=False, quiet=is_quiet)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, quiet=is_quiet, width=200)
 
 
 def report_console(*, is_json: bool) -> Console:
