@@ -85,7 +85,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
 def _add_judge(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--judge_url", metavar="URL", help="endpoint with OpenAI's protocol, such as http://127.0.0.1:8000/v1")
     group.add_argument("--judge_model", metavar="NAME", help="the model's name there")
-    group.add_argument("--judge_key_env", metavar="VARIABLE", help="environment variable with the key (ORPO_JUDGE_KEY, OPENAI_API_KEY)")
+    group.add_argument("--judge_key_env", metavar="VARIABLE", help="environment variable with the key (ORPO_JUDGE_API_KEY, OPENAI_API_KEY)")
     group.add_argument("--judge_options", metavar="JSON", default="{}", help="further fields of each request; null removes one")
     group.add_argument("--judge_logprobs", action="store_true", help="alpacaeval: weigh verdicts by log-probabilities, as published")
     group.add_argument("--judge_workers", type=int, default=4, help="questions at a time (4)")

@@ -23,7 +23,7 @@ from typing import Any
 
 from orpo.errors import UserError
 from orpo.evaluate.judges import Conversation, Done, Reply
-from orpo.redact import redact_text
+from orpo.redact import HIDDEN, redact_text
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +185,10 @@ class EndpointJudge:
         """The address without a login in it."""
         return redact_text(self.url)
 
+    def _hide(self, text: str) -> str:
+        """The text without the key, in case the server repeats it."""
+        return redact_text(text.replace(self.api_key, HIDDEN) if self.api_key else text)
+
     def _attempt(self, conversation: Conversation, max_tokens: int) -> Reply:
         body: dict[str, Any] = {
             "model": self.model,
@@ -196,7 +200,7 @@ class EndpointJudge:
         if self.wants_logprobs:
             body |= {"logprobs": True, "top_logprobs": 5}
         body = {name: value for name, value in {**body, **self.options}.items() if value is not None}
-        return _parse(self._post(json.dumps(body).encode()))
+        return self._parse(self._post(json.dumps(body).encode()))
 
     def _post(self, data: bytes) -> bytes:
         address = self.url.rstrip("/")
@@ -215,10 +219,24 @@ class EndpointJudge:
         except (OSError, http.client.HTTPException) as error:
             raise _Failed(_shown(error)) from error
 
+    def _parse(self, data: bytes) -> Reply:
+        """A chat completion's text. Anything else is a failed attempt."""
+        try:
+            choice = json.loads(data)["choices"][0]
+            content = choice["message"]["content"]
+        except (ValueError, LookupError, TypeError) as error:
+            start = self._hide(data[:120].decode("utf-8", "replace"))
+            raise _Failed(f"not a chat completion: {start!r}") from error
+        if content is None:  # cut before its first visible word
+            content = ""
+        if not isinstance(content, str):
+            raise _Failed(f"a chat completion whose content is a {type(content).__name__}")
+        return Reply(self._hide(content), _first_logprobs(choice.get("logprobs")))
+
     def _http_error(self, error: urllib.error.HTTPError, deadline_s: float) -> Exception:
         """What a status means: stop, leave the question out, or try again."""
         try:
-            detail = redact_text(" ".join(_read(error, deadline_s).decode("utf-8", "replace").split()))[:300]
+            detail = self._hide(" ".join(_read(error, deadline_s).decode("utf-8", "replace").split()))[:300]
         except (_Failed, OSError, http.client.HTTPException):
             detail = ""
         message = f"HTTP {error.code} {error.reason}" + (f": {detail}" if detail else "")
@@ -259,21 +277,6 @@ def _read(response: Any, deadline_s: float) -> bytes:
     if length is not None and length.isdigit() and size < int(length):
         raise _Failed(f"the connection broke after {size} of {length} bytes")
     return b"".join(parts)
-
-
-def _parse(data: bytes) -> Reply:
-    """A chat completion's text. Anything else is a failed attempt."""
-    try:
-        choice = json.loads(data)["choices"][0]
-        content = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
-        start = redact_text(data[:120].decode("utf-8", "replace"))
-        raise _Failed(f"not a chat completion: {start!r}") from error
-    if content is None:  # cut before its first visible word
-        content = ""
-    if not isinstance(content, str):
-        raise _Failed(f"a chat completion whose content is a {type(content).__name__}")
-    return Reply(redact_text(content), _first_logprobs(choice.get("logprobs")))
 
 
 def _first_logprobs(logprobs: Any) -> dict[str, float] | None:

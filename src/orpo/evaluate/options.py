@@ -18,7 +18,7 @@ TASKS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
 DEFAULT_TASKS = ("pairs", "retention")
 REPLAYED = ("ifeval", "mtbench", "alpacaeval", "custom")
 """Tasks that published answers can be given for."""
-KEY_VARIABLES = ("ORPO_JUDGE_KEY", "OPENAI_API_KEY")
+KEY_VARIABLES = ("ORPO_JUDGE_API_KEY", "OPENAI_API_KEY")
 
 
 @dataclass(frozen=True)
