@@ -31,6 +31,8 @@ class WorkingWeights:
         self._copies = dict(zip(self.parameters, self.working, strict=True))
         self._versions = [parameter._version for parameter in self.parameters]
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._is_active = False
+        self._may_be_behind = False
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.parameters if parameter.requires_grad]
 
     def close(self) -> None:
@@ -46,9 +48,11 @@ class WorkingWeights:
         self._refresh(masters)
         for parameter, working in zip(self.parameters, self.working, strict=True):
             parameter.data = working
+        self._is_active = True
         try:
             yield
         finally:
+            self._is_active = False
             for parameter, master in zip(self.parameters, masters, strict=True):
                 parameter.data = master
 
@@ -58,15 +62,26 @@ class WorkingWeights:
             parameter.grad_dtype = None  # any: bf16 gradients need no float32 copy
             parameter.grad = gradient
         self._gradients = {}
+        self._may_be_behind = True
+
+    def kept_up(self) -> None:
+        """The optimizer has updated the copies together with their masters."""
+        self._may_be_behind = False
 
     def _refresh(self, masters: list[Tensor]) -> None:
-        """Copy the masters that have changed. Their version counter says so; `MasterAdamW` keeps the copies up itself."""
+        """Copy the masters that have changed: their version counter says so, or a step is behind them.
+
+        Many optimizers outside torch write through `.data`, which no version counter sees.
+        """
         for index, (parameter, master) in enumerate(zip(self.parameters, masters, strict=True)):
-            if parameter._version != self._versions[index]:
+            if parameter._version != self._versions[index] or (self._may_be_behind and parameter.requires_grad):
                 self.working[index].copy_(master)
                 self._versions[index] = parameter._version
+        self._may_be_behind = False
 
     def _take(self, parameter: nn.Parameter) -> None:
+        if not self._is_active:  # a backward of somebody else's, on the masters
+            return
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
@@ -109,6 +124,8 @@ class MasterAdamW(torch.optim.AdamW):
                 if parameter.grad is not None:
                     self._update(parameter, group)
         self.gradient_scale = 1.0
+        if self.working is not None:
+            self.working.kept_up()
         return loss
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
