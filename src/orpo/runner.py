@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Keys that are not the trainer's and yet decide what is trained; the trainer compares its own with the checkpoint's.
-_RUN_IDENTITY = ("model_name_or_path", "model_revision", "dtype", "use_peft", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha",
-                 "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora", "model_init_kwargs")  # fmt: skip
+_RUN_IDENTITY = (
+    *("model_name_or_path", "model_revision", "model_init_kwargs", "dtype", "use_peft", "load_in_4bit", "load_in_8bit"),
+    *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"),
+)
 
 
 @dataclass(frozen=True)

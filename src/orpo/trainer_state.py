@@ -41,6 +41,7 @@ from orpo.checkpoint import (
 )
 from orpo.errors import CheckpointError
 from orpo.guards.callbacks import SignalCallback
+from orpo.redact import redact
 from orpo.runfolder import fingerprint_groups
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class CheckpointMixin(_Base):
                 "rows_per_step": self.train_sampler.rows_per_step,
                 "engine": self.engine.name,
                 "compute_dtype": self.args.compute_dtype,
-                "config": json.loads(json.dumps(configuration, default=str)),
+                "config": redact(json.loads(json.dumps(configuration, default=str))),
             }
         return self._facts
 
