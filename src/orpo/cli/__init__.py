@@ -15,11 +15,13 @@ import os
 import pkgutil
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
-from orpo.errors import EXIT_BUG, EXIT_OK, EXIT_USER, OrpoError
+from orpo.errors import EXIT_BUG, EXIT_OK, EXIT_USER, OrpoError, SignalStop
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
 ORDER = ("demo", "train", "check", "audit", "preview", "eval", "compare", "chat", "report", "export", "plan", "doctor")
@@ -97,7 +99,8 @@ def _guarded(args: argparse.Namespace) -> int:
     from orpo.redact import redact_text
 
     try:
-        code = int(args.module.run(args))
+        with _sigterm_raises():
+            code = int(args.module.run(args))
         sys.stdout.flush()
     except OrpoError as error:
         print(f"orpo {args.command}: {redact_text(str(error))}", file=sys.stderr)
@@ -113,6 +116,23 @@ def _guarded(args: argparse.Namespace) -> int:
         print("This is a bug in orpo: please report it with the lines above.", file=sys.stderr)
         return EXIT_BUG
     return code
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds the command like Ctrl-C does, so that temporary files go and the exit code is 143; training has its own handler."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise SignalStop(signum, "stopped by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _configure_logging() -> None:
