@@ -121,16 +121,24 @@ class Stream:
         self.shape = detect_shape(self.head, source.column_map, pairs=pairs, sft_rows=sft_rows, where=label)
 
     def __iter__(self) -> Iterator[tuple[Where, Any]]:
+        for where, row, _ in self.with_originals():
+            yield where, row
+
+    def with_originals(self) -> Iterator[tuple[Where, Any, list[Any]]]:
+        """(where, row as it is read, rows as they stand in the source): several of the latter where rated rows were put together."""
         column = self.shape.group_column
         if column is None:
-            yield from self._rows
+            for where, row in self._rows:
+                yield where, row, [row]
             return
         for (is_row, _), items in itertools.groupby(self._rows, key=lambda item: _group_key(item[1], self.shape, column)):
             found = list(items)
             if is_row:
-                yield found[0][0], merge_rated_rows([rename(row, self.shape.column_map) for _, row in found], self.shape)
+                originals = [row for _, row in found]
+                yield found[0][0], merge_rated_rows([rename(row, self.shape.column_map) for row in originals], self.shape), originals
             else:
-                yield from found
+                for where, row in found:
+                    yield where, row, [row]
 
 
 def _head(rows: Iterator[tuple[Where, Any]]) -> list[tuple[Where, Any]]:

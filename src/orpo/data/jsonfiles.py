@@ -100,7 +100,7 @@ def read_json_lines(open_file: Opener, name: str, max_row_bytes: int) -> Iterato
                 row += 1
                 continue
             try:
-                text = raw.decode("utf-8")
+                text = raw.rstrip(b"\r\n").decode("utf-8")
             except UnicodeDecodeError as error:
                 raise invalid_utf8(name, line_number, error) from None
             if not text.strip():

@@ -25,6 +25,7 @@ class Cleaned:
     """What was written.
 
     Attributes:
+        num_written: rows in the new file; num_left: rows of the audit that are not (rated rows of one prompt are one row of the audit).
         left: finding code -> rows that left for it; a row with several is counted under each.
     """
 
@@ -65,7 +66,7 @@ def write_clean(audit: Audit, source: Any, options: AuditOptions, path: str | Pa
     partial, partial_log = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.log.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as out, partial_log.open("w", encoding="utf-8", newline="\n") as log:
-            for index, where, row in _numbered(source, options):
+            for index, where, rows in _numbered(source, options):
                 _check_same(audit, index, where)
                 codes = [code for code in audit.leaving.get(index, []) if code not in kept_codes]
                 if codes:
@@ -83,7 +84,7 @@ def write_clean(audit: Audit, source: Any, options: AuditOptions, path: str | Pa
                         },
                     )
                 else:
-                    num_written += _write_row(out, row)
+                    num_written += _write_rows(out, rows)
             for file in (out, log):
                 file.flush()
                 os.fsync(file.fileno())
@@ -110,15 +111,15 @@ def _check(path: Path, log_path: Path, keep: Collection[str]) -> None:
         )
 
 
-def _numbered(source: Any, options: AuditOptions) -> Iterator[tuple[int, Where, Any]]:
-    """The rows in the order of the audit; rated rows of one prompt as their own rows again."""
+def _numbered(source: Any, options: AuditOptions) -> Iterator[tuple[int, Where, list[Any]]]:
+    """(number, place, rows of the source) of each row of the audit, in its order."""
     index = 0
     for item in as_sources(source, split=options.split, column_map=options.column_map):
         stream = Stream(item, pairs=options.pairs, sft_rows=options.sft_rows, max_row_bytes=options.max_row_bytes)
-        for where, row in stream:
+        for where, _, originals in stream.with_originals():
             if options.max_rows is not None and index >= options.max_rows:
                 return
-            yield index, where, row
+            yield index, where, originals
             index += 1
 
 
@@ -127,11 +128,12 @@ def _check_same(audit: Audit, index: int, where: Where) -> None:
         raise DataError("the data changed since the audit", where=str(where), expected="the same rows", mend="run the audit again")
 
 
-def _write_row(file: IO[str], row: Any) -> int:
-    if isinstance(row, Dropped) or not isinstance(row, Mapping):
-        raise AssertionError(f"an unreadable row ({type_name(row)}) was kept")
-    _write_line(file, row)
-    return 1
+def _write_rows(file: IO[str], rows: list[Any]) -> int:
+    for row in rows:
+        if isinstance(row, Dropped) or not isinstance(row, Mapping):
+            raise AssertionError(f"an unreadable row ({type_name(row)}) was kept")
+        _write_line(file, row)
+    return len(rows)
 
 
 def _write_line(file: IO[str], value: Any) -> None:
