@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAME = "preview"
 HELP = "show what the model will see of some rows, token by token"
 
+_MOST_ROWS = 1000
 _STYLES = {"template": "dim", "prompt": "blue", "chosen": "green", "rejected": "red", "eos": "yellow"}
 
 
@@ -69,10 +70,11 @@ def read_numbers(text: str | None, where: str) -> set[int] | None:
         return None
     numbers: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal() or not int(first) <= int(last) < int(first) + _MOST_ROWS:
             raise UserError(f"{part!r} is no row number", where=where, expected="numbers and ranges, such as 0,5,10-12")
-        numbers.update(range(int(first), int(last or first) + 1))
+        numbers.update(range(int(first), int(last) + 1))
     return numbers
 
 
