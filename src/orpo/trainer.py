@@ -34,7 +34,7 @@ from orpo.metricscallback import MetricsCallback
 from orpo.objective import METRICS, Objective
 from orpo.runfolder import RunFolder
 from orpo.steps import StepBatch, StepDataset, StepSampler, only_item
-from orpo.trainer_setup import as_groups, prepared_model, resolve_model, resolve_objective, resolve_tokenizer
+from orpo.trainer_setup import as_eval_groups, as_groups, prepared_model, resolve_model, resolve_objective, resolve_tokenizer
 from orpo.trainer_state import CheckpointMixin
 
 if TYPE_CHECKING:
@@ -128,13 +128,9 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         if train_dataset is None:
             raise UserError("train_dataset is missing", where="ORPOTrainer")
         train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True)
-        eval_groups: Any = None
-        self.eval_report = None
-        if isinstance(eval_dataset, dict):
-            eval_groups = {name: as_groups(rows, tokenizer, args)[0] for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_groups, self.eval_report, _ = as_groups(eval_dataset, tokenizer, args)
+        eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
         self.encoder = encoder
+        self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
         super().__init__(
             model=None if loaded is None else prepared_model(loaded, args, peft_config, tokenizer, encoder),
             args=args,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from orpo.config import ORPOConfig
 from orpo.data.types import Preference, TokenGroup
@@ -89,14 +90,37 @@ def as_groups(
         items: list[Any] = list(rows)
     else:
         column_map = args.column_map if isinstance(args.column_map, dict) else None
-        preferences, dropped, shape = load_preferences(rows, column_map=column_map, pairs=args.pairs, strict=args.strict_data)
+        preferences, dropped, shape = load_preferences(
+            rows, column_map=column_map, pairs=args.pairs, sft_rows=args.sft_rows, strict=args.strict_data
+        )
         logger.info("%s", shape)
         items = [*preferences, *dropped]
     groups, report = prepare_groups(items, encoder, strict=args.strict_data)
-    report.check(1)
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    report.check(rows_per_step if is_training else 1)
     for line in report.lines():
         (logger.info if is_training else logger.debug)("%s", line)
     return groups, report, encoder
+
+
+def as_eval_groups(
+    rows: Any, tokenizer: Any, args: ORPOConfig, train_groups: Sequence[TokenGroup], encoder: TemplateEncoder | None
+) -> tuple[Any, DataReport | None]:
+    """(groups of the evaluation rows, report); for a dict of sets a dict of groups, and no report.
+
+    Raises:
+        UserError: nothing usable in them, or prompts that are trained on and not allowed to.
+    """
+    if rows is None:
+        return None, None
+    if isinstance(rows, dict):
+        return {name: as_eval_groups(item, tokenizer, args, train_groups, encoder)[0] for name, item in rows.items()}, None
+    groups, report, _ = as_groups(rows, tokenizer, args, encoder=encoder)
+    if report is not None:
+        from orpo.data.collate import find_overlap
+
+        find_overlap(train_groups, groups).check(allow=args.allow_overlap)
+    return groups, report
 
 
 def make_encoder(tokenizer: Any, args: ORPOConfig) -> TemplateEncoder:
@@ -134,6 +158,13 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         raise UserError(
             f"{type(model).__name__} is an encoder-decoder model", where="model", expected="a causal language model (decoder only)"
         )
+    adapters = getattr(model, "peft_config", {}).values() if peft_config is None else [peft_config]
+    if kinds := [type(item).__name__ for item in adapters if getattr(item, "is_prompt_learning", False)]:
+        raise UserError(
+            f"{kinds[0]} puts virtual tokens before the prompt, which would shift what every position predicts",
+            where="peft_config",
+            expected="an adapter of weights, such as LoRA",
+        )
     if encoder is not None and encoder.new_tokens:
         _grow_embeddings(model, tokenizer)
     if peft_config is not None:
@@ -142,6 +173,8 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         model.enable_input_require_grads()
     if args.disable_dropout:
         disable_dropout(model)
+        if rate := getattr(peft_config, "lora_dropout", 0.0):
+            logger.warning("lora_dropout of %g is off, as all dropout is; disable_dropout: false turns it on", rate)
     else:
         logger.warning("dropout is on: how a step is cut into micro-batches then changes its update, and the engines cannot be compared")
     from orpo.models import upcast_trainable
@@ -171,9 +204,10 @@ def _grow_embeddings(model: Any, tokenizer: Any) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0: modules, and the rates that attention layers keep as a number."""
+    """Set every dropout rate to 0: modules, and the rates that layers keep as a number (`attention_dropout`, OPT's `dropout`)."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith(("dropout", "layerdrop")):
+                setattr(module, name, 0.0)
