@@ -24,6 +24,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "padded": {"engine": "padded"},
     "shared": {"engine": "shared"},
     "lora": {"engine": "shared", "lora": True},
+    "bf16": {"engine": "shared", "options": {"bf16": True}},
+    # Random numbers are drawn in every step.
+    "dropout": {"engine": "padded", "lora": True, "options": {"disable_dropout": False}},
     # A save at the last step of an epoch, before what belongs to the epoch's end.
     "by epoch": {"engine": "padded", "options": BY_EPOCH},
 }
@@ -89,7 +92,9 @@ def _stage_kills(forks: Zygote, tmp_path: Path, kind: str, expected: Finished, n
     return num_kills
 
 
-@pytest.mark.parametrize(("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24, 57])])
+@pytest.mark.parametrize(
+    ("kind", "numbers"), [("padded", [3, 30]), ("shared", [19, 41]), ("lora", [24]), ("bf16", [31]), ("dropout", [44])]
+)
 def test_kill_in_a_stage_of_a_save(
     kind: str, numbers: list[int], forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
 ) -> None:
