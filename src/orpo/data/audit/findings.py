@@ -68,6 +68,10 @@ _REASON_HELP: dict[str, tuple[str, str]] = {
         "The chat template cannot render this conversation.",
         "Repair the order of the turns, or use another chat_template.",
     ),
+    "special_tokens": (
+        "With special_tokens_in_text: split the text has to become plain tokens, and this tokenizer cannot do that.",
+        "Remove the text, or use the model's fast tokenizer.",
+    ),
     "boundary": (
         "Where the prompt ends could not be proved on the tokens, so it is unknown what would be scored.",
         "Use another chat_template, or report the row.",
@@ -207,9 +211,33 @@ KINDS: dict[str, Kind] = {
         "A cut answer is trained without an end, which is right, but the part that made it better may be gone.",
         "Raise max_length, or drop these rows (truncation: drop).",
     ),
+    "text_not_printed": Kind(
+        "rows of which the chat template leaves out some text",
+        "warning",
+        "A system message or a reasoning part that the template does not print is not trained on, and the answer may rest on it.",
+        "Use a chat_template that prints it, or move the text into the user's turn.",
+    ),
+    "already_rendered": Kind(
+        "rows whose prompt was rendered with the chat template before",
+        "info",
+        "It is taken as it is; a change of the chat template will not reach these rows, and they cannot be trimmed.",
+        "Give the messages instead of the rendered text.",
+    ),
+    "boundary_merge": Kind(
+        "rows in which the prompt's last characters and the answer share a token",
+        "info",
+        "The shared token counts as part of the answer, so the prompt is a token shorter than it is when the model is asked.",
+        "End the prompt with a line end, or use a chat template, whose headers keep the two apart.",
+    ),
+    "identical_pair_removed": Kind(
+        "rows of which a pair was left out, its answers being the same",
+        "info",
+        "A pair of equal answers has nothing to say; the other pairs of the row stay.",
+        "Nothing, unless there are many; then check how the responses were sampled.",
+    ),
     "possible_flips": Kind(
         "pairs that look labelled the wrong way round",
-        "warning",
+        "info",
         "The model finds the rejected answer far likelier than the chosen one, more so than for the other pairs; each flipped label pulls "
         "against all the right ones.",
         "Read them from the top and decide again; they are candidates, not verdicts.",
