@@ -414,6 +414,7 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss and metrics over all rows, each counted once on one rank, normalised together."""
+        _ = self.engine  # chosen on the model as it is, not in the middle of low-precision compute
         is_training = self.model.training
         self.model.eval()
         totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.args.device)

@@ -152,11 +152,12 @@ def compare(
     is_training = model.training
     model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
     try:
-        expected = _values(padded.step(model, batch, objective), parameters)
-        with attention_implementation(core, attention.NAME):
-            found = _values(shared.step(model, batch, objective, budget_bytes=budget_bytes), parameters)
-            if _has_dropout(model):
-                _run_with_dropout(model, batch, objective, budget_bytes)
+        with torch.enable_grad():  # the caller may be an evaluation
+            expected = _values(padded.step(model, batch, objective), parameters)
+            with attention_implementation(core, attention.NAME):
+                found = _values(shared.step(model, batch, objective, budget_bytes=budget_bytes), parameters)
+                if _has_dropout(model):
+                    _run_with_dropout(model, batch, objective, budget_bytes)
     finally:
         model.train(is_training)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
