@@ -71,6 +71,14 @@ ONE_PAIR_SHAPES = {
         CHAT_PAIR,
     ),
     "HH transcripts": ({"chosen": "\n\nHuman: Q?\n\nAssistant: good", "rejected": "\n\nHuman: Q?\n\nAssistant: bad"}, CHAT_PAIR),
+    "HH transcripts beside their prompt": (
+        {
+            "prompt": "\n\nHuman: Q?\n\nAssistant:",
+            "chosen": "\n\nHuman: Q?\n\nAssistant: good",
+            "rejected": "\n\nHuman: Q?\n\nAssistant: bad",
+        },
+        CHAT_PAIR,
+    ),
     "HH prompt, plain answers": ({"prompt": "\n\nHuman: Q?\n\nAssistant:", "chosen": "good", "rejected": "bad"}, CHAT_PAIR),
     "ShareGPT": (
         {

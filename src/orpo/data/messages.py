@@ -50,7 +50,8 @@ def type_name(value: Any) -> str:
 
 def is_blank(text: str) -> bool:
     """No character that shows: white space and zero-width characters only."""
-    return not text.strip() or not text.translate(_ZERO_WIDTH).strip()
+    shown = text.strip()
+    return not shown or (ord(shown[0]) in _ZERO_WIDTH and not shown.translate(_ZERO_WIDTH).strip())
 
 
 def check_text(value: Any, name: str) -> str:

@@ -174,9 +174,9 @@ def _pair_shape(sample: Sample, sft_rows: bool) -> _Found:
     if chosen is None or rejected is None or not sample.filled[chosen] or not sample.filled[rejected]:
         return None if _is_verdict(sample, chosen) else _half_a_pair(sample, chosen, rejected, sft_rows)
     prompt = prompt_reader(sample, taken=(chosen, rejected))
-    transcripts = False
-    if not prompt.columns or not any(sample.filled[column] for column in prompt.columns):
-        transcripts = min(sample.share(chosen, is_transcript), sample.share(rejected, is_transcript)) >= 0.8
+    # Transcripts hold the whole conversation, so a prompt column beside them repeats it.
+    transcripts = min(sample.share(chosen, is_transcript), sample.share(rejected, is_transcript)) >= 0.8
+    if transcripts or not any(sample.filled[column] for column in prompt.columns):
         prompt = PromptReader((), prompt.system, prompt.tools)
         if not transcripts and sample.share(chosen, lambda value: isinstance(value, str)) > 0.5:
             raise no_prompt(sample, (chosen, rejected))

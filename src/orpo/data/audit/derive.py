@@ -155,12 +155,15 @@ class Findings:
         if not surprise.suspects:
             return
         places = [f"{suspect.where} (margin {suspect.margin:.3f})" for suspect in surprise.suspects]
+        rows = self._rows_by_where({suspect.where for suspect in surprise.suspects[:_NUM_EXAMPLES]})
+        first = [(place, suspect.where) for place, suspect in zip(places, surprise.suspects, strict=True)][:_NUM_EXAMPLES]
         self.items.append(
             Finding(
                 code="possible_flips",
                 num_rows=len(places),
                 share=len(places) / surprise.num_pairs,
                 places=places[:MOST_PLACES],
+                examples=[(place, self.table.excerpts[rows[where]]) for place, where in first if where in rows],
                 numbers=surprise.to_dict() | {"suspects": None},
                 note=f"{surprise.sentence()} Ranked, the most surprising first; the margin is in nats per token.",
                 severity="info",
