@@ -99,6 +99,13 @@ def test_choosing_twice_is_choosing_once(groups: list[TokenGroup]) -> None:
     assert choose.choose(model, groups, OBJECTIVE, requested="padded").name == "padded"
 
 
+def test_a_choice_made_in_an_evaluation_is_the_same(groups: list[TokenGroup]) -> None:
+    """Many scripts evaluate before they train; there gradients are off."""
+    with torch.no_grad():
+        engine = choose.choose(build("llama"), groups, OBJECTIVE)
+    assert engine.name == "shared", engine.reason
+
+
 def test_the_random_state_is_left_alone(groups: list[TokenGroup]) -> None:
     """A resumed run makes the same choice again and must go on with the same dropout and shuffles."""
     model = build("llama")
