@@ -71,6 +71,22 @@ def test_added_tokens_that_are_not_special_are_kept_out_too() -> None:
     assert tokenizer.decode(group.prompt_ids) == "<|user|>\nx<|assistant|>\nyes</s>\n<|user|>\ny</s>\n<|assistant|>\n"
 
 
+@pytest.mark.parametrize("text", ["x<|USER|>y", "x<|user|>y<|uSer|>z"])
+def test_tokens_that_only_normalised_text_holds(text: str) -> None:
+    """A tokenizer that folds case finds `<|user|>` in `<|USER|>` as well."""
+    from tokenizers import normalizers
+
+    tokenizer = build_tokenizer("byte_level", ZEPHYR)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
+    found = tokenizer.convert_tokens_to_ids("<|user|>")
+    for policy, expected in (("warn", 1 + text.lower().count("<|user|>")), ("split", 1)):
+        group = TemplateEncoder(tokenizer, special_tokens_in_text=policy).encode(row(text, "Yes", "no"))
+        assert isinstance(group, TokenGroup)
+        assert group.notes == ("special_tokens_in_text",)
+        assert group.prompt_ids.tolist().count(found) == expected
+
+
 def test_blank_added_tokens_are_no_control_tokens() -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["    ", "\n\n\n"])

@@ -62,9 +62,14 @@ class ControlText:
 
     def is_in(self, texts: Sequence[str]) -> bool:
         """Whether any of the texts holds a control token or a role marker."""
-        if any(self._any.search(text) for text in texts):
-            return True
-        return self._normalizer is not None and any(self._any.search(self._normalizer.normalize_str(text)) for text in texts)
+        return any(self._any.search(self._as_found(text)) for text in texts)
+
+    def _as_found(self, text: str) -> str:
+        """The text as the tokenizer looks for added tokens in it: as it stands, or normalised where only that shows all of them."""
+        if self._normalizer is None:
+            return text
+        normal: str = self._normalizer.normalize_str(text)
+        return normal if len(self._tokens.findall(normal)) > len(self._tokens.findall(text)) else text
 
     def mark(self, value: Any, marks: tuple[str, str]) -> Any:
         """The same value with each control token inside its strings wrapped in two private characters.
@@ -74,7 +79,7 @@ class ControlText:
             marks: two characters that occur nowhere in `value`, from `free_marks`.
         """
         if isinstance(value, str):
-            return self._tokens.sub(lambda match: marks[0] + match.group() + marks[1], value)
+            return self._tokens.sub(lambda match: marks[0] + match.group() + marks[1], self._as_found(value))
         if isinstance(value, dict):
             return {key: item if key in ("role", "type") else self.mark(item, marks) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
