@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from orpo.config import ORPOConfig
 from orpo.errors import GuardStop, SignalStop, UserError
+from orpo.guards import SignalGuard
 from orpo.redact import redact, redact_text
 from orpo.runconfig import RunConfig, as_facts
 from orpo.rundata import RunData, Tell, prepare_data
@@ -143,6 +144,11 @@ def run_training(
         UserError: anything wrong with configuration, data, model or folder.
         GuardStop, SignalStop: as `ORPOTrainer.train`.
     """
+    with SignalGuard():  # while data and model are prepared; training has its own inside
+        return _run_training(config, tell, callbacks, command=command, observer=observer or Observer())
+
+
+def _run_training(config: RunConfig, tell: Tell, callbacks: Sequence[TrainerCallback], *, command: str, observer: Observer) -> RunResult:
     args = config.training_args()
     tell = tell if args.process_index == 0 else lambda line: None
     for note in config.notes:
@@ -163,7 +169,6 @@ def run_training(
     tell(f"training     {describe_schedule(trainer)}")
     if checkpoint:
         tell(f"resuming     from {checkpoint}")
-    observer = observer or Observer()
     observer.before(trainer, data)
     with _failures_recorded(journal, args):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

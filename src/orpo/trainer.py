@@ -147,7 +147,8 @@ class ORPOTrainer(CheckpointMixin, Trainer):
         self.nonfinite = NonFiniteGuard(args.on_nonfinite, args.max_nonfinite_skips, ranks=self.ranks)
         self.run_folder = RunFolder(self.args.output_dir)
         self.add_callback(_EpochCallback(self))
-        self.add_callback(LearningCallback(ProofOfLearning()))
+        self.learning = ProofOfLearning()
+        self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
         self.add_callback(MetricsCallback(self.run_folder.metrics))
         self.train_sampler = self._sampler(self.train_dataset, is_training=True)
 

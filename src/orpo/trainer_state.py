@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 from orpo.checkpoint import (
     checkpoint_name,
     find_newest,
+    is_verified,
     load_optimizer,
     load_rng,
     load_scaler,
@@ -106,6 +107,7 @@ class CheckpointMixin(_Base):
                 "metrics_bytes": self.run_folder.metrics.num_bytes if self._evaluated_from is None else self._evaluated_from,
                 "is_evaluation_due": self._evaluated_from is not None or self._signals.is_evaluation_due,
                 "nonfinite": self.nonfinite.state_dict(),
+                "learning": self.learning.state_dict(),
             }
             (folder / STATE_NAME).write_text(json.dumps(own))
 
@@ -174,7 +176,7 @@ class CheckpointMixin(_Base):
                 raise CheckpointError("no checkpoint verifies", where=str(run_dir), mend="start anew with resume_from_checkpoint=None")
         else:
             folder = Path(wanted)
-        manifest = read_manifest(folder) if wanted is True else verify(folder)
+        manifest = read_manifest(folder) if is_verified(folder) else verify(folder)
         self._engine_before_facts()
         differences = require_same_facts(
             {key: manifest.facts.get(key) for key in ("data", "rows_per_step", "engine", "compute_dtype", "config")},
@@ -204,10 +206,11 @@ class CheckpointMixin(_Base):
         self._load_from_checkpoint(checkpoint)
         if _own_state(Path(checkpoint))["is_evaluation_due"]:
             self._load_own_state(Path(checkpoint))
-            self.make_up_evaluation()
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)  # makes up the evaluation
         if self.args.load_best_model_at_end and self.state.best_global_step:
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / checkpoint_name(self.state.best_global_step))
             self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # writes the final weights
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def _engine_before_facts(self) -> None:
@@ -245,6 +248,7 @@ class CheckpointMixin(_Base):
         if self.ranks.rank < len(sums):
             self.sums.restore(sums[self.ranks.rank])
         self.nonfinite.load_state_dict(state["nonfinite"])
+        self.learning.load_state_dict(state["learning"])
         self._is_evaluation_due = state["is_evaluation_due"]
         if self.ranks.is_first and os.path.realpath(folder.parent) == os.path.realpath(self.args.output_dir):
             self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))

@@ -319,4 +319,7 @@ def _tell_steps(trainer: Any) -> None:
         def on_step_end(self, args: Any, state: Any, *arguments: Any, **keywords: Any) -> None:
             print(f"step {state.global_step}", flush=True)
 
+        def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
+            print("train end", flush=True)
+
     trainer.add_callback(Tell())

@@ -87,7 +87,7 @@ def test_a_run_that_cannot_learn_says_so_within_its_first_steps(
     trouble: str, status: int, text: str, forks: Zygote, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    options = {"weight_decay": 0.0, "warmup_steps": 0}
+    options = {"weight_decay": 0.0, "warmup_steps": 0, "logging_steps": 100}
     assert forks.run("train", log, run_dir=str(tmp_path / "run"), trouble=trouble, options=options) == status, log.read_text()
     before = log.read_text().split(text)[0]
     assert text in log.read_text()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from orpo.checkpoint.facts import MAY_CHANGE, Difference, compare_facts, require_same_facts
 from orpo.checkpoint.lock import RunLock
-from orpo.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, verify
+from orpo.checkpoint.manifest import MANIFEST_NAME, Manifest, is_verified, read_manifest, verify
 from orpo.checkpoint.publish import PeerError, publish
 from orpo.checkpoint.ranks import ALONE, Ranks, TorchRanks, current_ranks
 from orpo.checkpoint.retain import checkpoint_name, find_newest, list_checkpoints, prune, recover, set_earlier_aside
@@ -45,6 +45,7 @@ __all__ = [
     "compare_facts",
     "current_ranks",
     "find_newest",
+    "is_verified",
     "list_checkpoints",
     "load_optimizer",
     "load_rng",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ class SignalCallback(TrainerCallback):
 
 
 class LearningCallback(TrainerCallback):
-    """Feeds `ProofOfLearning` from the Trainer's events."""
+    """Feeds `ProofOfLearning` from the Trainer's events; `grad_norm` gives the norm of the step that has just been done."""
 
-    def __init__(self, proof: ProofOfLearning) -> None:
-        self.proof = proof
+    def __init__(self, proof: ProofOfLearning, grad_norm: Callable[[], float | None] = lambda: None) -> None:
+        self.proof, self.grad_norm = proof, grad_norm
         self._learning_rate = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
@@ -59,7 +60,7 @@ class LearningCallback(TrainerCallback):
         self._learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
-        self.proof.end_step(state.global_step, model, learning_rate=self._learning_rate)
+        self.proof.end_step(state.global_step, model, learning_rate=self._learning_rate, grad_norm=self.grad_norm())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         self.proof.observe(state.global_step, logs or {})

@@ -43,7 +43,7 @@ class ProofOfLearning:
         window_steps: optimizer steps with a learning rate above zero (a warm-up may begin at zero) that make up "the first steps".
         say: what to do with a finding besides keeping it in `findings`; the default logs a warning.
 
-    Metrics it reads, where the trainer gives them: `grad_norm`; `grad_share/odds_ratio`, the odds-ratio term's share of the norms of the
+    Metrics it reads, where the trainer gives them: `grad_share/odds_ratio`, the odds-ratio term's share of the norms of the
     two terms' derivatives with respect to the token log-probabilities; `logps/chosen`; `logps/end`, the log-probability of the chosen
     answers' last token, their terminator; `answer_tokens`, mean tokens of generated answers.
     """
@@ -107,17 +107,14 @@ class ProofOfLearning:
             )
         elif len(still) == len(self._before):
             # Not a stop: a bf16 weight with an fp32 master may stand still through a long warm-up.
-            self._tell(
-                "unmoved_weights", step, f"nothing has learned yet, though the gradient is not zero: are updates rounded away? {few}"
-            )
+            cause = "though the gradient is not zero: are updates rounded away?" if self._grad_norms else "and the gradient is not known:"
+            self._tell("unmoved_weights", step, f"nothing has learned yet, {cause} {few}")
         elif still:
             self._tell("unmoved_weights", step, few)
         self._before = {}
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Look at logged metrics."""
-        if not self._is_window_done and (grad_norm := metrics.get("grad_norm")) is not None:
-            self._grad_norms.append(float(grad_norm))
         if (share := metrics.get("grad_share/odds_ratio")) is not None:
             self._observe_share(step, float(share))
         logp = metrics.get("logps/chosen")

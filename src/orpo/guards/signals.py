@@ -86,8 +86,8 @@ class SignalGuard:
             SignalStop: with exit code 128 + signum.
         """
         self.pending = 0
-        told = f"saved {saved}; the same command continues from there" if saved else "the work was finished or had not begun"
-        raise SignalStop(signum, f"stopped by {signal.Signals(signum).name}: {told}")
+        told = f": saved {saved}; the same command continues from there" if saved else ""
+        raise SignalStop(signum, f"stopped by {signal.Signals(signum).name}{told}")
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
