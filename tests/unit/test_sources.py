@@ -179,6 +179,31 @@ def test_a_hub_id_that_cannot_be_reached_says_so() -> None:
         read_source("nobody/nothing-of-this-name")
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_data_set_is_read_by_split(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None, **options: Any) -> Any:
+        asked.append((path, name, options["revision"], options["streaming"]))
+        train, test = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:1])
+        if options["streaming"]:
+            return datasets.IterableDatasetDict({"train_prefs": train.to_iterable_dataset(), "test_prefs": test.to_iterable_dataset()})
+        return datasets.DatasetDict({"train_prefs": train, "test_prefs": test})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source("owner/pairs", split="train_prefs", name="default", revision="abc")
+    rows = list(read_source(source, streaming=streaming))
+    assert [row for _, row in rows] == ROWS
+    assert str(rows[2][0]) == "owner/pairs[train_prefs] row 2"
+    assert asked == [("owner/pairs", "default", "abc", streaming)]
+    with pytest.raises(DataError, match="it has train_prefs, test_prefs"):
+        read_source("owner/pairs", "dev")
+    with pytest.raises(DataError, match="several splits and none named 'train'"):
+        read_source("owner/pairs")
+
+
 @pytest.mark.parametrize(("spec", "hint"), [("rows.jsnl", "rows.jsonl"), ("./nothing", "check the path"), ("a/b/c", "check the path")])
 def test_a_missing_path_suggests_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, hint: str) -> None:
     write_jsonl(tmp_path / "rows.jsonl")
