@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo.errors import OrpoError, UserError
+from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ class Report:
         """Run a check that records its own finding; None where it failed."""
         try:
             return check()
-        except OrpoError as error:
+        except UserError as error:
             self.add(name, PROBLEM, str(error))
             return None
 
