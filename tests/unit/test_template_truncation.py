@@ -87,6 +87,18 @@ def test_a_prefill_is_never_cut() -> None:
     assert trim(messages, 9, "keep_end") is None
 
 
+def test_a_message_is_never_cut_down_to_blanks() -> None:
+    def characters(messages: Any) -> int:
+        return sum(1 + len(message["content"]) for message in messages)
+
+    def spans(text: str) -> list[tuple[int, int]]:
+        return [(i, i + 1) for i in range(len(text))]
+
+    assert trim_messages(turns("abc   "), 5, "keep_end", characters, spans) == turns("c   ")
+    assert trim_messages(turns("abc   "), 4, "keep_end", characters, spans) is None
+    assert trim_messages(turns("   abc"), 4, "keep_start", characters, spans) is None
+
+
 def test_a_conversation_that_begins_with_the_assistant() -> None:
     messages = [{"role": "assistant", "content": "x y"}, *turns("a b", "c d", "e f")]
     assert trim(messages, 9, "keep_end") == ["a b", "c d", "e f"]
