@@ -34,6 +34,7 @@ from orpo.metricscallback import MetricsCallback
 from orpo.objective import METRICS, Objective
 from orpo.runfolder import RunFolder
 from orpo.steps import StepBatch, StepDataset, StepSampler, only_item
+from orpo.trainer_outside import OutsideMixin
 from orpo.trainer_setup import as_eval_groups, as_groups, prepared_model, resolve_model, resolve_objective, resolve_tokenizer
 from orpo.trainer_state import CheckpointMixin
 
@@ -70,7 +71,7 @@ class _EpochCallback(TrainerCallback):
         control.should_log = control.should_evaluate = control.should_save = False
 
 
-class ORPOTrainer(CheckpointMixin, Trainer):
+class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
     Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed.
@@ -142,6 +143,7 @@ class ORPOTrainer(CheckpointMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.tolerate_trackers()
         self.ranks = current_ranks()
         self.sums = MetricSums(self.args.device)
         self.nonfinite = NonFiniteGuard(args.on_nonfinite, args.max_nonfinite_skips, ranks=self.ranks)

@@ -48,6 +48,7 @@ def train(
     trouble: str | None = None,
     trouble_rank: int | None = None,
     anew: bool = False,
+    push_at_end: bool = False,
     num_rows: int = 22,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -63,6 +64,7 @@ def train(
         trouble: something to go wrong in the model, a key of `TROUBLES`.
         trouble_rank: the rank that has the trouble; None for all.
         anew: do not resume.
+        push_at_end: call `push_to_hub()` after training, as scripts do.
         num_rows: training rows; 22 rows in steps of 4 leave a ragged tail.
         options: more fields of ORPOConfig.
     """
@@ -99,6 +101,8 @@ def train(
             TROUBLES[trouble](trainer)
         _tell_steps(trainer)
         trainer.train(resume_from_checkpoint=True if find_newest(run_dir) and not anew else None)
+        if push_at_end:
+            trainer.push_to_hub()
     if trainer.ranks.is_first:
         (Path(run_dir) / "final.json").write_text(json.dumps(digests(trainer)))
 
@@ -298,6 +302,47 @@ def _late(trainer: Any) -> None:
     module.save_rng = save_rng
 
 
+def _tracker_down(trainer: Any) -> None:
+    """A tracker as those that come with transformers, whose server is gone."""
+    from transformers import TrainerCallback
+
+    class GoneCallback(TrainerCallback):
+        def on_log(self, *arguments: Any, **keywords: Any) -> None:
+            raise ConnectionError("no route to the tracker")
+
+    GoneCallback.__module__ = "transformers.integrations.gone"
+    trainer.add_callback(GoneCallback())
+
+
+def _own_callback_fails(trainer: Any) -> None:
+    from transformers import TrainerCallback
+
+    class OwnCallback(TrainerCallback):
+        def on_log(self, *arguments: Any, **keywords: Any) -> None:
+            raise ConnectionError("of the user's own callback")
+
+    trainer.add_callback(OwnCallback())
+
+
+def _recorded_hub(trainer: Any) -> None:
+    """A hub that takes everything, and writes down the names."""
+    import concurrent.futures
+    import fnmatch
+
+    from huggingface_hub import HfApi
+
+    def upload_folder(self: HfApi, *, folder_path: Path, allow_patterns: list[str], run_as_future: bool, **keywords: Any) -> Any:
+        names = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file()]
+        sent = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns))
+        print("sent " + " ".join(sent), flush=True)
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        future.set_result(None)
+        return future if run_as_future else None
+
+    HfApi.upload_folder = upload_folder
+    trainer.hub_model_id = "me/model"
+
+
 TROUBLES = {
     "nan weight": _nan_weight,
     "inf gradient": _inf_gradient,
@@ -306,6 +351,9 @@ TROUBLES = {
     "no gradient": _no_gradient,
     "half forgotten": _half_forgotten,
     "exception": _exception,
+    "tracker down": _tracker_down,
+    "own callback fails": _own_callback_fails,
+    "recorded hub": _recorded_hub,
     "full disk": _full_disk,
     "cannot publish": _cannot_publish,
     "late": _late,

@@ -148,6 +148,78 @@ def test_a_second_signal_in_a_save_leaves_at_once_with_nothing_torn(forks: Zygot
     assert not any(path.name.startswith(".staging-") for path in run.iterdir())
 
 
+# --- errors and memory (FAULTS 44)
+
+
+def test_an_error_in_a_step_tears_nothing(forks: Zygote, uninterrupted: Finished, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert forks.run("train", log, run_dir=str(run), trouble="exception") == 1
+    assert _step(run) == 3
+    assert forks.run("train", log, run_dir=str(run)) == 0, log.read_text()
+    Finished(run).assert_equals(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 9 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_out_of_memory_is_advice_with_figures(error: Exception) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from orpo.runner import explain_out_of_memory
+
+    args: Any = SimpleNamespace(device=torch.device("cpu"), microbatch_tokens=4096)
+    advice = explain_out_of_memory(error, args)
+    assert advice is not None
+    assert "micro-batches of 4096 tokens" in str(advice)
+    assert "max_tokens_per_microbatch: 2048" in str(advice)
+    assert "the same command resumes" in str(advice)
+    assert explain_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), args) is None
+
+
+# --- the outside world (FAULTS 43)
+
+
+def test_a_tracker_that_is_down_is_one_warning(forks: Zygote, uninterrupted: Finished, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert forks.run("train", log, run_dir=str(run), trouble="tracker down") == 0, log.read_text()
+    assert log.read_text().count("the tracker GoneCallback failed (ConnectionError: no route to the tracker)") == 1
+    Finished(run).assert_equals(uninterrupted)
+
+
+def test_an_error_of_the_users_own_callback_is_not_swallowed(forks: Zygote, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert forks.run("train", log, run_dir=str(tmp_path / "run"), trouble="own callback fails") == 1
+    assert "of the user's own callback" in log.read_text()
+
+
+def test_a_hub_that_is_down_is_one_warning(forks: Zygote, uninterrupted: Finished, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = {"push_to_hub": True, "hub_model_id": "me/model"}
+    assert forks.run("train", log, run_dir=str(run), options=options) == 0, log.read_text()
+    assert log.read_text().count("the hub failed") == 1
+    Finished(run).assert_equals(uninterrupted)
+    assert not list(run.glob(".upload-*"))
+
+
+def test_only_weights_tokenizer_and_card_go_to_the_hub(forks: Zygote, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = {"push_to_hub": True, "hub_model_id": "me/model", "hub_strategy": "all_checkpoints", "max_steps": 3}
+    assert forks.run("train", log, run_dir=str(run), trouble="recorded hub", options=options, push_at_end=True) == 0, log.read_text()
+    sent = [line.split()[1:] for line in log.read_text().splitlines() if line.startswith("sent ")]
+    weights = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert [set(names) for names in sent] == [weights, weights]
+    assert not list(run.glob(".upload-*"))
+
+
 # --- the folder
 
 

@@ -22,6 +22,7 @@ MIN_KEPT = 2
 
 _PUBLISHED = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"\.(staging|replaced|removed)-(checkpoint-\d+)-[0-9a-f]{8}")
+_UPLOAD = re.compile(r"\.upload-(model|[a-z0-9_]{8})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -37,17 +38,17 @@ def aside_name(kind: str, name: str) -> str:
 def list_checkpoints(run_dir: Path | str) -> list[Path]:
     """Folders named `checkpoint-<step>`, newest first, verified or not; links are left out."""
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in run_dir.iterdir() if (match := _PUBLISHED.fullmatch(path.name)) and _fs.is_plain_dir(path)]
+    found = [(int(match[1]), path) for path in _entries(run_dir) if (match := _PUBLISHED.fullmatch(path.name)) and _fs.is_plain_dir(path)]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _entries(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.iterdir()) if run_dir.is_dir() else []
 
 
 def _set_aside(run_dir: Path, kind: str) -> list[tuple[Path, str]]:
     """Hidden folders of a kind, each with the name of the checkpoint it was, or was to be."""
-    if not run_dir.is_dir():
-        return []
-    matches = [(path, _ASIDE.fullmatch(path.name)) for path in sorted(run_dir.iterdir())]
+    matches = [(path, _ASIDE.fullmatch(path.name)) for path in _entries(run_dir)]
     return [(path, match[2]) for path, match in matches if match and match[1] == kind and _fs.is_plain_dir(path)]
 
 
@@ -90,6 +91,8 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
                 _fs.sync_dir(run_dir)
         for path, _ in _set_aside(run_dir, "removed"):
             remove_owned(path)
+        for path in [path for path in _entries(run_dir) if _UPLOAD.fullmatch(path.name) and _fs.is_plain_dir(path)]:
+            _fs.remove_tree(path)  # links to weights that were being sent to a hub
     ranks.gather(None)
 
 
