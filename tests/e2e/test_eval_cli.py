@@ -132,6 +132,22 @@ def test_other_rows_and_another_model(trained, tmp_path, capsys):
     assert (tmp_path / "out" / "pairs.json").is_file()
 
 
+def test_a_model_inside_a_run_is_that_runs(trained, capsys):
+    found = evaluate(capsys, trained / "model", "--tasks", "pairs")
+    assert found["folder"] == str(trained / "eval")
+    assert found["tasks"]["pairs"]["result"] == evaluate(capsys, trained, "--tasks", "pairs")["tasks"]["pairs"]["result"]
+
+
+def test_other_models_have_a_folder_of_their_own(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, rows = trained.parent / "base", trained.parent / "rows.jsonl"
+    found = evaluate(capsys, base, "--tasks", "pairs", "--data", rows, "--limit", 3)
+    assert Path(found["folder"]).parent == Path("eval")
+    assert "against" not in found["tasks"]["pairs"]["result"]
+    alone = evaluate(capsys, trained, "--tasks", "pairs", "--no_before")["tasks"]["pairs"]["result"]
+    assert "change" not in alone
+
+
 def write_prompts(tmp_path: Path, count: int = 6) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Tell me about {n}"}) + "\n" for n in range(count)))

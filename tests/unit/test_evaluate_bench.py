@@ -104,6 +104,12 @@ def test_malformed_verdicts_are_asked_again_only_where_wanted(tmp_path):
     assert mtbench.grade(bench, ANSWERS, judge, cache, retry_malformed=True).score.value == 7.0
 
 
+def test_a_limit_takes_from_all_categories(tmp_path):
+    folder = write_bench(tmp_path)
+    picked = [[question.number for question in mtbench.read_bench(folder, limit=limit).questions] for limit in (1, 2, 3, 4, 9)]
+    assert picked == [[81], [81, 101], [81, 101, 111], [81, 82, 101, 111], [81, 82, 101, 111]]
+
+
 def test_second_turns_follow_the_models_own_first_answers(tmp_path):
     bench = mtbench.read_bench(write_bench(tmp_path))
     calls = []
@@ -133,7 +139,7 @@ def test_what_is_missing_of_the_bench_is_named(tmp_path):
     folder = write_bench(tmp_path, has_references=False)
     with pytest.raises(UserError, match="reference_answer"):
         mtbench.read_bench(folder)
-    assert len(mtbench.read_bench(folder, limit=2).questions) == 2  # neither of them needs a reference
+    assert len(mtbench.read_bench(folder, limit=1).questions) == 1  # which needs no reference
     with pytest.raises(DataError, match="111"):
         mtbench.grade(mtbench.read_bench(write_bench(tmp_path / "whole")), {**ANSWERS, 111: ("only one",)}, ScriptedJudge(str), Cache())
     (folder / "judge_prompts.jsonl").write_text('{"name": "single-v1", "system_prompt": "", "prompt_template": ""}\n')

@@ -11,14 +11,14 @@ import torch
 from orpo.errors import DataError, UserError
 from orpo.evaluate import retention
 from orpo.evaluate.generate import Answer
-from orpo.evaluate.scores import score_tokens
+from orpo.evaluate.scores import score_groups
 
 
 def test_perplexity_equals_a_plain_forward(tiny_model_factory, tiny_tokenizer):
     model = tiny_model_factory(vocab_size=384)
     passages = ["The boat left the harbour.", "Open the settings, choose the account, then press reset." * 3, "x"]
     groups = retention.passage_groups(tiny_tokenizer, passages, max_tokens=20)
-    found = retention.summarise_text(passages, groups, score_tokens(model, groups))
+    found = retention.summarise_text(passages, groups, score_groups(model, groups))
     total, count = 0.0, 0
     for passage in passages:
         ids = tiny_tokenizer.encode(passage)
@@ -40,13 +40,13 @@ def make_result(passages, shift: float = 0.0) -> retention.TextResult:
     generator = np.random.default_rng(0)
     from orpo.data.types import TokenGroup, Where
 
-    groups, tokens = [], []
+    groups, scores = [], []
     for row in range(len(passages)):
         count = int(generator.integers(5, 40))
         ids = np.arange(count, dtype=np.int32)
         groups.append(TokenGroup(ids[:1], (ids,), (), (False,), Where("text", row)))
-        tokens.append((generator.normal(-3, 1, size=count) - shift - generator.normal(0, 0.01),))
-    return retention.summarise_text(passages, groups, tokens)
+        scores.append(np.array([generator.normal(-3, 1) - shift - generator.normal(0, 0.01)]))
+    return retention.summarise_text(passages, groups, scores)
 
 
 def test_a_small_loss_of_language_is_seen():

@@ -9,6 +9,7 @@ Source: Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena (arXiv 2306.05685
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ class MTBenchResult:
 
 
 def read_bench(folder: str | Path, *, limit: int | None = None) -> Bench:
-    """The bench from a folder (FastChat's `data`, or any that has the three files at any depth).
+    """The bench from a folder (FastChat's `data`, or any that has the three files at any depth), or some questions of each category.
 
     Raises:
         UserError: a file is missing.
@@ -104,13 +105,24 @@ def read_bench(folder: str | Path, *, limit: int | None = None) -> Bench:
         for row in _rows(_find(root, "question.jsonl"), ("question_id", "category", "turns"))
     ]
     prompts = {row["name"]: row for row in _rows(_find(root, "judge_prompts.jsonl"), ("name", "system_prompt", "prompt_template"))}
-    chosen = tuple(questions[:limit])
+    chosen = tuple(spread(questions, limit))
     references = {}
     if any(question.category in REFERENCE_CATEGORIES for question in chosen):
         references = read_answers(_find(root, "reference_answer*.jsonl", "reference_answer/*.jsonl"))
     bench = Bench(chosen, references, prompts)
     _check(bench, root)
     return bench
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """At most `limit` questions, taken from the categories in turn, in their old order: the file is sorted by category."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for question in questions:
+        turns.append(seen[question.category])
+        seen[question.category] += 1
+    picked = sorted(range(len(questions)), key=lambda number: (turns[number], number))[:limit]
+    return [questions[number] for number in sorted(picked)]
 
 
 def read_answers(path: str | Path) -> dict[int, Turns]:

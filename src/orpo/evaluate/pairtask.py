@@ -10,7 +10,7 @@ import numpy as np
 from orpo.errors import UserError
 from orpo.evaluate.cache import Cache, content_key
 from orpo.evaluate.pairs import paired_difference, slice_pairs, summarise
-from orpo.evaluate.scores import TokenScores, choose_scoring_engine, score_tokens
+from orpo.evaluate.scores import choose_scoring_engine, score_tokens
 from orpo.evaluate.subject import held_out_groups, held_out_rows, read_rows
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def evaluate_pairs(evaluation: Evaluation) -> dict[str, Any]:
         subject = evaluation.subject(which)
         groups, report = held_out_groups(rows, fraction, subject.encoder)
         groups = groups[: options.limit]
-        tokens = cached_token_scores(subject, groups, evaluation.score_cache, progress=evaluation.step(f"pairs, {subject.name}"))
-        scored[which] = groups, [np.array([logps.mean(dtype=np.float64) for logps in responses]) for responses in tokens]
+        scored[which] = groups, cached_scores(subject, groups, evaluation.score_cache, progress=evaluation.step(f"pairs, {subject.name}"))
         reports[which] = report
     groups, scores = scored["model"]
     found: dict[str, Any] = {
@@ -110,34 +109,58 @@ def pick_shown(groups: Sequence[TokenGroup], before: Sequence[np.ndarray], after
 
 def _token_view(evaluation: Evaluation, subject: Subject, groups: Sequence[TokenGroup]) -> list[dict[str, Any]]:
     """Prompt, and the first pair's answers as tokens with their log-probabilities."""
-    tokens = cached_token_scores(subject, groups, evaluation.score_cache, progress=lambda done, total: None)
     views = []
-    for group, logps in zip(groups, tokens, strict=True):
+    for group, logps in zip(groups, cached_token_scores(subject, groups, evaluation.score_cache), strict=True):
         view: dict[str, Any] = {"prompt": subject.tokenizer.decode(group.prompt_ids.tolist())}
         for side, response in zip(("chosen", "rejected"), group.pairs[0], strict=True):
             texts = [subject.tokenizer.decode([int(token)]) for token in group.response_ids[response]]
-            view[side] = {"tokens": texts, "logps": [round(float(value), 4) for value in logps[response]]}
+            view[side] = {"tokens": texts, "logps": logps[response]}
         views.append(view)
     return views
 
 
-def cached_token_scores(
+def cached_scores(
     subject: Subject, groups: Sequence[TokenGroup], cache: Cache, *, progress: Callable[[int, int], None]
-) -> TokenScores:
-    """Token log-probabilities, group by group through the cache."""
+) -> list[np.ndarray]:
+    """Mean log-probability of every response, as `score_groups` gives it, through the cache."""
+
+    def mean(logps: np.ndarray) -> float:
+        return float(logps.mean(dtype=np.float64))
+
+    return [np.array(values) for values in _cached(subject, groups, cache, "mean", mean, progress)]
+
+
+def cached_token_scores(subject: Subject, groups: Sequence[TokenGroup], cache: Cache) -> list[list[list[float]]]:
+    """Per group, per response: token log-probabilities to four digits, through the cache."""
+
+    def tokens(logps: np.ndarray) -> list[float]:
+        return [round(float(value), 4) for value in logps]
+
+    return _cached(subject, groups, cache, "tokens", tokens, lambda done, total: None)
+
+
+def _cached(
+    subject: Subject,
+    groups: Sequence[TokenGroup],
+    cache: Cache,
+    kind: str,
+    reduce: Callable[[np.ndarray], Any],
+    progress: Callable[[int, int], None],
+) -> list[Any]:
+    """Something of every response's token log-probabilities; new ones are kept piece by piece."""
     dtype = None if subject.compute_dtype is None else str(subject.compute_dtype)
     keys = [
-        content_key(model=subject.identity, dtype=dtype, ids=[group.prompt_ids.tolist(), *(ids.tolist() for ids in group.response_ids)])
+        content_key(
+            kind=kind, model=subject.identity, dtype=dtype, ids=[group.prompt_ids.tolist(), *(ids.tolist() for ids in group.response_ids)]
+        )
         for group in groups
     ]
     todo = list({key: row for row, key in enumerate(keys) if key not in cache}.values())
-    engine = None
+    engine = choose_scoring_engine(subject.model, [groups[row] for row in todo]) if todo else None
     for start in range(0, len(todo), _PIECE_GROUPS):
         rows = todo[start : start + _PIECE_GROUPS]
-        if engine is None:
-            engine = choose_scoring_engine(subject.model, [groups[row] for row in todo])
         found = score_tokens(subject.model, [groups[row] for row in rows], engine=engine, compute_dtype=subject.compute_dtype)
         for row, responses in zip(rows, found, strict=True):
-            cache.put(keys[row], [[round(float(value), 6) for value in logps] for logps in responses])
+            cache.put(keys[row], [reduce(logps) for logps in responses])
         progress(len(groups) - len(todo) + start + len(rows), len(groups))
-    return [tuple(np.array(logps, dtype=np.float32) for logps in cache.get(key)) for key in keys]
+    return [cache.get(key) for key in keys]

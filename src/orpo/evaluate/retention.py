@@ -20,7 +20,6 @@ from orpo.evaluate.bootstrap import Estimate, estimate_mean, estimate_means
 
 if TYPE_CHECKING:
     from orpo.evaluate.generate import Answer
-    from orpo.evaluate.scores import TokenScores
 
 NEUTRAL_TEXT = Path(__file__).parent / "neutral.txt"
 NEUTRAL_PROMPTS = Path(__file__).parent / "neutral_prompts.txt"
@@ -119,11 +118,12 @@ def passage_groups(tokenizer: Any, passages: Sequence[str], max_tokens: int = MA
     return groups
 
 
-def summarise_text(passages: Sequence[str], groups: Sequence[TokenGroup], tokens: TokenScores, *, seed: int = 0) -> TextResult:
-    """Perplexity from the token log-probabilities of `passage_groups`."""
+def summarise_text(passages: Sequence[str], groups: Sequence[TokenGroup], scores: Sequence[np.ndarray], *, seed: int = 0) -> TextResult:
+    """Perplexity from the scores (`score_groups`) of `passage_groups`."""
     sums = np.zeros((len(passages), 2))
-    for group, (logps,) in zip(groups, tokens, strict=True):
-        sums[group.where.row] += (-logps.sum(dtype=np.float64), len(logps))
+    for group, (logp,) in zip(groups, scores, strict=True):
+        count = len(group.response_ids[0])
+        sums[group.where.row] += (-logp * count, count)
     used = sums[sums[:, 1] > 0]
     if not len(used):
         raise DataError("the passages are too short to be scored", where="neutral text", expected="passages of at least two tokens")

@@ -17,7 +17,7 @@ from orpo.evaluate import alpacaeval, ifeval, mtbench, pairwise, retention
 from orpo.evaluate.answers import Sampling, answer_prompts
 from orpo.evaluate.cache import Cache
 from orpo.evaluate.options import EvalOptions
-from orpo.evaluate.pairtask import evaluate_pairs
+from orpo.evaluate.pairtask import cached_scores, evaluate_pairs
 from orpo.evaluate.subject import Subject, Target, load_subject
 from orpo.redact import redact
 from orpo.runfolder import versions, write_atomically
@@ -185,8 +185,8 @@ class Evaluation:
         for which in ("against", "model") if self.against is not None else ("model",):
             subject = self.subject(which)
             groups = retention.passage_groups(subject.tokenizer, passages)
-            tokens = self._score(subject, groups, f"neutral text, {subject.name}")
-            texts[which] = retention.summarise_text(passages, groups, tokens, seed=options.seed)
+            scores = cached_scores(subject, groups, self.score_cache, progress=self.step(f"neutral text, {subject.name}"))
+            texts[which] = retention.summarise_text(passages, groups, scores, seed=options.seed)
             answers[which] = self._answers(prompts, sampling, which)
         found: Record = {
             "text": str(options.text) if options.text else "neutral.txt",
@@ -214,11 +214,6 @@ class Evaluation:
             *([retention.repetition(answer.text) for answer in one] for one in pair), seed=seed
         ).to_dict()
         return found
-
-    def _score(self, subject: Subject, groups: Sequence[Any], what: str) -> list[tuple[Any, ...]]:
-        from orpo.evaluate.pairtask import cached_token_scores
-
-        return cached_token_scores(subject, groups, self.score_cache, progress=self.step(what))
 
     def _ifeval(self) -> Record:
         items = ifeval.read_items(self.options.ifeval_prompts or ifeval.HUB_ID, limit=self.options.limit)
