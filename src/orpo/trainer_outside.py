@@ -35,6 +35,8 @@ _INTEGRATIONS = "transformers.integrations"
 class TolerantCallbackHandler(CallbackHandler):
     """Calls callbacks as transformers does; a tracker of `transformers.integrations` that raises is dropped with one warning."""
 
+    callbacks: list[Any]
+
     @classmethod
     def of(cls, handler: CallbackHandler) -> TolerantCallbackHandler:
         """The same handler, tolerant."""
@@ -65,6 +67,7 @@ class TolerantCallbackHandler(CallbackHandler):
 class OutsideMixin(_Base):
     """Trackers and uploads for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
+    callback_handler: CallbackHandler
     push_in_progress: Any = None
     _is_hub_failure_told = False
 

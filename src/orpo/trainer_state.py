@@ -59,6 +59,7 @@ else:
 class CheckpointMixin(_Base):
     """Saving and resuming for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
+    control: Any
     hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
     _facts: dict[str, Any] | None = None
     _signals: SignalCallback

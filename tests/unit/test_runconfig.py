@@ -239,7 +239,8 @@ class TestMeaning:
         assert resolve(write(MINIMAL + "dataset_test_split: test\n")).eval_source() == ("rows.jsonl", "test")
         assert resolve(write(MINIMAL + "eval_dataset_name: held.jsonl\n")).eval_source() == ("held.jsonl", None)
         assert resolve(write(MINIMAL + "dataset_config: en\n")).train_source() == [{"path": "rows.jsonl", "name": "en"}]
-        trl = "model_name_or_path: m\ndatasets:\n- path: a\n  split: x\n  fraction: 0.5\n- path: json\n  data_files: b.jsonl\n  fraction: 0.5\n"
+        sources = "- path: a\n  split: x\n  fraction: 0.5\n- path: json\n  data_files: b.jsonl\n  fraction: 0.5\n"
+        trl = f"model_name_or_path: m\ndatasets:\n{sources}"
         assert resolve(write(trl)).train_source() == [{"path": "a", "split": "x", "weight": 0.5}, {"path": "b.jsonl", "weight": 0.5}]
 
     def test_the_packaged_data(self, write) -> None:
