@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def groups() -> list[TokenGroup]:
     """15 rows in steps of 4: four steps an epoch, the last of three rows."""
     return random_groups(15, kinds=("pair", "four", "sft", "pair"), prompt=(2, 12), answer=(1, 9))
+
+
+@pytest.fixture(autouse=True)
+def _unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is cut here, and a busy disk takes seconds for every sync (tests/faults is where they matter)."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 class StopAt(TrainerCallback):
