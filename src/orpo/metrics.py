@@ -14,8 +14,8 @@ from torch import Tensor
 
 from orpo.objective import METRICS
 
-_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows")
-"""Added up beside `METRICS`: step losses, steps, packed tokens and rows."""
+_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends")
+"""Added up beside `METRICS`: step losses, steps, packed tokens and rows, terminators of chosen answers and their log-probabilities."""
 
 
 class MetricSums:
@@ -36,10 +36,13 @@ class MetricSums:
             self.busy_s += time.perf_counter() - self._started_s
             self._started_s = None
 
-    def add(self, sums: Tensor, *, num_tokens: int) -> None:
-        """A micro-batch's sums, in the order of `METRICS`, and its packed tokens."""
+    def add(self, sums: Tensor, *, num_tokens: int, end_logps: Tensor | None = None) -> None:
+        """A micro-batch's sums, in the order of `METRICS`, its packed tokens, and its chosen terminators' log-probabilities."""
         self.values[: len(METRICS)] += sums.to(self.values)
         self.values[len(METRICS) + 2] += num_tokens
+        if end_logps is not None:
+            self.values[len(METRICS) + 4] += end_logps.to(self.values).sum()
+            self.values[len(METRICS) + 5] += end_logps.numel()
 
     def end_step(self, loss: Tensor, num_rows: float) -> None:
         """An optimizer step's loss (this rank's part) and rows (this rank's share)."""
@@ -57,6 +60,8 @@ class MetricSums:
             return {}
         logs = means(totals, orpo_alpha=orpo_alpha)
         logs["loss"] = totals["loss_sum"] / (totals["num_steps"] / world_size)
+        if totals["num_ends"]:
+            logs["logps/end"] = totals["end_logp_sum"] / totals["num_ends"]
         if busy_s > 0:
             logs["tokens_per_second"] = totals["num_tokens"] / busy_s
             logs["pairs_per_second"] = totals["num_pairs"] / busy_s

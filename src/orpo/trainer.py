@@ -334,7 +334,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
                 self.accelerator.backward(result.loss)
             loss += result.loss.detach()
             logps.append(result.logp_N)
-            self.sums.add(result.sums, num_tokens=microbatch.num_tokens)
+            self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=_end_logps(microbatch, result.logp_N))
         if self._working is not None:
             self._release_gradients()
         self.sums.end_step(loss / self.args.world_size, inputs.num_rows / self.args.world_size)
@@ -449,6 +449,18 @@ def _refuse(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} is not supported: {reasons[name]}", where="ORPOTrainer", mend="leave it out")
+
+
+def _end_logps(batch: PreferenceBatch, logp_N: Tensor) -> Tensor:
+    """Log-probabilities of the terminators of the chosen answers: when they fall, generated answers run on."""
+    response_N = batch.index.response_N
+    is_last_N = torch.ones_like(response_N, dtype=torch.bool)
+    is_last_N[:-1] = response_N[1:] != response_N[:-1]
+    is_ended_R = torch.tensor([ended for group in batch.groups for ended in group.is_ended])
+    is_chosen_R = torch.zeros_like(is_ended_R)
+    is_chosen_R[batch.index.chosen_B] = True
+    end_N = is_last_N & (response_N >= 0) & (is_ended_R & is_chosen_R)[response_N.clamp(min=0)]
+    return logp_N.detach()[end_N.to(logp_N.device)]
 
 
 def _response_sums(inputs: StepBatch, logps: list[Tensor]) -> Iterator[float]:

@@ -333,6 +333,26 @@ def test_drift_in_length_is_told() -> None:
     assert _observe(ProofOfLearning(), "logps/end", [-0.5] * 3 + [-6.0] * 10) == ["length_drift"]
 
 
+def test_the_trainer_gives_the_ends_of_chosen_answers_that_have_one() -> None:
+    from orpo.engine.layout import collate
+    from orpo.trainer import _end_logps
+
+    def ids(length: int) -> np.ndarray:
+        return np.arange(3, 3 + length, dtype=np.int32)
+
+    # Chosen and ended: 0 of the first row, 1 of the second; the third is cut, the fourth has no pair.
+    rows = [
+        TokenGroup(ids(4), (ids(3), ids(2)), ((0, 1),), (True, True), Where("a", 0)),
+        TokenGroup(ids(2), (ids(5), ids(4), ids(1)), ((1, 0), (1, 2)), (True, True, False), Where("a", 1)),
+        TokenGroup(ids(1), (ids(2), ids(2)), ((1, 0),), (True, False), Where("a", 2)),
+        TokenGroup(ids(3), (ids(6),), (), (True,), Where("a", 3)),
+    ]
+    batch = collate(rows, "sequence")
+    logp_N = -torch.arange(1.0, 1.0 + len(batch.index.response_N))
+    ends = [int((batch.index.response_N == response).nonzero().max()) for response in (0, 3)]
+    assert _end_logps(batch, logp_N).tolist() == [float(logp_N[end]) for end in ends]
+
+
 def test_collapse_is_found_across_a_resume() -> None:
     proof = ProofOfLearning()
     _observe(proof, "logps/chosen", [-1.5] * 5)
