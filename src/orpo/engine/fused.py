@@ -35,7 +35,7 @@ def fused_modules(model: nn.Module) -> Iterator[int]:
         for matches, forward in ((_is_rms_norm, _rms_norm_forward), (_is_gated_mlp, _gated_mlp_forward)):
             if not matches(module) or "forward" in module.__dict__:
                 continue
-            kind = (type(module), forward, tuple(parameter.shape for parameter in module.parameters()))
+            kind = (type(module), forward, _settings(module), tuple(parameter.shape for parameter in module.parameters()))
             if kind not in proven:
                 proven[kind] = _is_equal(module, forward)
             if proven[kind]:
@@ -47,6 +47,12 @@ def fused_modules(model: nn.Module) -> Iterator[int]:
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What may make two modules of one class compute differently."""
+    values = ((name, value) for name, value in vars(module).items() if isinstance(value, (bool, int, float, str)))
+    return tuple(sorted(item for item in values if item[0] != "training"))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
