@@ -29,6 +29,9 @@ from orpo.engine.layout import PackedLayout, Segment
 NAME = "orpo_shared"
 LAYOUT_KEYWORD = "shared_layout"
 
+BLOCK_DEVICES = ("cpu",)
+"""Where matrix products per block are used; elsewhere scaled-dot-product attention, until it is measured there."""
+
 QUERY_BLOCK = 256
 """Queries per block: small enough that causal attention wastes little, large enough for the matrix products to run at speed."""
 
@@ -73,7 +76,7 @@ def shared_attention_forward(
         # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they are float32, values bf16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if softcap is None and sinks_H is None and query.device.type == "cpu":
+    if softcap is None and sinks_H is None and query.device.type in BLOCK_DEVICES:
         return _BlockAttention.apply(query, key, value, shared_layout, scale, sliding_window), None
     outputs_HSE = []
     for segment in shared_layout.segments:
