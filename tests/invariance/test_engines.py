@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
-from orpo.engine import attention, padded, shared
+from orpo.engine import attention, head, padded, shared
 from orpo.engine.attention import QUERY_BLOCK
 from orpo.engine.choose import attention_implementation
 from orpo.engine.layout import PreferenceBatch, collate
@@ -172,6 +172,18 @@ def test_prompts_and_answers_longer_than_a_block_of_queries(architecture: str) -
     options = {"sliding_window": 100} if architecture != "llama" else {}
     model = build(architecture, num_layers=2, hidden_size=16, max_position_embeddings=1024, **options)
     assert_same(model, gradients(model, by_sharing, collate(groups)), gradients(model, by_padding, collate(groups)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma3", "gpt2", "phi"])
+def test_the_way_for_devices_other_than_a_cpu(architecture: str, batch: PreferenceBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled-dot-product attention per segment, and logits worked on in one piece: what runs on a GPU, run here."""
+    monkeypatch.setattr(attention, "BLOCK_DEVICES", ())
+    monkeypatch.setattr(attention._BlockAttention, "apply", lambda *_: pytest.fail("blocks"))
+    monkeypatch.setattr(head, "ROWS_IN_CACHE", 10**6)
+    model = build(architecture).train()
+    assert_same(model, gradients(model, by_sharing, batch), gradients(model, by_padding, batch))
+    checkpoint_activations(model)
+    assert_same(model, gradients(model, by_sharing, batch), gradients(model, by_padding, batch))
 
 
 @pytest.mark.parametrize("window", [1, 2, 13, 10_000])

@@ -1,0 +1,153 @@
+"""Lean forms of norms and gated MLPs: equal to the modules' own, put in only where proven, and taken out again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from orpo.engine import fused, padded
+from orpo.engine.fused import fused_modules
+from orpo.engine.layout import collate
+from orpo.objective import ORPO
+from randomgroups import random_groups
+from tinymodels import build_tiny_model
+
+REPLACED = {
+    "llama": 3 * 2 + 1 + 3,
+    "mistral": 10,
+    "qwen2": 10,
+    "qwen3": 3 * 4 + 1 + 3,
+    "olmo2": 3 * 4 + 1 + 3,
+    "smollm3": 10,
+    "granite": 10,
+}
+"""Norms (two to four a layer, one at the end) and MLPs of three layers."""
+KEPT = {"gemma2": 0, "gemma3": 0, "gpt2": 0, "gpt_neox": 0, "phi": 0}
+"""Gemma's norm multiplies by 1 + weight and its MLP has another activation; the others have neither module."""
+
+
+def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    result = padded.step(model, collate(random_groups(3)), ORPO(1.0))
+    result.loss.backward()
+    return result.logp_N, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", [*REPLACED, *KEPT])
+def test_a_model_computes_the_same_with_them(architecture: str) -> None:
+    model = build_tiny_model(architecture).train()
+    expected_logp_N, expected = gradients(model)
+    with fused_modules(model) as number:
+        assert number == {**REPLACED, **KEPT}[architecture]
+        logp_N, found = gradients(model)
+    torch.testing.assert_close(logp_N, expected_logp_N, rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * largest, name
+
+
+def test_afterwards_the_model_is_as_before() -> None:
+    model = build_tiny_model("llama")
+    with pytest.raises(KeyError), fused_modules(model):
+        raise KeyError
+    assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+def test_a_copy_made_inside_computes_with_its_own_weights() -> None:
+    model = build_tiny_model("llama")
+    with fused_modules(model):
+        twin = copy.deepcopy(model)
+        before = twin(torch.arange(5)[None]).logits
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        torch.testing.assert_close(twin(torch.arange(5)[None]).logits, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bf16_is_no_worse_than_written_out(how: str) -> None:
+    model = build_tiny_model("llama").train()
+    exact, exact_grads = gradients(model)
+    if how == "weights":
+        model = model.bfloat16()
+
+    def errors() -> tuple[float, float]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            logp_N, found = gradients(model)
+        squares = sum((found[name].float() - value).square().sum() for name, value in exact_grads.items())
+        return (logp_N - exact).abs().mean().item(), float(squares) ** 0.5
+
+    plain = errors()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_is_equal", lambda *_: True)  # bf16 modules are not compared; the trainer's are float32 when they are
+        with fused_modules(model) as number:
+            assert number == REPLACED["llama"]
+            lean = errors()
+    assert lean[0] <= 1.3 * plain[0] + 0.002
+    assert lean[1] <= 1.3 * plain[1] + 0.005
+
+
+class OddRMSNorm(nn.Module):
+    """Looks like the usual norm and is not."""
+
+    def __init__(self, trait: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.trait = nn.Parameter(torch.rand(8) + 0.5), 1e-6, trait
+        self.bias = nn.Parameter(torch.zeros(8)) if trait == "bias" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        if self.trait == "one_plus":
+            return normed * (1 + self.weight)
+        if self.trait == "centred":
+            return nn.functional.layer_norm(x, (8,), self.weight, None, self.eps)
+        if self.trait == "detached":
+            return normed.detach() * self.weight
+        return normed * self.weight + (0 if self.bias is None else self.bias)
+
+
+@pytest.mark.parametrize(("trait", "number"), [("plain", 1), ("one_plus", 0), ("centred", 0), ("detached", 0), ("bias", 0)])
+def test_only_what_is_proven_equal_is_replaced(trait: str, number: int) -> None:
+    """Values and gradients: a bias that is still zero, or a gradient that is cut, shows in no value."""
+    with fused_modules(nn.Sequential(OddRMSNorm(trait))) as found:
+        assert found == number
+
+
+def test_every_kind_of_module_is_proven_on_its_own() -> None:
+    """An odd norm beside a plain one is judged for itself, also where a setting alone tells them apart."""
+    for order in (("one_plus", "plain"), ("plain", "one_plus")):
+        with fused_modules(nn.Sequential(*map(OddRMSNorm, order))) as found:
+            assert found == 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_adapters_on_the_mlp_are_called(frozen: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(
+        build_tiny_model("llama"), LoraConfig(r=2, target_modules=["gate_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    if frozen:
+        model.requires_grad_(False)
+        with torch.no_grad():
+            expected = padded.token_logps(model, collate(random_groups(2)))
+            with fused_modules(model) as number:
+                found = padded.token_logps(model, collate(random_groups(2)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        expected_logp_N, expected_grads = gradients(model)
+        with fused_modules(model) as number:
+            logp_N, grads = gradients(model)
+        torch.testing.assert_close(logp_N, expected_logp_N, rtol=1e-5, atol=1e-5)
+        for name, gradient in expected_grads.items():
+            assert (grads[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    assert number
