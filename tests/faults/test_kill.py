@@ -119,6 +119,17 @@ def test_kills_at_random_moments_twice_in_a_row(seed: int, forks: Zygote, refere
     _finish(forks, run, kind, reference(kind))
 
 
+def test_two_resumes_within_an_epoch_see_the_batches_of_one_run(
+    forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    """FAULTS 39: killed after step 8 of an epoch that has steps 7 to 12, and again after step 10."""
+    run = tmp_path / "run"
+    settings = {**KINDS["padded"], "options": {"save_steps": 2}}
+    for name in ("checkpoint-8", "checkpoint-10"):
+        assert forks.run("train", run.with_suffix(".log"), run_dir=str(run), kill_after=name, **settings) == -signal.SIGKILL
+    _finish(forks, run, "padded", reference("padded"))
+
+
 def test_kill_after_the_last_save(forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
     """No step is done twice, and what comes at the end (the final weights are written there) is made up."""
     run = tmp_path / "run"

@@ -101,6 +101,15 @@ def test_a_term_that_takes_no_part_is_told(alpha: float, text: str, forks: Zygot
     assert text in log.read_text()
 
 
+def test_a_last_step_on_a_remainder_is_done_and_saved(forks: Zygote, tmp_path: Path) -> None:
+    """FAULTS 45: 22 rows in steps of 4 are five whole steps and one of two rows."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = {"max_steps": -1, "num_train_epochs": 1, "save_steps": 100, "logging_steps": 1}
+    assert forks.run("train", log, run_dir=str(run), options=options) == 0, log.read_text()
+    assert [line["step"] for line in jobs.metrics(run) if "nll_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert _step(run) == 6
+
+
 # --- signals
 
 
