@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,7 +17,7 @@ import os
 import platform
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ from orpo.redact import redact
 if TYPE_CHECKING:
     import torch
 
-    from orpo.data.types import TokenGroup
 
 FORMAT = 1
 """Of run.json; raised when a reader of older files would misread a new one."""
@@ -220,15 +218,3 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         facts |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
     return facts
-
-
-def fingerprint_groups(groups: Iterable[TokenGroup]) -> str:
-    """sha256 over the ids, ends and pairs of all groups in order: equal exactly where the training data is."""
-    digest = hashlib.sha256()
-    for group in groups:
-        parts = [group.prompt_ids, *group.response_ids]
-        head = [len(ids) for ids in parts], [list(pair) for pair in group.pairs], list(group.is_ended)
-        digest.update(json.dumps(head).encode())
-        for ids in parts:
-            digest.update(ids.astype("<i4", copy=False).tobytes())
-    return digest.hexdigest()

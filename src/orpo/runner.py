@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from orpo.config import ORPOConfig
+from orpo.data.collate import fingerprint
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.guards import SignalGuard
 from orpo.redact import redact, redact_text
 from orpo.runconfig import RunConfig, as_facts
 from orpo.rundata import RunData, Tell, prepare_data
-from orpo.runfolder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, describe_device, fingerprint_groups, versions
+from orpo.runfolder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -277,7 +278,7 @@ class _Journal(TrainerCallback):
             "num_steps": state.max_steps,
             "model": self.loaded.facts.to_dict(),
             "data": {
-                "fingerprint": fingerprint_groups(self.data.train),
+                "fingerprint": fingerprint(self.data.train),
                 "train": self.data.train_report.to_dict(),
                 "held_out": self.data.held_out_report.to_dict() if self.data.held_out_report else None,
                 "num_held_out": len(self.data.held_out) if self.data.held_out is not None else 0,

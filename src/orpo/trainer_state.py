@@ -40,10 +40,10 @@ from orpo.checkpoint import (
     set_earlier_aside,
     verify,
 )
+from orpo.data.collate import fingerprint
 from orpo.errors import CheckpointError
 from orpo.guards.callbacks import SignalCallback
 from orpo.redact import redact
-from orpo.runfolder import fingerprint_groups
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class CheckpointMixin(_Base):
         if self._facts is None:
             configuration = {**self.args.to_dict(), **self.hidden_args}
             self._facts = {
-                "data": fingerprint_groups(self.train_dataset),
+                "data": fingerprint(self.train_dataset),
                 "rows_per_step": self.train_sampler.rows_per_step,
                 "engine": self.engine.name,
                 "compute_dtype": self.args.compute_dtype,

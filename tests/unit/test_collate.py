@@ -186,3 +186,21 @@ def test_a_real_data_set(shared_data: Any, chat_tokenizer: Any) -> None:
     for i in (0, len(groups) // 2, len(groups) - 1):
         chosen = chat_tokenizer.decode(groups[i].response_ids[0])
         assert chosen == rows[groups[i].where.row].responses[0] + "<|im_end|>"
+
+
+def test_fingerprint_sees_every_change_of_the_data() -> None:
+    def made(prompt: list[int], first: list[int], second: list[int], is_ended: bool = True) -> TokenGroup:
+        ids = [np.array(part, dtype=np.int32) for part in (prompt, first, second)]
+        return TokenGroup(ids[0], (ids[1], ids[2]), ((0, 1),), (is_ended, True), Where("f", 0))
+
+    variants = [
+        [made([1, 2], [3], [4])],
+        [made([1], [2, 3], [4])],
+        [made([1, 2], [4], [3])],
+        [made([1, 2], [3], [4], is_ended=False)],
+        [made([1, 2], [3], [4]), made([1], [2], [3])],
+        [made([1], [2], [3]), made([1, 2], [3], [4])],
+        [],
+    ]
+    assert len({fingerprint(groups) for groups in variants}) == len(variants)
+    assert fingerprint(variants[0]) == fingerprint([made([1, 2], [3], [4])])

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo.data.types import TokenGroup, Where
 from orpo.errors import CheckpointError, UserError
 from orpo.metricscallback import MetricsCallback
 from orpo.redact import HIDDEN, is_secret_name, redact, redact_text
-from orpo.runfolder import RunFolder, describe_device, fingerprint_groups, versions, write_atomically
+from orpo.runfolder import RunFolder, describe_device, versions, write_atomically
 
 
 class TestRunJson:
@@ -151,21 +150,3 @@ def test_versions_and_device_are_json() -> None:
     facts = {"versions": versions(), "device": describe_device(torch.device("cpu"))}
     assert json.loads(json.dumps(facts)) == facts
     assert "torch" in facts["versions"]
-
-
-def test_fingerprint_sees_every_change_of_the_data() -> None:
-    def group(prompt: list[int], first: list[int], second: list[int], is_ended: bool = True) -> TokenGroup:
-        ids = [np.array(part, dtype=np.int32) for part in (prompt, first, second)]
-        return TokenGroup(ids[0], (ids[1], ids[2]), ((0, 1),), (is_ended, True), Where("f", 0))
-
-    variants = [
-        [group([1, 2], [3], [4])],
-        [group([1], [2, 3], [4])],
-        [group([1, 2], [4], [3])],
-        [group([1, 2], [3], [4], is_ended=False)],
-        [group([1, 2], [3], [4]), group([1], [2], [3])],
-        [group([1], [2], [3]), group([1, 2], [3], [4])],
-        [],
-    ]
-    assert len({fingerprint_groups(groups) for groups in variants}) == len(variants)
-    assert fingerprint_groups(variants[0]) == fingerprint_groups([group([1, 2], [3], [4])])

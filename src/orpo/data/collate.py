@@ -235,9 +235,9 @@ def _chunks(rows: Iterable[Preference | Dropped]) -> Iterator[list[Preference | 
 
 
 def _update(digest: Any, group: TokenGroup) -> None:
-    """Feed a group's ids and pairs to a hash; lengths first, so that no two groups read alike."""
+    """Feed a group's ids, ends and pairs to a hash; lengths first, so that no two groups read alike."""
     arrays = [group.prompt_ids, *group.response_ids]
-    head = [len(arrays), *map(len, arrays), *(index for pair in group.pairs for index in pair)]
+    head = [len(arrays), *map(len, arrays), *map(int, group.is_ended), *(index for pair in group.pairs for index in pair)]
     digest.update(np.asarray(head, dtype="<i4").tobytes())
     for ids in arrays:
         digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
@@ -250,7 +250,7 @@ def _group_digest(group: TokenGroup) -> bytes:
 
 
 def fingerprint(groups: Iterable[TokenGroup]) -> str:
-    """sha256 over ids and pairs in order: the same exactly where the same is trained in the same order."""
+    """sha256 over ids, ends and pairs in order: the same exactly where the same is trained in the same order."""
     digest = hashlib.sha256()
     for group in groups:
         _update(digest, group)
