@@ -148,6 +148,13 @@ def test_other_models_have_a_folder_of_their_own(trained, tmp_path, capsys, monk
     assert "change" not in alone
 
 
+def test_the_demo_data_goes_by_its_name(trained, capsys):
+    found = evaluate(capsys, trained, "--tasks", "pairs", "--data", "orpo-demo", "--slice", "scenario", "--limit", 30)
+    result = found["tasks"]["pairs"]["result"]
+    assert result["model"]["num_pairs"] == 30
+    assert "delivery" in result["slices"]["scenario"]
+
+
 def write_prompts(tmp_path: Path, count: int = 6) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Tell me about {n}"}) + "\n" for n in range(count)))

@@ -203,9 +203,12 @@ def held_out_rows(config: RunConfig) -> tuple[list[Any], float | None]:
 
 
 def read_rows(source: Any, split: str | None, config: RunConfig | None) -> list[Any]:
-    """Preferences and dropped rows of a source, read as the run reads its own."""
+    """Preferences and dropped rows of a source (the packaged demo data by its name), read as the run reads its own."""
     from orpo.data.formats import load_preferences
+    from orpo.runkeys import DEMO_DATA
 
+    if source == DEMO_DATA:
+        source, split = Path(__file__).parents[1] / "data" / "demo" / f"{'train' if split == 'train' else 'test'}.jsonl", None
     options = {"column_map": config["column_map"], "pairs": config["pairs"]} if config is not None else {}
     preferences, dropped, _ = load_preferences(source, split=split, **{name: value for name, value in options.items() if value is not None})
     return [*preferences, *dropped]
