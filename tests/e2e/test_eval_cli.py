@@ -340,7 +340,7 @@ def served_model(smollm2_folder: Path) -> str:
         deadline_s = time.monotonic() + 180
         while time.monotonic() < deadline_s and process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                     break
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
