@@ -45,22 +45,20 @@ class TolerantCallbackHandler(CallbackHandler):
         return tolerant
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        everyone = self.callbacks
-        try:
-            for callback in list(everyone):
-                self.callbacks = [callback]
-                try:
-                    control = super().call_event(event, args, state, control, **kwargs)
-                except Exception as error:
-                    if not type(callback).__module__.startswith(_INTEGRATIONS):
-                        raise
-                    everyone.remove(callback)
-                    logger.warning(
-                        "the tracker %s failed (%s: %s); the run goes on without it, metrics.jsonl has everything",
-                        *(type(callback).__name__, type(error).__name__, _first_line(error)),
-                    )
-        finally:
-            self.callbacks = everyone
+        for callback in list(self.callbacks):
+            # A handler of its own for each, because a callback may set off events that all of them must see.
+            alone = CallbackHandler.__new__(CallbackHandler)
+            alone.__dict__.update(self.__dict__, callbacks=[callback])
+            try:
+                control = alone.call_event(event, args, state, control, **kwargs)
+            except Exception as error:
+                if not type(callback).__module__.startswith(_INTEGRATIONS):
+                    raise
+                self.callbacks.remove(callback)
+                logger.warning(
+                    "the tracker %s failed (%s: %s); the run goes on without it, metrics.jsonl has everything",
+                    *(type(callback).__name__, type(error).__name__, _first_line(error)),
+                )
         return control
 
 
@@ -69,6 +67,7 @@ class OutsideMixin(_Base):
 
     callback_handler: CallbackHandler
     push_in_progress: Any = None
+    _upload_folder: Path | None = None
     _is_hub_failure_told = False
 
     def tolerate_trackers(self) -> None:
@@ -99,7 +98,7 @@ class OutsideMixin(_Base):
             self.push_in_progress = self._upload(
                 folder, f"Training in progress, step {self.state.global_step}", token=None, revision=None, run_as_future=True
             )
-            self.push_in_progress.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+            self._upload_folder = folder
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             self._tell_hub_failure(error)
@@ -152,7 +151,12 @@ class OutsideMixin(_Base):
     def _collect_push(self) -> None:
         """The outcome of the last upload: nothing, or a warning."""
         push, self.push_in_progress = self.push_in_progress, None
-        if push is not None and (error := push.exception()) is not None:
+        if push is None:
+            return
+        error = push.exception()  # waits for its end
+        if self._upload_folder is not None:
+            shutil.rmtree(self._upload_folder, ignore_errors=True)
+        if error is not None:
             self._tell_hub_failure(error)
 
     def _tell_hub_failure(self, error: BaseException) -> None:
