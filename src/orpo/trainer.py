@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
@@ -119,6 +120,12 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         if not isinstance(args, ORPOConfig):
             raise UserError(f"args is a {type(args).__name__}", where="args", expected="an orpo.ORPOConfig")
         args.ensure_output_dir()
+        if args.n_gpu > 1:
+            # Or transformers would wrap the model in DataParallel, which cuts along a batch dimension that packed rows do not have.
+            logger.warning(
+                "%d GPUs are visible, and one process uses one; to use all: torchrun --nproc_per_node %d …", args.n_gpu, args.n_gpu
+            )
+            args._n_gpu = 1
         self.objective = resolve_objective(args) if objective is None else objective
         self._peft_config = peft_config
         self._engine: Engine | None = None
@@ -339,6 +346,9 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             self._release_gradients()
         self.sums.end_step(loss / self.args.world_size, inputs.num_rows / self.args.world_size)
         self._finish_gradients(model, loss, inputs, logps)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self.sums.stop()
         return loss
 
