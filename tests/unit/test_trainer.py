@@ -451,6 +451,30 @@ def test_a_template_with_new_tokens_grows_the_embeddings(tmp_path: Path) -> None
     assert vocab
 
 
+def test_several_gpus_in_one_process_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers would cut a packed row along a batch dimension that it does not have."""
+    args = make_config(tmp_path, max_steps=2)
+    _ = args.device
+    args._n_gpu = 2
+    trainer = ORPOTrainer(model=tiny_model(), args=args, train_dataset=ROWS, processing_class=build_tiny_tokenizer())
+    trainer.train()
+    assert args.n_gpu == 1
+    assert any("torchrun" in record.message for record in caplog.records)
+    assert not any(isinstance(module, nn.DataParallel) for module in (trainer.model_wrapped, trainer.model))
+
+
+def test_the_devices_cache_is_emptied_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    monkeypatch.setattr("orpo.trainer.clear_device_cache", count)
+    trainer_of(tmp_path, max_steps=5, torch_empty_cache_steps=2).train()
+    assert calls == 3  # before steps 1, 3 and 5, as in transformers
+
+
 # --- what is left behind ----------------------------------------------------------------------------------------------------------------
 
 
