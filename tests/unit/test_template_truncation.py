@@ -235,9 +235,10 @@ def test_plain_text_prompts_lose_tokens_on_one_side() -> None:
         assert group.notes == ("prompt_trimmed",)
 
 
-def test_rendered_prompts_are_not_trimmed() -> None:
+@pytest.mark.parametrize("num_words", [60, 200_000])
+def test_rendered_prompts_are_not_trimmed(num_words: int) -> None:
     tokenizer = build_tokenizer()
-    rendered = tokenizer.apply_chat_template(turns("wait " * 60), tokenize=False, add_generation_prompt=True)
+    rendered = tokenizer.apply_chat_template(turns("wait " * num_words), tokenize=False, add_generation_prompt=True)
     dropped = TemplateEncoder(tokenizer, max_length=40, truncation="keep_end").encode(row(rendered, "Yes", "no"))
     assert isinstance(dropped, Dropped)
     assert dropped.reason == "prompt_too_long"
