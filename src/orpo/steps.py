@@ -26,7 +26,7 @@ class StepPlan:
         microbatches: row indices of each of this rank's micro-batches; empty for a filler.
         filler: a row to run with weight zero in an empty micro-batch.
         rows: all rows of the step, over all ranks.
-        num_nll_tokens, num_pairs: counts of the whole step, over all ranks.
+        num_nll_tokens, num_pairs: what the losses are divided by: counts of the whole step, over all ranks.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
@@ -61,6 +61,7 @@ class StepSampler:
         nll_scope: "sequence" or "response".
         seed: of the shuffle; None keeps the order.
         rank, world_size: this process and the number of them.
+        normalise_over_all: divide by the counts of all rows, not by those of a step: evaluation, whose "steps" are only pieces of one mean.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class StepSampler:
         seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        normalise_over_all: bool = False,
     ) -> None:
         self.rows_per_step, self.max_rows, self.max_tokens = rows_per_step, max_rows, max_tokens
+        self.normalise_over_all = normalise_over_all
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
         self.sizes = np.array([group.num_tokens for group in groups], dtype=np.int64)
@@ -105,12 +108,13 @@ class StepSampler:
         """Cut the rows of a step into micro-batches, and take this rank's."""
         bins = pack(self.sizes[list(rows)].tolist(), num_ranks=self.world_size, max_rows=self.max_rows, max_tokens=self.max_tokens)
         own = bins[self.rank :: self.world_size]
+        counted = slice(None) if self.normalise_over_all else list(rows)
         return StepPlan(
             microbatches=tuple(tuple(rows[item] for item in sorted(content)) for content in own),
             filler=min(rows, key=lambda row: int(self.sizes[row])),
             rows=tuple(rows),
-            num_nll_tokens=int(self.nll_tokens[list(rows)].sum()),
-            num_pairs=int(self.pairs[list(rows)].sum()),
+            num_nll_tokens=int(self.nll_tokens[counted].sum()),
+            num_pairs=int(self.pairs[counted].sum()),
         )
 
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EVALUATION_PIECE = 32
+"""Micro-batches of a rank that are packed at a time in evaluation: enough to even them out, little enough to hold in memory."""
+
 
 class _EpochCallback(TrainerCallback):
     """Epochs, told from the step counter alone, so that a run resumed at any step does what the uninterrupted one does.
@@ -231,13 +234,14 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         steps = args.gradient_accumulation_steps if is_training else 1
         return StepSampler(
             groups,
-            rows_per_step=rows * steps * args.world_size if is_training else max(len(groups), 1),
+            rows_per_step=rows * steps * args.world_size * (1 if is_training else EVALUATION_PIECE),
             max_rows=rows,
             max_tokens=args.microbatch_tokens,
             nll_scope=args.nll_scope,
             seed=(args.seed if args.data_seed is None else args.data_seed) if is_training else None,
             rank=args.process_index,
             world_size=args.world_size,
+            normalise_over_all=not is_training,
         )
 
     def _loader(self, groups: Sequence[TokenGroup], sampler: StepSampler) -> DataLoader:
@@ -255,7 +259,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         return self._loader(self.train_dataset, self.train_sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """One item: all rows, normalised together, cut into micro-batches over the ranks."""
+        """All rows, normalised together, cut into micro-batches over the ranks; an item is a piece of them."""
         if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict):
             rows = self.eval_dataset[eval_dataset]
         else:

@@ -160,6 +160,17 @@ def test_counts_are_those_of_the_rows() -> None:
     assert responses.num_nll_tokens == sum(num_nll_tokens(item, "response") for item in groups)
 
 
+@given(number=st.integers(1, 30), rows_per_step=st.integers(1, 40), num_ranks=RANKS)
+def test_evaluation_in_pieces_is_one_mean(number: int, rows_per_step: int, num_ranks: int) -> None:
+    """However large a piece: all rows are there, divided by the counts of all."""
+    groups = random_groups(number, kinds=("pair", "sft"))
+    options = {"rows_per_step": rows_per_step, "normalise_over_all": True, "seed": None, "world_size": num_ranks}
+    pieces = plans(groups, **options)
+    assert [row for piece in pieces for row in piece.rows] == list(range(number))
+    totals = (sum(num_nll_tokens(item, "sequence") for item in groups), sum(len(item.pairs) for item in groups))
+    assert {(piece.num_nll_tokens, piece.num_pairs) for piece in pieces} == {totals}
+
+
 def test_a_rank_with_nothing_to_do_gets_a_filler() -> None:
     """One row left for three ranks: two of them run the shortest row of the step with weight zero."""
     groups = random_groups(9, prompt=(3, 9))

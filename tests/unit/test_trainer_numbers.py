@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,21 @@ def test_logged_values_are_the_means_of_what_was_trained(cut: tuple[int, int], t
     assert summary["train_loss"] == pytest.approx(sum(loss for loss, _ in steps) / 3, rel=1e-5)
 
 
+def test_the_ends_of_chosen_answers_are_logged(tmp_path: Path) -> None:
+    """Mean log-probability of the last token of every answer that wins something and came to its end; not of cut or losing ones."""
+    four, pair, alone = random_groups(3, kinds=("four", "pair", "sft"), prompt=(3, 9), answer=(2, 8))
+    cut = replace(pair, is_ended=(False, True))
+    rows = [four, pair, cut, alone]
+    trainer = make_trainer(tmp_path, rows, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    trainer.train()
+    batch = collate(rows)
+    with torch.no_grad():
+        logp_N = padded.token_logps(build_tiny_model("llama", num_layers=2), batch)
+    # By hand: of the four answers the first three win (once as "chosen" of six pairs), of the pair the first.
+    lasts = [int((batch.index.response_N == response).nonzero().max()) for response in (0, 1, 2, 4)]
+    assert logged(trainer, "logps/end") == [pytest.approx(logp_N[lasts].mean().item(), rel=1e-5)]
+
+
 def test_metrics_are_written_as_they_are_logged(tmp_path: Path, groups: list[TokenGroup]) -> None:
     trainer = make_trainer(tmp_path, groups, max_steps=3)
     trainer.train()
@@ -174,6 +190,19 @@ def test_evaluation_is_one_mean_over_all_rows(batch_size: int, engine: str, tmp_
     expected = means(metrics, orpo_alpha=0.3)
     del expected["grad_share/odds_ratio"]
     assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("piece", [1, 2])
+def test_evaluation_in_pieces_is_the_same(piece: int, tmp_path: Path, groups: list[TokenGroup], monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = random_groups(7, seed=9, kinds=("pair", "four", "sft"))
+    trainer = make_trainer(tmp_path, groups, arguments={"eval_dataset": held_out}, per_device_eval_batch_size=2)
+    expected = trainer.evaluate()
+    monkeypatch.setattr("orpo.trainer.EVALUATION_PIECE", piece)
+    assert len(trainer.get_eval_dataloader()) == -(-7 // (2 * piece))
+    found = trainer.evaluate()
+    assert {name: found[name] for name in expected if "second" not in name and "time" not in name} == pytest.approx(
+        {name: value for name, value in expected.items() if "second" not in name and "time" not in name}, rel=1e-5
+    )
 
 
 def test_evaluation_leaves_no_trace_in_the_training(tmp_path: Path, groups: list[TokenGroup]) -> None:
@@ -264,8 +293,6 @@ class Rows(TrainerCallback):
 
 
 def numbered(groups: list[TokenGroup]) -> list[TokenGroup]:
-    from dataclasses import replace
-
     from orpo.data.types import Where
 
     return [replace(item, where=Where("rows.jsonl", number)) for number, item in enumerate(groups)]
