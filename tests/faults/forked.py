@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,12 @@ class Exit(NamedTuple):
 
     status: int
     after_s: float
+
+
+def send(pid: int, number: int) -> None:
+    """Signal a job that may have ended by itself."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _free_port() -> int:
@@ -79,9 +85,12 @@ class Zygote:
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         pids = self._read()["pids"]
-        if while_running is not None:
-            while_running(pids)
-        return [Exit(int(status), after_s) for _, status, after_s in sorted(self._read()["exits"])]
+        try:
+            if while_running is not None:
+                while_running(pids)
+        finally:  # or the next command would read this one's exits
+            exits = self._read()["exits"]
+        return [Exit(int(status), after_s) for _, status, after_s in sorted(exits)]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -90,9 +99,10 @@ class Zygote:
 
 
 class Finished:
-    """What a run left: digests of its weights and optimizer, and its metrics."""
+    """What a run left: digests of its weights and optimizer, and its metrics; how long it took, where that was measured."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, took_s: float = 0.0) -> None:
+        self.took_s = took_s
         self.digests: dict[str, str] = json.loads((run / "final.json").read_text())
         # The Trainer's last line is about the process (its mean loss since it started), not about the run.
         self.metrics = [line for line in metrics(run) if "train_loss" not in line]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from faults import jobs
-from faults.forked import Exit, Finished, Zygote
+from faults.forked import Exit, Finished, Zygote, send
 from orpo.checkpoint import find_newest, read_manifest, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
@@ -56,7 +55,7 @@ class Pair:
             end = time.monotonic() + 60
             while time.monotonic() < end and line not in self.text(rank):
                 time.sleep(0.005)
-            os.kill(pids[rank], number)
+            send(pids[rank], number)
 
         return act
 

@@ -6,7 +6,6 @@ metrics.jsonl must equal the uninterrupted run's, bit for bit. `make faults` run
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from faults.forked import Finished, Zygote
+from faults.forked import Finished, Zygote, send
 from orpo.checkpoint import find_newest, read_manifest
 
 BY_EPOCH = {"logging_strategy": "epoch", "eval_strategy": "epoch", "eval_on_start": True, "load_best_model_at_end": False}
@@ -42,8 +41,9 @@ def reference(forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if kind not in made:
             run = tmp_path_factory.mktemp("reference") / kind
             log = run.with_suffix(".log")
+            began = time.monotonic()
             assert forks.run("train", log, run_dir=str(run), **KINDS[kind]) == 0, log.read_text()
-            made[kind] = Finished(run)
+            made[kind] = Finished(run, took_s=time.monotonic() - began)
         return made[kind]
 
     return get
@@ -61,7 +61,7 @@ def _finish(forks: Zygote, run: Path, kind: str, expected: Finished) -> None:
 def _kill_after(seconds: float) -> Callable[[int], None]:
     def kill(pid: int) -> None:
         time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
+        send(pid, signal.SIGKILL)
 
     return kill
 
@@ -112,10 +112,11 @@ def test_kill_between_the_last_step_of_an_epoch_and_its_end(forks: Zygote, refer
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_moments_twice_in_a_row(seed: int, forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
     kind = ["padded", "lora"][seed]
-    run = tmp_path / "run"
+    run, took_s = tmp_path / "run", reference(kind).took_s
     chance = random.Random(seed)
     for _ in range(2):
-        forks.run("train", run.with_suffix(".log"), while_running=_kill_after(chance.uniform(0.2, 0.7)), run_dir=str(run), **KINDS[kind])
+        kill = _kill_after(took_s * chance.uniform(0.3, 0.8))
+        forks.run("train", run.with_suffix(".log"), while_running=kill, run_dir=str(run), **KINDS[kind])
     _finish(forks, run, kind, reference(kind))
 
 
@@ -186,7 +187,7 @@ def test_many_kills_at_random_moments(forks: Zygote, reference: Callable[[str], 
         kind = list(KINDS)[num_tries % len(KINDS)]
         run = tmp_path / f"{num_tries}"
         for _ in range(chance.randint(1, 3)):
-            kill = _kill_after(chance.uniform(0.05, 0.9))
+            kill = _kill_after(reference(kind).took_s * chance.uniform(0.05, 0.95))
             num_kills += forks.run("train", run.with_suffix(".log"), while_running=kill, run_dir=str(run), **KINDS[kind]) != 0
         _must_have_checkpoint(run, run.with_suffix(".log")) if run.exists() else None
         _finish(forks, run, kind, reference(kind))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from faults import jobs
-from faults.forked import Finished, Zygote
+from faults.forked import Finished, Zygote, send
 from orpo.checkpoint import find_newest, read_manifest, verify
 
 
@@ -37,10 +36,10 @@ def _signal_at(log: Path, line: str, number: int, *, then_s: float | None = None
         end = time.monotonic() + 60
         while time.monotonic() < end and line not in (log.read_text() if log.exists() else ""):
             time.sleep(0.005)
-        os.kill(pid, number)
+        send(pid, number)
         if then_s is not None:
             time.sleep(then_s)
-            os.kill(pid, number)
+            send(pid, number)
 
     return act
 

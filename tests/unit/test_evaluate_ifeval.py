@@ -82,7 +82,6 @@ def test_scores_equal_lm_evals_functions(checkers, shared_data):
     assert found.prompt_strict.low < found.prompt_strict.value < found.prompt_strict.high
 
 
-@pytest.mark.slow
 def test_scores_equal_a_whole_run_of_lm_eval(checkers, shared_data, tmp_path):
     """lm-eval's own evaluator, task definition and metrics, over a model that says the fixed answers."""
     import langdetect
