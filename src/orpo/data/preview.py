@@ -295,9 +295,8 @@ def plain_lines(view: RowView) -> Iterator[str]:
 
 def render_html(views: Sequence[RowView], facts: dict[str, Any], *, source: str, nll_scope: str) -> str:
     """The rows as one HTML page that opens offline; ids on hover."""
-    import jinja2
+    from orpo.webpage import render
 
-    loader = jinja2.PackageLoader("orpo.data", ".")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("preview.html.j2")
-    return page.render(views=views, facts=facts, source=source, nll_scope=nll_scope, roles=ROLES, visible=visible)
+    return render(
+        "orpo.data", "preview.html.j2", views=views, facts=facts, source=source, nll_scope=nll_scope, roles=ROLES, visible=visible
+    )

@@ -1,62 +1,33 @@
-"""The audit as one HTML file that opens offline: no request leaves it, and nothing in the data can run in it.
-
-Text goes through the template's escaping. Figures are data in a JSON block, drawn by plotly, whose labels know a few HTML tags and are
-therefore escaped once more.
-"""
+"""The audit as one HTML file that opens offline (`orpo.webpage`)."""
 
 from __future__ import annotations
 
-import html
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from orpo.data.audit.report import Audit
-from orpo.data.audit.run import require_extras
+from orpo.webpage import Figure, figure, label, render, require_plotly
 
 _NUM_BINS = 40
 _MOST_SHORTCUTS = 12
 _MOST_SCENARIOS = 20
-_LABEL_CHARS = 60
-
-Figure = dict[str, Any]
 
 
 def write_page(audit: Audit, path: str | Path) -> None:
     """Write the page.
 
     Raises:
-        UserError: plotly or jinja2 is missing.
+        UserError: plotly is missing.
     """
-    require_extras("plotly", "jinja2")
+    require_plotly("orpo audit --html", "audit")
     Path(path).write_text(render_page(audit), encoding="utf-8")
 
 
 def render_page(audit: Audit) -> str:
     """The page as text."""
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("orpo.data.audit", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    figures = _figures(audit)
-    # "<" is the one character that could end the block; JSON may always write it as an escape.
-    data = json.dumps(figures, ensure_ascii=True).replace("<", "\\u003c")
-    return environment.get_template("page.html.j2").render(
-        audit=audit,
-        facts=audit.to_dict(),
-        titles={name: figure["title"] for name, figure in figures.items()},
-        figures_json=jinja2.utils.markupsafe.Markup(data),
-        plotly_js=jinja2.utils.markupsafe.Markup(get_plotlyjs()),
-    )
-
-
-def label(text: str) -> str:
-    """Text for a plotly label, which would read tags and entities."""
-    return html.escape(text if len(text) <= _LABEL_CHARS else text[: _LABEL_CHARS - 1] + "…")
+    return render("orpo.data.audit", "page.html.j2", figures=_figures(audit), audit=audit, facts=audit.to_dict())
 
 
 def _histogram(values: dict[str, np.ndarray], *, title: str, x: str, line: float | None = None) -> Figure | None:
@@ -71,18 +42,28 @@ def _histogram(values: dict[str, np.ndarray], *, title: str, x: str, line: float
     for name, array in filled.items():
         counts, _ = np.histogram(np.clip(array, edges[0], edges[-1]), bins=edges)
         centres = ((edges[:-1] + edges[1:]) / 2).round(3)
-        traces.append({"type": "bar", "name": label(name), "x": centres.tolist(), "y": counts.tolist(), "opacity": 0.65})
-    return {"title": title, "traces": traces, "x": x, "y": "rows", "line": line, "overlay": True}
+        marker = {"color": f"var(--c{len(traces)})"}
+        traces.append({"type": "bar", "name": label(name), "x": centres.tolist(), "y": counts.tolist(), "opacity": 0.65, "marker": marker})
+    return figure(title, traces, x=x, y="rows", barmode="overlay", bargap=0.02, showlegend=len(traces) > 1, shapes=_mark(line))
 
 
 def _bars(
     names: list[str], values: list[float], *, title: str, x: str, errors: list[float] | None = None, line: float | None = None
-) -> Figure:
+) -> Figure | None:
     """Horizontal bars, the first on top."""
     trace: dict[str, Any] = {"type": "bar", "orientation": "h", "y": [label(name) for name in names], "x": values}
+    trace["marker"] = {"color": "var(--c0)"}
     if errors is not None:
-        trace["error_x"] = {"type": "data", "array": errors, "visible": True}
-    return {"title": title, "traces": [trace], "x": x, "y": "", "line": line, "overlay": False}
+        trace["error_x"] = {"type": "data", "array": errors, "visible": True, "color": "var(--soft)", "thickness": 1.2}
+    return figure(title, [trace], x=x, yaxis={"autorange": "reversed"}, bargap=0.25, shapes=_mark(line))
+
+
+def _mark(line: float | None) -> list[dict[str, Any]]:
+    """A dotted upright line at a value that matters."""
+    if line is None:
+        return []
+    style = {"color": "var(--line)", "width": 1.5, "dash": "dot"}
+    return [{"type": "line", "x0": line, "x1": line, "yref": "paper", "y0": 0, "y1": 1, "line": style}]
 
 
 def _figures(audit: Audit) -> dict[str, Figure]:
