@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +117,14 @@ def test_a_bad_step_of_one_rank_stops_both_with_one_message() -> None:
 
 
 # --- signals (FAULTS 34, 35)
+
+
+@pytest.fixture(autouse=True)
+def _foreground() -> Iterator[None]:
+    """A shell's background job begins with SIGINT ignored, and a guard leaves an ignored signal alone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -268,8 +276,21 @@ def test_the_tensors_that_stand_still_are_named() -> None:
 
 def test_steps_at_a_rate_of_zero_do_not_count() -> None:
     proof = ProofOfLearning()
-    _train(proof, move=[], grad_norm=0.0, rate=0.0, steps=50)
+    _train(proof, move=[], grad_norm=0.0, rate=0.0, steps=9)
     assert _codes(proof) == []
+
+
+@pytest.mark.parametrize("num_steps", [4, 30])
+def test_a_rate_that_is_never_above_zero_is_told_once(num_steps: int) -> None:
+    """By the end of the window, or at the end of a shorter run; one step at zero is a warm-up's beginning."""
+    proof, model = ProofOfLearning(window_steps=10), torch.nn.Linear(2, 2)
+    proof.begin(model)
+    for step in range(1, num_steps + 1):
+        proof.end_step(step, model, learning_rate=0.0, grad_norm=1.0)
+    proof.close_window(num_steps, model)
+    (finding,) = proof.findings
+    assert (finding.code, finding.step) == ("zero_rate", min(num_steps, 10))
+    assert "the learning rate was 0" in finding.message
 
 
 def test_a_run_shorter_than_the_window_is_judged_at_its_end() -> None:

@@ -187,6 +187,17 @@ def test_half_precision_input_is_computed_in_float32(dtype: torch.dtype) -> None
     torch.testing.assert_close(log_odds(logp), log_odds(logp.float()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_objective_of_half_precision_values_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """FAULTS 26: of the same values, so that the only loss of precision is that of the values themselves."""
+    logp_N, index = random_tokens(3)
+    logp_N = logp_N.to(dtype)
+    found, expected = evaluate(ORPO(1.0), logp_N, index), evaluate(ORPO(1.0), logp_N.float(), index)
+    assert found.loss.dtype == found.grad_N.dtype == torch.float32
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.grad_N, expected.grad_N)
+
+
 def test_float64_stays_float64() -> None:
     assert log_odds(torch.tensor(-0.5, dtype=torch.float64)).dtype == torch.float64
 

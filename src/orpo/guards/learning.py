@@ -53,7 +53,7 @@ class ProofOfLearning:
         self.findings: list[Finding] = []
         self._say = say or (lambda finding: logger.warning("step %d: %s", finding.step, finding.message))
         self._before: dict[str, int] = {}
-        self._num_steps = 0
+        self._num_steps = self._num_zero_rate = 0
         self._is_window_done = False
         self._grad_norms: list[float] = []
         self._shares: list[float] = []
@@ -76,7 +76,12 @@ class ProofOfLearning:
         Raises:
             GuardStop: the gradient was zero and no trainable weight has changed in the whole window.
         """
-        if self._is_window_done or learning_rate <= 0:
+        if self._is_window_done:
+            return
+        if learning_rate <= 0:
+            self._num_zero_rate += 1
+            if self._num_zero_rate == self.window_steps:
+                self._tell_zero_rate(step)
             return
         self._num_steps += 1
         if grad_norm is not None:
@@ -90,7 +95,10 @@ class ProofOfLearning:
         Raises:
             GuardStop: the gradient was zero and no trainable weight has changed although there were steps.
         """
-        if self._is_window_done or not self._num_steps:
+        if self._is_window_done:
+            return
+        if not self._num_steps:
+            self._tell_zero_rate(step)
             return
         self._is_window_done = True
         has_no_gradient = bool(self._grad_norms) and not any(self._grad_norms)
@@ -112,6 +120,10 @@ class ProofOfLearning:
         elif still:
             self._tell("unmoved_weights", step, few)
         self._before = {}
+
+    def _tell_zero_rate(self, step: int) -> None:
+        if self._num_zero_rate:
+            self._tell("zero_rate", step, f"the learning rate was 0 in all of the {self._num_zero_rate} steps so far: no weight moves")
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Look at logged metrics."""
