@@ -260,6 +260,7 @@ def test_19_nothing_left_stops_with_the_histogram(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no row can be trained on: 2 empty_answer: .*; 1 identical_answers") as caught:
         load_preferences(path)
     assert str(path) in str(caught.value)
+    assert f"(first: {path}:1, chosen)" in str(caught.value)
 
 
 KTO = [{"prompt": "Q?", "completion": "x", "label": True}, {"prompt": "Q?", "completion": "y", "label": False}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -124,6 +125,13 @@ ONE_PAIR_SHAPES = {
         },
         CHAT_PAIR,
     ),
+    "messages as JSON text": (
+        {
+            key: json.dumps(value)
+            for key, value in (("prompt", [user("Q?")]), ("chosen", [assistant("good")]), ("rejected", assistant("bad")))
+        },
+        CHAT_PAIR,
+    ),
     "other names": ({"Prompt": "Q?", "Chosen Response": "good", "rejected-response": "bad"}, PLAIN_PAIR),
 }
 
@@ -168,6 +176,29 @@ VERDICTS = {
     "parallel scores": ({"prompt": "Q?", "responses": ["bad", "good"], "scores": [0.1, 0.9]}, []),
     "ranks": ({"prompt": "\n\nHuman: Q?\n\nAssistant: ", "answers": [{"answer": "bad", "rank": 2}, {"answer": "good", "rank": 1}]}, []),
     "parallel ranks": ({"prompt": "Q?", "responses": ["bad", "good"], "ranks": [2, 1]}, []),
+    "best first": ({"prompt": "Q?", "ranked_responses": ["good", "bad"]}, []),
+    "number of the best, from 0": (
+        {"prompt": "Q?", "responses": ["bad", "good"], "best": 1},
+        [{"prompt": "R?", "responses": ["x", "y"], "best": 0}],
+    ),
+    "number of the best, from 1": ({"prompt": "Q?", "responses": ["bad", "good"], "winner": 2}, []),
+    "text of the best": ({"prompt": "Q?", "responses": ["bad", "good"], "best_response": "good"}, []),
+    "choice among objects": (
+        {"post": "Q?", "summaries": [{"text": "bad"}, {"text": "good"}], "choice": 1},
+        [{"post": "R?", "summaries": [{"text": "x"}, {"text": "y"}], "choice": 0}],
+    ),
+    "list of votes": ({"prompt": "Q?", "response_a": "bad", "response_b": "good", "votes": ["b", "a", "b"]}, []),
+    "list of votes in numbers": ({"prompt": "Q?", "response_1": "bad", "response_2": "good", "votes": [2, 0, 2]}, []),
+    "counted votes": ({"prompt": "Q?", "response_a": "bad", "response_b": "good", "votes_a": 1, "votes_b": 2}, []),
+    "Stack Exchange": ({"question": "Q?", "answers": [{"text": "bad", "pm_score": 1}, {"text": "good", "pm_score": 4}]}, []),
+    "a label with two readings beside scores": (
+        {"history": "Q?", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0, "score_A": 3, "score_B": 9},
+        [],
+    ),
+    "whole conversations with scores": (
+        {"prompt": "Q?", "responses": [[user("Q?"), assistant("bad")], [user("Q?"), assistant("good")]], "scores": [1, 2]},
+        [],
+    ),
 }
 
 
@@ -185,6 +216,8 @@ TIES = {
     "tie (bothbad)": {"prompt": "Q?", "response_a": "x", "response_b": "y", "winner": "tie (bothbad)"},
     "no majority": {"prompt": "Q?", "response1": "x", "response2": "y", "annotator1": 1, "annotator2": 2, "annotator3": 0},
     "half is no majority": {"prompt": "Q?", "response1": "x", "response2": "y", "annotator1": 2, "annotator2": 0},
+    "list of votes without a majority": {"prompt": "Q?", "response_a": "x", "response_b": "y", "votes": ["a", "b"]},
+    "no vote": {"prompt": "Q?", "response_a": "x", "response_b": "y", "votes": ["tie", None]},
     "strength 0": {"prompt": "Q?", "response_1": "x", "response_2": "y", "preference_strength": 0},
     "equal scores": {"prompt": "Q?", "completions": [{"text": "x", "score": 3}, {"text": "y", "score": 3}]},
     "one judged": {"prompt": "Q?", "completions": [{"text": "x", "score": 3}, {"text": "y", "score": "N/A"}]},
@@ -214,6 +247,25 @@ def test_a_label_with_two_readings_is_refused(first: str, second: str, values: l
     rows = [{"prompt": "Q?", first: "x", second: "y", "label": value} for value in values]
     with pytest.raises(DataError, match="do not say which of the responses"):
         detect_shape(rows)
+
+
+@pytest.mark.parametrize("values", [[1, 1], [0, 2], [5, 5]])
+def test_the_number_of_the_best_is_refused_where_it_may_count_from_0_or_1(values: list[int]) -> None:
+    rows = [{"prompt": "Q?", "responses": ["x", "y"], "best": value} for value in values]
+    with pytest.raises(DataError, match="may be counted from 0 or from 1" if values == [1, 1] else "names no response"):
+        detect_shape(rows)
+
+
+def test_a_winner_that_names_no_response_drops_its_row() -> None:
+    rows = [{"prompt": "Q?", "responses": ["x", "y", "y"], "best": value} for value in (0, 1, "x", "y", "z", None, True, 2.0)]
+    preferences, dropped, _ = load_preferences(rows, pairs="all")
+    assert [[(p.responses[i], p.responses[j]) for i, j in p.pairs] for p in preferences] == [
+        [("x", "y")] * 2,
+        [("y", "x")],
+        [("x", "y")] * 2,
+        [("y", "x")],
+    ]
+    assert {(d.reason, d.where.row) for d in dropped} == {("no_preference", row) for row in (3, 4, 5, 6)}
 
 
 FOUR = [{"text": text, "score": score} for text, score in (("a", 1), ("b", 4), ("c", 4), ("d", 2))]
@@ -346,6 +398,38 @@ def test_column_map_renames_and_reaches_into_objects() -> None:
 def test_a_wrong_column_map_is_refused(column_map: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         detect_shape([{"question": "Q?", "chosen": "good", "rejected": "bad"}], column_map)
+
+
+def test_a_column_map_takes_answers_out_of_a_list() -> None:
+    row = {"instruction": "Q?", "output": ["good", "bad"]}
+    with pytest.raises(DataError, match=r"column_map: \{chosen: output\.0, rejected: output\.1\}"):
+        detect_shape([row])
+    preference = kept(row, {"instruction": "R?", "output": ["one"]}, column_map={"chosen": "output.0", "rejected": "output.1"})
+    assert (preference.prompt, preference.responses) == PLAIN_PAIR
+
+
+def test_plain_text_is_refused_with_and_without_sft_rows() -> None:
+    for sft_rows in (False, True):
+        with pytest.raises(DataError, match="nothing that says where a prompt ends"):
+            detect_shape([{"text": "Hello there."}], sft_rows=sft_rows)
+
+
+def test_messages_as_json_text_are_messages() -> None:
+    chat = json.dumps([user("Q?")])
+    shape = detect_shape([{"prompt": chat, "chosen": "good", "rejected": "bad"}])
+    assert "messages as JSON text in 'prompt'" in str(shape)
+    result = to_preference({"prompt": "[not a conversation]", "chosen": "good", "rejected": "bad"}, shape, HERE)
+    assert isinstance(result, Dropped)
+    assert result.reason == "bad_messages"
+    # One text among others that quotes a conversation is text.
+    preference = kept({"prompt": chat, "chosen": "good", "rejected": "bad"}, {"prompt": "R?", "chosen": "good", "rejected": "bad"})
+    assert preference.prompt == chat
+
+
+def test_messages_as_python_text_are_refused() -> None:
+    row = {"prompt": str([user("Q?")]), "chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match=r"json\.dumps instead of str"):
+        detect_shape([row, row])
 
 
 def test_sft_only_rows_are_mixed_in_on_request() -> None:

@@ -20,7 +20,8 @@ from .test_formats import ONE_PAIR_SHAPES, VERDICTS
 
 WELL_FORMED: list[dict[str, Any]] = [row for row, _ in (*ONE_PAIR_SHAPES.values(), *VERDICTS.values())]
 QA = {"question": "Q?", **{f"prediction {i}": f"p{i}" for i in range(1, 5)}, "preference": [1, 1, 1, 0, 2, 2]}
-SHAPES: list[Shape] = [detect_shape([row]) for row in [*WELL_FORMED, QA]]
+SHAPES: list[Shape] = [detect_shape([row]) for row, _ in ONE_PAIR_SHAPES.values()]
+SHAPES += [detect_shape([row, *more]) for row, more in VERDICTS.values()] + [detect_shape([QA])]
 SHAPES += [detect_shape([{"prompt": "Q?", "completion": "A.", "label": True}], sft_rows=True)]
 SHAPES += [detect_shape([{"prompt": "Q", "response": "a", "score": 1}, {"prompt": "Q", "response": "b", "score": 2}])]
 
@@ -41,6 +42,8 @@ WORDS = st.sampled_from(
         "[]",
         "[{}]",
         "model_a",
+        '[{"role": "user", "content": "Q?"}]',
+        '{"from": "gpt", "value": 3}',
     ]
 )
 TEXTS = WORDS | st.text(max_size=12)

@@ -49,6 +49,9 @@ REJECTED = (
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 LISTS = ("completions", "responses", "answers", "candidates", "outputs", "generations", "summaries")
+RANKED = ("ranked_responses", "ranked_completions", "ranked_answers", "ranked_outputs")
+"""Lists whose order is the verdict: the best response first."""
+
 SCORES = ("scores", "ratings", "rewards", "score", "rating")
 RANKS = ("ranks", "rank")
 LABELS = (
@@ -63,6 +66,9 @@ LABELS = (
     "better_response",
     "verdict",
     "chosen_index",
+    "best",
+    "best_response",
+    "votes",
 )
 STRENGTHS = ("preference_strength", "overall_preference")
 ANSWERS = ("completion", "response", "output", "answer", "target", "text", "messages", "conversations")
@@ -83,7 +89,7 @@ RESPONSE_STEMS = frozenset(
         "reply",
     }
 )
-SCORE_STEMS = frozenset({"score", "rating", "reward", "rank"})
+SCORE_STEMS = frozenset({"score", "rating", "reward", "rank", "votes", "num_votes", "upvotes"})
 VOTER_STEMS = frozenset({"annotator", "vote", "rater", "judge", "labeler", "labeller", "annotation"})
 PAIR_EXAMPLE = '{"prompt": …, "chosen": …, "rejected": …}'
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from orpo.data.celltext import decode
 from orpo.data.messages import BadRow, is_empty_answer, is_empty_prompt, plain_text, type_name
 from orpo.data.reasons import REASONS
 from orpo.data.recognise import Shape, detect_shape, merge_rated_rows, rename
@@ -42,7 +43,7 @@ def to_draft(row: Any, shape: Shape) -> Draft:
     if shape.group_column is not None and "completions" not in row:
         row = merge_rated_rows([row], shape)
     try:
-        return shape.reader(row)
+        return shape.reader(decode(row, shape.json_columns) if shape.json_columns else row)
     except BadRow as error:
         if error.reason == "no_preference" and shape.group_column is not None and len(row["completions"]) == 1:
             raise BadRow("unpaired", "the only rated response of its prompt") from None
@@ -297,7 +298,7 @@ def load_preferences(
         (preferences if isinstance(item, Preference) else dropped).append(item)  # type: ignore[arg-type]
     reasons = Counter(item.reason for item in dropped)
     if not preferences:
-        raise nothing_left(reasons, ", ".join(stream.source.label for stream in streams))
+        raise nothing_left(dropped, ", ".join(stream.source.label for stream in streams))
     _warn(reasons, len(preferences) + len(dropped))
     return preferences, dropped, _joint_shape(streams)
 
@@ -309,9 +310,14 @@ def _joint_shape(streams: Sequence[Stream]) -> Shape:
     return Shape("several sources", "; ".join(f"{stream.source.label}: {stream.shape}" for stream in streams), shape.reader)
 
 
-def nothing_left(reasons: Mapping[str, int], where: str) -> DataError:
-    """The error for a source of which every row was dropped, with the histogram of reasons."""
-    histogram = "; ".join(f"{number} {reason}: {REASONS[reason]}" for reason, number in Counter(reasons).most_common())
+def nothing_left(dropped: Sequence[Dropped], where: str) -> DataError:
+    """The error for a source of which every row was dropped, with the histogram of reasons and the first row of each."""
+    first: dict[str, Dropped] = {}
+    for item in dropped:
+        first.setdefault(item.reason, item)
+    told = {reason: f"{item.where}{f', {item.detail}' if item.detail else ''}" for reason, item in first.items()}
+    counts = Counter(item.reason for item in dropped).most_common()
+    histogram = "; ".join(f"{number} {reason}: {REASONS[reason]} (first: {told[reason]})" for reason, number in counts)
     return DataError(
         f"no row can be trained on: {histogram}",
         where=where,

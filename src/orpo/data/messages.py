@@ -107,7 +107,8 @@ def _message(value: Any, name: str) -> Message:
         raise BadRow("wrong_type", f"{name} holds a {type_name(value)} where a message should be")
     role = value.get("role", value.get("from"))
     if not isinstance(role, str) or role.strip().lower() not in _ROLES:
-        raise BadRow("bad_messages", f"{name} has the role {role if isinstance(role, str) else type_name(role)!r:.60}")
+        told = f"the role {role[:60]!r}" if isinstance(role, str) else "no role" if role is None else f"a {type_name(role)} as its role"
+        raise BadRow("bad_messages", f"{name} holds a message with {told}")
     raw_role = role.strip().lower()
     content = value["content"] if "content" in value else value.get("value", value.get("text"))
     calls = value.get("tool_calls")

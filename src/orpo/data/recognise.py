@@ -7,26 +7,19 @@ was found, what would be needed and the nearest thing to it.
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from orpo.data import shapes, verdicts
+from orpo.data import candidates
+from orpo.data.celltext import decode, json_columns
 from orpo.data.columns import (
     ANSWERS,
     CHOSEN,
-    LABELS,
-    LISTS,
     PAIR_EXAMPLE,
-    RANKS,
     RATINGS,
     REJECTED,
     RESPONSE_STEMS,
-    SCORE_STEMS,
-    SCORES,
-    STRENGTHS,
-    VOTER_STEMS,
     Sample,
     columns_of,
     is_number,
@@ -36,10 +29,11 @@ from orpo.data.columns import (
     unused_line,
     verdict_on_one_answer,
 )
-from orpo.data.messages import is_transcript, looks_like_messages, type_name
+from orpo.data.messages import BadRow, is_transcript, looks_like_messages, type_name
 from orpo.data.pairs import PairPolicy, parse_policy
-from orpo.data.refusals import map_hint, no_prompt, refusal, unlabelled
-from orpo.data.shapes import GroupReader, PairReader, PromptReader, Reader, SftReader, VotedReader
+from orpo.data.refusals import map_hint, no_prompt, refusal
+from orpo.data.several import Found, several_responses
+from orpo.data.shapes import GroupReader, PairReader, PromptReader, Reader, SftReader
 from orpo.data.types import Dropped
 from orpo.errors import DataError
 
@@ -71,18 +65,23 @@ class Shape:
     group_column: str | None = None
     answer_column: str | None = None
     score_column: str | None = None
+    json_columns: frozenset[str] = frozenset()
+    """Columns whose text is messages in JSON."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.description}"
 
 
 def lookup(row: Mapping[Any, Any], path: str) -> Any:
-    """A column, or a dotted path into nested objects (`input.messages`); None where there is nothing."""
+    """A column, or a dotted path into nested objects and lists (`input.messages`, `output.0`); None where there is nothing."""
     if path in row:
         return row[path]
     value: Any = row
     for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, (list, tuple)) and part.isdecimal():
+            value = value[int(part)] if int(part) < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
@@ -119,7 +118,9 @@ def detect_shape(
     """
     policy = parse_policy(pairs)
     mapping = _checked_map(rows, column_map, where)
-    sample = Sample([rename(row, mapping) for row in rows if isinstance(row, Mapping)], where)
+    named = [rename(row, mapping) for row in rows if isinstance(row, Mapping)]
+    in_json = json_columns(named, where)
+    sample = Sample([decoded for row in named if (decoded := _decoded(row, in_json)) is not None], where)
     if not sample.rows:
         kinds = sorted({"unreadable row" if isinstance(row, Dropped) else type_name(row) for row in rows})
         raise DataError(
@@ -128,17 +129,22 @@ def detect_shape(
             expected=f"rows such as {PAIR_EXAMPLE}",
             mend="write one object per row",
         )
-    shape = _pair_shape(sample, sft_rows) or _several_responses(sample, policy) or _rated_rows(sample, policy)
+    shape = _pair_shape(sample, sft_rows) or several_responses(sample, policy) or _rated_rows(sample, policy)
     if shape is None:
         shape = _sft_shape(sample) if sft_rows else None
     if shape is None:
         raise refusal(sample)
     name, description, reader, used, *grouping = shape
-    return Shape(name, description, reader, frozenset(used), mapping, *grouping)
+    if told := sorted(in_json & set(used)):
+        description += f"; messages as JSON text in {', '.join(map(repr, told))}"
+    return replace(Shape(name, description, reader, frozenset(used), mapping, *grouping), json_columns=in_json)
 
 
-_Found = tuple[Any, ...] | None
-"""name, description, reader, used columns, and for grouped rows their columns; or None."""
+def _decoded(row: Mapping[Any, Any], columns: frozenset[str]) -> Mapping[Any, Any] | None:
+    try:
+        return decode(row, columns)
+    except BadRow:
+        return None
 
 
 def _checked_map(rows: Sequence[Any], column_map: Mapping[str, str] | None, where: str) -> tuple[tuple[str, str], ...]:
@@ -167,7 +173,7 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _pair_shape(sample: Sample, sft_rows: bool) -> _Found:
+def _pair_shape(sample: Sample, sft_rows: bool) -> Found:
     chosen, rejected = sample.find(CHOSEN), sample.find(REJECTED)
     if chosen is None and rejected is None:
         return None
@@ -193,7 +199,7 @@ def _is_verdict(sample: Sample, column: str | None) -> bool:
     return bool(sample.numbered(RESPONSE_STEMS)) and column is not None
 
 
-def _half_a_pair(sample: Sample, chosen: str | None, rejected: str | None, sft_rows: bool) -> _Found:
+def _half_a_pair(sample: Sample, chosen: str | None, rejected: str | None, sft_rows: bool) -> Found:
     has_chosen = chosen is not None and bool(sample.filled[chosen])
     if has_chosen and sft_rows and chosen is not None:
         prompt = prompt_reader(sample, taken=(chosen,))
@@ -223,91 +229,7 @@ def _pair_name(sample: Sample, prompt: PromptReader, chosen: str, transcripts: b
     return f"{names}/chosen/rejected ({kind})"
 
 
-def _several_responses(sample: Sample, policy: PairPolicy) -> _Found:
-    groups = {stem: items for stem, items in sample.numbered(RESPONSE_STEMS).items() if len(items) > 1}
-    if groups:
-        return _numbered_responses(sample, max(groups.values(), key=len), policy)
-    column = sample.find(LISTS)
-    if column is not None and sample.share(column, lambda value: isinstance(value, (list, tuple, Mapping))) > 0.5:
-        return _listed_responses(sample, column, policy)
-    return None
-
-
-def _numbered_responses(sample: Sample, items: list[tuple[str, str]], policy: PairPolicy) -> _Found:
-    suffixes, columns = tuple(suffix for suffix, _ in items), tuple(column for _, column in items)
-    prompt = prompt_reader(sample, taken=columns)
-    if not prompt.columns and sample.share(columns[0], looks_like_messages) < 0.5:
-        raise no_prompt(sample, columns)
-    used = [*columns_of(prompt), *columns]
-    line = f"{prompt_line(prompt)}, responses = {', '.join(map(repr, columns))}"
-    if len(columns) == 2 and (verdict := _verdict(sample, (suffixes[0], suffixes[1]))):
-        how, labels, winner = verdict
-        reader: Reader = VotedReader(prompt, (columns[0], columns[1]), winner)
-        used += labels
-        return "two responses and a verdict", f"{line}, {how}{unused_line(sample, used)}", reader, used
-    for stem, marks in sample.numbered(SCORE_STEMS).items():
-        if tuple(suffix for suffix, _ in marks) == suffixes:
-            scores = tuple(column for _, column in marks)
-            reader = GroupReader(prompt, shapes.of_columns(columns, scores, lower_is_better=stem == "rank"), policy)
-            used += scores
-            return "scored responses", f"{line}, scores = {', '.join(map(repr, scores))}{unused_line(sample, used)}", reader, used
-    votes = next((c for n in LABELS if (c := sample.find((n,))) and sample.share(c, lambda v: isinstance(v, (list, tuple))) > 0.5), None)
-    if votes is not None and len(columns) > 2:
-        reader = GroupReader(prompt, shapes.of_votes(columns, votes), policy)
-        used.append(votes)
-        return "responses with pairwise votes", f"{line}, votes = {votes!r}{unused_line(sample, used)}", reader, used
-    raise unlabelled(sample, columns)
-
-
-def _verdict(sample: Sample, suffixes: tuple[str, str]) -> tuple[str, list[str], verdicts.Verdict] | None:
-    """(description, columns, verdict) for two responses, from whichever notation the columns hold."""
-    strength = sample.find(STRENGTHS)
-    if strength is not None:
-        return f"strength = {strength!r}", [strength], verdicts.verdict_of_strength(strength)
-    flags = [c for s in suffixes if (c := sample.find((f"winner_model_{s}", f"winner_{s}")))]
-    if len(flags) == 2:
-        return f"winner flags = {flags[0]!r}, {flags[1]!r}", flags, verdicts.verdict_of_flags((flags[0], flags[1]))
-    label = next(
-        (c for n in LABELS if (c := sample.find((n,))) and sample.share(c, lambda v: isinstance(v, (str, int, float))) > 0.5), None
-    )
-    if label is not None:
-        values = [value for value in sample.values(label) if isinstance(value, (str, int, float))]
-        return f"winner = {label!r}", [label], verdicts.verdict_of_label(label, suffixes, values, sample.where)
-    voters = [column for items in sample.numbered(VOTER_STEMS).values() for _, column in items]
-    if voters:
-        values = [value for column in voters for value in sample.values(column) if isinstance(value, (str, int, float))]
-        each = [verdicts.verdict_of_label(column, suffixes, values, sample.where) for column in voters]
-        return f"majority of {', '.join(map(repr, voters))}", voters, verdicts.verdict_of_votes(each)
-    return None
-
-
-def _listed_responses(sample: Sample, column: str, policy: PairPolicy) -> _Found:
-    prompt = prompt_reader(sample, taken=(column,))
-    if not prompt.columns:
-        raise no_prompt(sample, (column,))
-    line = f"{prompt_line(prompt)}, responses = {column!r}"
-    used = [*columns_of(prompt), column]
-    for names, is_rank in ((SCORES, False), (RANKS, True)):
-        marks = sample.find(names)
-        if marks is not None and sample.share(marks, lambda value: isinstance(value, (list, tuple))) > 0.5:
-            reader = GroupReader(prompt, shapes.of_list(column, marks, lower_is_better=is_rank), policy)
-            used.append(marks)
-            return (
-                "ranked responses" if is_rank else "scored responses",
-                f"{line}, {'ranks' if is_rank else 'scores'} = {marks!r}",
-                reader,
-                used,
-            )
-    items = [item for value in sample.values(column) if isinstance(value, (list, tuple)) for item in value]
-    keys = Counter(key for item in items if (key := shapes.own_score_key(item)))
-    if not keys:
-        raise unlabelled(sample, [column])
-    reader = GroupReader(prompt, shapes.of_list(column, None, lower_is_better=False), policy)
-    key = keys.most_common(1)[0][0]
-    return "ranked responses" if key in shapes.RANK_KEYS else "scored responses", f"{line}, each with its {key!r}", reader, used
-
-
-def _rated_rows(sample: Sample, policy: PairPolicy) -> _Found:
+def _rated_rows(sample: Sample, policy: PairPolicy) -> Found:
     """One rated response per row, the rows of a prompt one after the other (HelpSteer)."""
     score, answer = sample.find(RATINGS), sample.find(ANSWERS[:5])
     if score is None or answer is None or sample.share(score, is_number) < 0.5:
@@ -320,7 +242,7 @@ def _rated_rows(sample: Sample, policy: PairPolicy) -> _Found:
     if not repeats:
         return None
     grouped = PromptReader((column,), prompt.system, prompt.tools)
-    reader = GroupReader(grouped, shapes.of_list("completions", None, lower_is_better=False), policy)
+    reader = GroupReader(grouped, candidates.of_list("completions", None, lower_is_better=False), policy)
     used = [*columns_of(grouped), answer, score]
     line = f"{prompt_line(grouped)}, response = {answer!r}, score = {score!r}, neighbouring rows of one prompt together"
     return "one rated response per row", line + unused_line(sample, used), reader, used, column, answer, score
@@ -332,7 +254,7 @@ def merge_rated_rows(rows: Sequence[Mapping[Any, Any]], shape: Shape) -> Mapping
     return {**rows[0], "completions": completions}
 
 
-def _sft_shape(sample: Sample) -> _Found:
+def _sft_shape(sample: Sample) -> Found:
     answer = next((c for n in ANSWERS if (c := sample.find((n,))) and sample.filled[c]), None)
     if answer is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from orpo.data import shapes
 from orpo.data.columns import (
@@ -39,7 +40,15 @@ def no_prompt(sample: Sample, taken: Sequence[str]) -> DataError:
     )
 
 
-def unlabelled(sample: Sample, columns: Sequence[str]) -> DataError:
+def unlabelled(sample: Sample, columns: Sequence[str], *, is_list: bool = False) -> DataError:
+    """Several responses per prompt without a verdict; `is_list`: they stand in one column."""
+    if is_list:
+        return sample.error(
+            f"several responses per prompt in {columns[0]!r}, and nothing that says which is better",
+            expected="a list of scores or ranks beside them, a score in each, or a column with the number of the best",
+            mend="add the verdicts. Where the order is the verdict, the best first: "
+            f"column_map: {{chosen: {columns[0]}.0, rejected: {columns[0]}.1}}",
+        )
     return sample.error(
         f"{len(columns)} responses per prompt, and nothing that says which is better",
         expected="a winner or label column, one vote column per annotator, or a score for each response",
@@ -67,8 +76,17 @@ def refusal(sample: Sample) -> DataError:
             expected=PAIR_EXAMPLE,
             mend=f"did you mean these? Then set column_map: {{{hint}}}",
         )
+    if answer is not None and sample.share(answer, _holds_several) > 0.5:
+        return unlabelled(sample, [answer], is_list=True)
     free = [c for c in sample.columns if c not in prompt.columns and sample.share(c, lambda value: isinstance(value, str)) > 0.5]
-    if answer is not None and (answer not in prompt.columns or any(looks_like_messages(v) for v in sample.values(answer))):
+    talks = answer is not None and any(looks_like_messages(value) for value in sample.values(answer))
+    if answer is not None and not talks and not set(prompt.columns) - {answer}:
+        return sample.error(
+            f"plain text in {answer!r}, and nothing that says where a prompt ends and its answer begins",
+            expected=PAIR_EXAMPLE,
+            mend="write prompt and answers into columns of their own",
+        )
+    if answer is not None and (answer not in prompt.columns or talks):
         return sample.error(
             f"instruction-only rows: one answer per prompt ({answer!r}) and none to reject",
             expected=f"two answers to the same prompt, the better one marked: {PAIR_EXAMPLE}",
@@ -87,6 +105,11 @@ def refusal(sample: Sample) -> DataError:
         expected=PAIR_EXAMPLE,
         mend="name the columns, for example column_map: {prompt: question, chosen: good, rejected: bad}",
     )
+
+
+def _holds_several(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(item, str) for item in value)
 
 
 def _near_column(sample: Sample, names: Sequence[str]) -> str | None:

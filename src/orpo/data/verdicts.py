@@ -92,6 +92,56 @@ def _ambiguous(label: str, suffixes: tuple[str, str], numbers: set[Any], where: 
     )
 
 
+def verdict_of_vote_list(label: str, suffixes: tuple[str, str], values: Sequence[Any], where: str) -> Verdict:
+    """One column that holds a list of votes, each written as `verdict_of_label` reads it; as `verdict_of_votes`.
+
+    Raises:
+        DataError: numbers that could mean either response.
+    """
+    one = verdict_of_label(label, suffixes, [vote for value in values if isinstance(value, (list, tuple)) for vote in value], where)
+
+    def verdict(row: Mapping[str, Any]) -> int | None:
+        votes = row.get(label)
+        if not isinstance(votes, (list, tuple)):
+            raise BadRow("no_preference" if votes is None else "wrong_type", f"{label} is not a list of votes")
+        return verdict_of_votes([_cast(one, label, vote) for vote in votes])(row)
+
+    return verdict
+
+
+def _cast(one: Verdict, label: str, vote: Any) -> Verdict:
+    return lambda row: one({**row, label: vote})
+
+
+def first_index(label: str, values: Sequence[Any], sizes: Sequence[int], where: str) -> int:
+    """Whether the winners of lists of responses, given by number, are counted from 0 or from 1, settled by a sample.
+
+    Raises:
+        DataError: the numbers fit both, or neither.
+    """
+    numbers = [(number, size) for value, size in zip(values, sizes, strict=True) if (number := _as_int(value)) is not None]
+    fits = [first for first in (0, 1) if all(first <= number < size + first for number, size in numbers)]
+    if numbers and len(fits) != 1:
+        shown = ", ".join(str(number) for number in sorted({number for number, _ in numbers})[:6])
+        raise DataError(
+            f"the values of {label!r} ({shown}) may be counted from 0 or from 1" if fits else f"{label!r} ({shown}) names no response",
+            where=where,
+            expected="the number or the text of the winner, both kinds of counting being told apart by a 0 or by the number of responses",
+            mend=f"rewrite {label!r}, or make columns chosen and rejected from it",
+        )
+    return fits[0]
+
+
+def winner_in_list(value: Any, texts: Sequence[Any], first: int, label: str) -> int:
+    """The place of a winner given by its number (counted from `first`) or by its text. Raises BadRow."""
+    number = _as_int(value)
+    if number is not None and first <= number < len(texts) + first:
+        return number - first
+    if isinstance(value, str) and texts.count(value) == 1:
+        return list(texts).index(value)
+    raise BadRow("no_preference", f"{label} names no response")
+
+
 def verdict_of_strength(column: str) -> Verdict:
     """A signed strength of preference (HelpSteer 2 and 3): below 0 the first, above 0 the second, 0 a tie."""
 
