@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "<redacted>"
@@ -47,3 +48,18 @@ def redact(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [redact(item) for item in value]
     return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_words(words: Sequence[str]) -> list[str]:
+    """A command line without secrets: also the value behind a secret's flag (`--hub_token VALUE`, `--hub_token=VALUE`)."""
+    shown: list[str] = []
+    hides_next = False
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        is_flag = word.startswith("-") and is_secret_name(name.lstrip("-"))
+        if hides_next and not word.startswith("--"):
+            shown.append(HIDDEN)
+        else:
+            shown.append(f"{name}={HIDDEN}" if is_flag and has_value else redact_text(word))
+        hides_next = is_flag and not has_value
+    return shown

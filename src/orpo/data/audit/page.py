@@ -38,7 +38,7 @@ def _histogram(values: dict[str, np.ndarray], *, title: str, x: str, line: float
     joint = np.concatenate(list(filled.values()))
     low, high = np.percentile(joint, [0.5, 99.5])
     edges = np.linspace(low, high if high > low else low + 1, _NUM_BINS + 1)
-    traces = []
+    traces: list[Figure] = []
     for name, array in filled.items():
         counts, _ = np.histogram(np.clip(array, edges[0], edges[-1]), bins=edges)
         centres = ((edges[:-1] + edges[1:]) / 2).round(3)

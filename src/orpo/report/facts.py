@@ -1,0 +1,237 @@
+"""What a folder holds, read without trust: damaged lines, half-written files and missing parts become notes, not errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orpo.errors import UserError
+from orpo.redact import redact
+from orpo.report.sections import number, part, parts
+from orpo.runfolder import RunFolder
+
+RESULTS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
+"""Results of `orpo eval`, in the order of the report."""
+COMPARISON_FILE = "comparison.json"
+_MAX_FILE_BYTES = 200_000_000
+
+
+@dataclass
+class Logs:
+    """The lines of metrics.jsonl, parted by what they tell.
+
+    Attributes:
+        training: logs of training steps, in order.
+        evaluation: logs of evaluations.
+        end: the trainer's own summary, or empty.
+        num_not_finite: logged values that are no numbers ("nan", "inf").
+    """
+
+    training: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] = field(default_factory=dict)
+    num_not_finite: int = 0
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a logged name; evaluations by their `eval_` names."""
+        records = self.evaluation if name.startswith("eval_") else self.training
+        points = [(number(record.get("step")), number(record.get(name))) for record in records]
+        known = [(step, value) for step, value in points if step is not None and value is not None]
+        return [step for step, _ in known], [value for _, value in known]
+
+    @property
+    def evaluation_prefixes(self) -> list[str]:
+        """`eval_`, or one prefix for each of several evaluation sets."""
+        names = {name.removesuffix("nll_loss") for record in self.evaluation for name in record if name.endswith("nll_loss")}
+        return sorted(names)
+
+
+@dataclass
+class RunFacts:
+    """A run's folder, read.
+
+    Attributes:
+        run: run.json; empty where it is missing.
+        results: task -> record of `eval/<task>.json`.
+        demo: the demo's own outcome, or empty.
+        notes: what is missing, damaged or unusual, in sentences.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    logs: Logs
+    results: dict[str, dict[str, Any]]
+    demo: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Option -> value."""
+        return {key: part(item, "value") for key, item in parts(self.run, "configuration").items() if isinstance(item, dict)}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that a file or a flag set."""
+        stored = parts(self.run, "configuration")
+        return {key: value for key, value in self.configuration.items() if part(stored, key, "origin") != "default"}
+
+    @property
+    def status(self) -> str:
+        """complete, running, stopped, failed; unknown without run.json."""
+        status = self.run.get("status")
+        return status if isinstance(status, str) and status else "unknown"
+
+
+def find_folder(path: str | Path) -> Path:
+    """The run's or comparison's folder that a path means: itself, or the run around `model` or `adapter`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        is_there = folder.exists()
+        raise UserError("is a file" if is_there else "does not exist", where=str(path), expected="the folder of a run or of a comparison")
+    for candidate in (folder, folder.parent):
+        if is_comparison(candidate) or (candidate / "run.json").is_file() or (candidate == folder and _has_results(folder)):
+            return candidate
+    raise UserError(
+        "is neither a run nor a comparison",
+        where=str(path),
+        expected=f"a folder with run.json, with {COMPARISON_FILE}, or with results of `orpo eval`",
+        mend="`orpo train`, `orpo demo` and `orpo compare` make such folders",
+    )
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether a comparison was made there."""
+    return (folder / COMPARISON_FILE).is_file()
+
+
+def _has_results(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or any(
+        (results / f"{task}.json").is_file() for results in _homes(folder) for task in RESULTS
+    )
+
+
+def _homes(folder: Path) -> tuple[Path, Path]:
+    """Where results may lie: in a run's `eval`, or in the folder itself, as `orpo eval MODEL` leaves them."""
+    return folder / "eval", folder
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Everything in a run's folder. Secrets that got into a file are taken out once more."""
+    notes: list[str] = []
+    run = _read_run_json(folder, notes)
+    logs = read_logs(folder / "metrics.jsonl", notes, is_expected=bool(run))
+    results = read_results(folder, notes)
+    demo = read_json(folder / "eval" / "demo.json", notes) or {}
+    facts = RunFacts(folder, run, logs, results, demo, notes)
+    _note_state(facts)
+    return facts
+
+
+def _read_run_json(folder: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        facts = RunFolder(folder).read()
+    except UserError as error:
+        notes.append(f"run.json cannot be used ({error.what}): configuration, data and versions are unknown")
+        return {}
+    if facts is None:
+        notes.append("There is no run.json: configuration, data and versions are unknown.")
+    return redact(facts or {})
+
+
+def _note_state(facts: RunFacts) -> None:
+    ended = facts.run.get("ended_by")
+    steps = f"step {facts.run.get('last_step')} of {facts.run.get('num_steps')}"
+    if facts.status == "running":
+        last = facts.logs.training[-1].get("step") if facts.logs.training else None
+        reached = f"the last log is of step {last} of {facts.run.get('num_steps')}" if last is not None else "no step is logged yet"
+        facts.notes.append(
+            f"The run has not ended: {reached}. What follows is what there is so far; the same command resumes a broken run."
+        )
+    elif facts.status in ("stopped", "failed"):
+        facts.notes.append(f"The run {facts.status} at {steps}{f': {ended}' if isinstance(ended, str) else ''}.")
+    if facts.logs.num_not_finite:
+        facts.notes.append(f"{facts.logs.num_not_finite} logged values are not finite numbers; they leave gaps in the curves.")
+    has_pairs = "pairs" in facts.results or facts.demo
+    if facts.run and facts.status == "complete" and not has_pairs:
+        facts.notes.append(f"No held-out pairs were evaluated yet: orpo eval {facts.folder}")
+
+
+def read_logs(path: Path, notes: list[str], *, is_expected: bool = True) -> Logs:
+    """The lines of metrics.jsonl. A damaged line is counted and named; the one that a kill left unfinished is passed over."""
+    logs = Logs()
+    if not path.is_file():
+        if is_expected:
+            notes.append("There is no metrics.jsonl: no curves.")
+        return logs
+    damaged: list[int] = []
+    for line_number, record in _lines(path, damaged):
+        if number(record.get("step")) is None:
+            damaged.append(line_number)
+            continue
+        logs.num_not_finite += sum(value in ("nan", "inf", "-inf") for value in record.values() if isinstance(value, str))
+        if "train_runtime" in record:
+            logs.end = record
+        elif any(name.startswith("eval_") for name in record):
+            logs.evaluation.append(record)
+        else:
+            logs.training.append(record)
+    if damaged:
+        named = ", ".join(map(str, damaged[:5])) + (" …" if len(damaged) > 5 else "")
+        lines = "line is" if len(damaged) == 1 else "lines are"
+        notes.append(f"metrics.jsonl: {len(damaged)} {lines} damaged and left out ({named}).")
+    return logs
+
+
+def _lines(path: Path, damaged: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for line_number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # being written, or cut off by a kill
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                yield line_number, record
+            elif line.strip():
+                damaged.append(line_number)
+
+
+def read_results(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """Task -> record of each result that is there."""
+    found = {}
+    for task in RESULTS:
+        for home in _homes(folder):
+            record = read_json(home / f"{task}.json", notes)
+            if record is None:
+                continue
+            if isinstance(record.get("result"), dict):
+                found[task] = record
+            else:
+                notes.append(f"{home.name}/{task}.json is no result of `orpo eval`; it is left out.")
+            break
+    return found
+
+
+def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    """An object from a file, without secrets; None where there is none, with a note where it cannot be read."""
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError("it is too large")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{path.name} cannot be read and is left out: {error}")
+        return None
+    redacted: dict[str, Any] = redact(value)
+    return redacted
