@@ -155,3 +155,102 @@ def test_options_out_of_range_are_named(model, tokenizer, encoder, option):
 
 def test_nothing_to_answer(model, tokenizer, encoder):
     assert generate(model, tokenizer, encoder, [], max_new_tokens=3) == []
+
+
+# ---- how it is decoded -------------------------------------------------------------------------------------------------------------
+
+
+def make_ending_at(model: torch.nn.Module, encoder: TemplateEncoder, lift: float = 0.0) -> list[int]:
+    """Widths of the batches that the model's forward sees from now on."""
+    seen: list[int] = []
+    make_stopping(model, encoder, lift)
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize(("architecture", "temperature"), [("llama", 0.0), ("llama", 1.0), ("gemma2", 1.0)])
+def test_rows_that_have_ended_leave_and_change_nothing(tiny_model_factory, tokenizer, encoder, architecture, temperature):
+    """Answers of many lengths in one batch, past the first room and past a sliding window, equal those one by one."""
+    model = tiny_model_factory(architecture, vocab_size=384)
+    widths = make_ending_at(model, encoder, 3.0 if temperature else 1.5)
+    prompts = [f"{prompt} {number}" for number in range(2) for prompt in PROMPTS]
+    arguments = {"max_new_tokens": 80, "temperature": temperature, "seed": 5}
+    together = generate(model, tokenizer, encoder, prompts, batch_size=10, **arguments)
+    assert widths[0] == 10
+    assert widths == sorted(widths, reverse=True)
+    lengths = sorted(answer.num_tokens for answer in together)
+    assert lengths[0] < lengths[-1]
+    assert sum(widths) == sum(lengths)  # of ten rows, each leaves at once
+    assert together == [generate(model, tokenizer, encoder, [prompt], **arguments)[0] for prompt in prompts]
+
+
+def test_models_with_another_memory_are_decoded_plainly(tiny_model_factory, tokenizer, encoder):
+    from orpo.evaluate.decode import roomy_cache
+
+    model = tiny_model_factory("mamba", vocab_size=384)
+    assert roomy_cache(model) is None
+    answers = generate(model, tokenizer, encoder, ["Hi"], max_new_tokens=8)
+    expected = decode_plainly(model, encoder, "Hi", 8)
+    assert answers[0].num_tokens == len(expected)
+
+
+def test_keys_and_values_are_those_of_transformers_cache():
+    """Appending, selecting rows and cutting back, against `DynamicLayer`; and tokens that are there stay where they are."""
+    from transformers.cache_utils import DynamicLayer
+
+    from orpo.evaluate.decode import RoomyLayer
+
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    num_rows, num_moves, place = 5, 0, None
+    for step in range(400):
+        states = torch.randn(num_rows, 2, 7 if step == 0 else 1, 4, generator=generator)
+        for one, other in zip(ours.update(states, -states), theirs.update(states, -states), strict=True):
+            assert torch.equal(one, other)
+        num_moves += place not in (None, ours.keys.data_ptr())
+        place = ours.keys.data_ptr()
+        if step in (50, 200):
+            kept = torch.tensor([0, 2, 3, 4] if step == 50 else [1, 3])
+            ours.batch_select_indices(kept)
+            theirs.batch_select_indices(kept)
+            num_rows = len(kept)
+        if step == 120:
+            ours.crop(-3)
+            theirs.crop(-3)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    assert num_moves <= 5
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(100, 64, [50, 50]), (100, 48, [34, 33, 33]), (5, 64, [5]), (7, 1, [1] * 7)])
+def test_batches_are_even(count, size, sizes):
+    from orpo.evaluate.generate import _batches
+
+    found = list(_batches(list(range(count)), [10] * count, size, 10**6, 20, None))
+    assert [len(rows) for rows in found] == sizes
+    assert [row for rows in found for row in rows] == list(range(count))
+
+
+def test_batches_keep_within_memory_and_context():
+    from orpo.evaluate.generate import _batches, _token_bytes
+
+    lengths = [90, 50, 40, 30, 20, 10]
+    found = list(_batches(list(range(6)), lengths, 6, 240, 30, 110))
+    assert found[0] == [0]  # its answer could run into the end of the context
+    assert all(len(rows) * (lengths[rows[0]] + 30) <= 240 for rows in found)
+    assert sum(map(len, found)) == 6
+    model = torch.nn.Module()
+    model.config = type("Config", (), {"get_text_config": lambda self: type("Text", (), {})()})()
+    assert _token_bytes(model, torch.bfloat16) == 128 * 2**10
+
+
+def test_memory_of_a_token_is_that_of_its_keys_and_values(tiny_model_factory):
+    from orpo.evaluate.decode import roomy_cache
+    from orpo.evaluate.generate import _token_bytes
+
+    for architecture in ("llama", "gpt2", "qwen2"):
+        model, cache = tiny_model_factory(architecture), None
+        cache = roomy_cache(model)
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 3
+        assert _token_bytes(model, None) == stored

@@ -73,7 +73,12 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max_new_tokens", type=int, help="of an answer (each task's own)")
     group.add_argument("--temperature", type=float, help="0 takes the likeliest token (each task's own)")
     group.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens up to this probability (1)")
-    group.add_argument("--batch_size", type=int, default=16, help="prompts at a time (16); changes no answer beyond rounding")
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=64,
+        help="most prompts at a time (64, or as many as memory holds); changes no answer beyond rounding",
+    )
     group.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
     group.add_argument("--device", help="cuda, mps, cpu (the best there is)")
     group.add_argument("--chat_template", help="as in training (the run's, else the model's own)")

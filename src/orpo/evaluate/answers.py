@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo.evaluate.cache import Cache, content_key
-from orpo.evaluate.generate import Answer, count_occurrences, generate
+from orpo.evaluate.generate import BATCH_SIZE, Answer, count_occurrences, generate
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def answer_prompts(
     sampling: Sampling,
     cache: Cache,
     *,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Answer]:
     """An answer to every prompt; new ones are kept as soon as their batch is done.

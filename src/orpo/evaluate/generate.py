@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
     from orpo.data.types import Text
 
 STOP, LENGTH, TOO_LONG = "stop", "length", "prompt_too_long"
-_MAX_BATCH_TOKENS = 32768
-"""Prompt and answer tokens of a batch, padding included: a bound for the cache of keys and values."""
+BATCH_SIZE = 64
+"""Large, since answers that have ended leave the batch."""
+_MAX_CACHE_BYTES = 4 * 2**30
+"""Most memory for the keys and values of a batch, padding included."""
+_USUAL_TOKEN_BYTES = 128 * 2**10
+"""Keys and values of a token in a model of 7 billion parameters: where a model's own cannot be told from its configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[int, Answer], None] | None = None,
@@ -77,7 +82,7 @@ def generate(
         temperature: 0 takes the likeliest token; above, tokens are sampled.
         top_p: sample from the likeliest tokens that together reach this probability.
         seed: of the samples. A prompt that is given several times is answered differently each time.
-        batch_size: prompts at a time.
+        batch_size: most prompts at a time; fewer where their keys and values would take too much memory.
         compute_dtype: None for the weights' own; bfloat16 is about twice as fast on float32 weights.
         progress: called with (answers done, prompts).
         each: called with (prompt's number, answer) as soon as it is there.
@@ -89,6 +94,8 @@ def generate(
     Raises:
         UserError: an option is out of range.
     """
+    from orpo.evaluate.decode import Job
+
     _check(max_new_tokens, temperature, top_p, batch_size)
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     limit = _context_tokens(model)
@@ -105,9 +112,12 @@ def generate(
             keep(row, Answer("", 0, TOO_LONG))
             todo.remove(row)
     seeds = _stream_seeds(ids, seed, count_occurrences(ids) if occurrences is None else occurrences)
-    job = _Job(model, encoder.terminator_ids, max_new_tokens, temperature, top_p, limit)
+    device = next(model.parameters()).device
+    noise = partial(_RowNoise, temperature=temperature, top_p=top_p, device=device) if temperature > 0 else None
+    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, noise)
     with inference(model, compute_dtype), _plain_generation_config(model):
-        for rows in _batches(todo, [len(one) for one in ids], batch_size, max_new_tokens, limit):
+        max_tokens = _MAX_CACHE_BYTES // _token_bytes(model, compute_dtype)
+        for rows in _batches(todo, [len(one) for one in ids], batch_size, max_tokens, max_new_tokens, limit):
             for row, tokens in zip(rows, job.run([ids[row] for row in rows], [seeds[row] for row in rows]), strict=True):
                 keep(row, _answer(tokenizer, tokens, encoder.terminator_ids))
             if progress is not None:
@@ -154,16 +164,34 @@ def _stream_seeds(ids: Sequence[np.ndarray], seed: int, occurrences: Sequence[in
     return found
 
 
-def _batches(rows: Sequence[int], lengths: Sequence[int], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
-    """Runs of rows, longest prompts first: little padding, and a lack of memory shows at once.
+def _token_bytes(model: nn.Module, compute_dtype: torch.dtype | None) -> int:
+    """Keys and values of one token, all layers."""
+    from orpo.engine.shared import unwrap
+
+    config = unwrap(model).config.get_text_config()
+    dtype = compute_dtype or next(model.parameters()).dtype
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return max(1, int(2 * config.num_hidden_layers * heads * width * dtype.itemsize))
+    except (AttributeError, TypeError):  # another architecture
+        return _USUAL_TOKEN_BYTES
+
+
+def _batches(
+    rows: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int, max_new_tokens: int, limit: int | None
+) -> Iterator[list[int]]:
+    """Runs of rows of about the same size, longest prompts first: little padding, and a lack of memory shows at once.
 
     A prompt whose answer may come up against the end of the model's context is alone, so that it shortens nobody else's.
     """
     start = 0
     while start < len(rows):
         width = lengths[rows[start]] + max_new_tokens
-        fitting = 1 if limit is not None and width > limit else max(1, _MAX_BATCH_TOKENS // width)
-        end = start + min(batch_size, fitting)
+        fitting = 1 if limit is not None and width > limit else max(1, max_tokens // width)
+        num_left = len(rows) - start
+        num_batches = -(-num_left // min(batch_size, fitting))
+        end = start + (1 if fitting == 1 else -(-num_left // num_batches))
         yield list(rows[start:end])
         start = end
 
@@ -183,42 +211,6 @@ def _plain_generation_config(model: nn.Module) -> Iterator[None]:
         core.generation_config = before
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """How to continue prompts."""
-
-    model: Any
-    stop_ids: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    limit: int | None
-
-    def run(self, prompts: list[np.ndarray], seeds: list[int]) -> list[list[int]]:
-        """New ids of each prompt, what follows its stop token cut off."""
-        import torch
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        device = next(self.model.parameters()).device
-        width = max(len(ids) for ids in prompts)
-        new = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - width)
-        input_ids = torch.full((len(prompts), width), self.stop_ids[0], dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompts):
-            input_ids[row, width - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
-            mask[row, width - len(ids) :] = 1
-        noise = [_RowNoise(seeds, self.temperature, self.top_p, device)] if self.temperature > 0 else []
-        stops = list(self.stop_ids)
-        config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=stops, pad_token_id=stops[0], use_cache=True)
-        output = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(noise),
-        )
-        return [_until_stop(row, self.stop_ids) for row in output[:, width:].tolist()]
-
-
 class _RowNoise:
     """Sampling as the largest of log-probabilities plus Gumbel noise, each row from its own generator.
 
@@ -231,6 +223,10 @@ class _RowNoise:
         self.temperature, self.top_p, self.device = temperature, top_p, device
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows."""
+        self.generators = [self.generators[row] for row in rows]
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
 
@@ -241,11 +237,6 @@ class _RowNoise:
             scores = scores.masked_fill(is_beyond.scatter(-1, order, is_beyond), -torch.inf)
         uniform = torch.stack([torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self.generators])
         return scores - (-uniform.clamp(min=1e-300).log()).log().to(scores)
-
-
-def _until_stop(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    end = next((position + 1 for position, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[:end]
 
 
 def _answer(tokenizer: Any, ids: list[int], stop_ids: tuple[int, ...]) -> Answer:

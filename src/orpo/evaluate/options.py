@@ -135,7 +135,7 @@ class EvalOptions:
     temperature: float | None = None
     top_p: float = 1.0
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 64
     output: Path | None = None
     retry_malformed: bool = False
     loading: Loading = field(default_factory=Loading)
