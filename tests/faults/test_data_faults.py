@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orpo.cli import main
 from orpo.data.formats import load_preferences
 from orpo.data.sources import read_source
 from orpo.errors import EXIT_USER, DataError
@@ -128,7 +129,8 @@ def test_5_invalid_utf8_stops_at_its_line(tmp_path: Path, ending: str) -> None:
     path.write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
     with pytest.raises(DataError, match="byte 0xe9 is not valid UTF-8") as caught:
         load_preferences(path)
-    assert str(caught.value).startswith(f"{path}:3: ")
+    column = {"csv": 2, "json": 14}.get(ending, json.dumps(GOOD).index("Q") + 1)
+    assert str(caught.value).startswith(f"{path}:3:{column}: ")
     assert caught.value.exit_code == EXIT_USER
 
 
@@ -152,18 +154,26 @@ BROKEN = {
     "text after the array": ("json", "[" + json.dumps(GOOD) + "]\nx", ":2:1:"),
     "bad value": ("json", '{"data": [\n{"prompt": nope}]}', ":2:12:"),
     "control character": ("jsonl", json.dumps(GOOD) + '\n{"prompt": "a\tb"}', ":2:14:"),
-    "open quote": ("csv", 'prompt,chosen,rejected\nQ?,good,bad\nQ?,"good,bad\nQ?,good,bad\n', ":3:"),
-    "text after a quote": ("csv", 'prompt,chosen,rejected\nQ?,"good"er,bad\n', ":2:"),
+    "open quote": ("csv", 'prompt,chosen,rejected\nQ?,good,bad\nQ?,"good,bad\nQ?,good,bad\n', ":3:4:"),
+    "text after a quote": ("csv", 'prompt,chosen,rejected\nQ?,"good"er,bad\n', ":2:10:"),
+    "text after a quote, lines down": ("csv", 'prompt,chosen,rejected\n"Q ""x""\n?","goo\nd" er,bad\n', ":4:3:"),
+    "semicolons, open quote": ("csv", 'prompt;chosen;rejected\n"a,b";"c""d";"e\n', ":2:14:"),
+    "tabs": ("tsv", 'prompt\tchosen\trejected\na\t"b"c\td\n', ":2:6:"),
 }
 
 
 @pytest.mark.parametrize(("ending", "text", "place"), BROKEN.values(), ids=BROKEN)
-def test_6_broken_files_name_their_place(tmp_path: Path, ending: str, text: str, place: str) -> None:
+def test_6_broken_files_name_their_place(tmp_path: Path, ending: str, text: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"rows.{ending}"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match="broken") as caught:
         load_preferences(path)
     assert str(caught.value).startswith(f"{path}{place} broken"), caught.value
+    assert main(["audit", str(path), "--workers", "1"]) == EXIT_USER
+    out, err = capsys.readouterr()
+    assert not out
+    assert f"{path}{place} broken" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "parquet", "arrow", "feather"])
@@ -188,6 +198,7 @@ def test_6_damaged_binary_files(tmp_path: Path, ending: str, content: bytes | No
     with pytest.raises(DataError) as caught:
         load_preferences(path)
     assert str(path) in str(caught.value)
+    assert main(["audit", str(path), "--workers", "1"]) == EXIT_USER
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])

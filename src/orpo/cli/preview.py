@@ -145,5 +145,7 @@ def show(console: Console, view: RowView) -> None:
             first = run_.tokens[0]
             style = _STYLES[run_.role] + " underline" * first.counts_in_nll + " bold" * first.counts_in_odds
             text.append(visible(run_.text), style=style)
+        if segment.is_cut and segment.name != "prompt":
+            text.append(" ✂", style="bold magenta")
         console.print(text)
     say(console, "  underlined: NLL; bold: OR; " + ", ".join(f"{role} {colour}" for role, colour in _STYLES.items()))

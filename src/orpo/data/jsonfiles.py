@@ -38,12 +38,16 @@ def too_large(where: Where, max_row_bytes: int) -> Dropped:
     return Dropped("row_too_large", where, f"more than {max_row_bytes / 2**20:g} MiB")
 
 
-def invalid_utf8(name: str, line: int, error: UnicodeDecodeError) -> DataError:
-    """The error for bytes that are not UTF-8, at file and line."""
-    byte = error.object[error.start]
+def invalid_utf8(name: str, error: UnicodeDecodeError, line: int = 1, column: int = 1) -> DataError:
+    """The error for bytes that are not UTF-8, at file, line and column; `line` and `column` are where the decoded bytes begin."""
+    good = error.object[: error.start].decode("utf-8")
+    if num_newlines := good.count("\n"):
+        line, column = line + num_newlines, len(good) - good.rfind("\n")
+    else:
+        column += len(good)
     return DataError(
-        f"byte 0x{byte:02x} is not valid UTF-8",
-        where=f"{name}:{line}",
+        f"byte 0x{error.object[error.start]:02x} is not valid UTF-8",
+        where=f"{name}:{line}:{column}",
         expected="text in UTF-8",
         mend="save the file as UTF-8 (for instance: iconv -f LATIN1 -t UTF-8 FILE), or remove the damaged line",
     )
@@ -89,7 +93,7 @@ def read_json_lines(open_file: Opener, name: str, max_row_bytes: int) -> Iterato
     """One JSON value per line; blank lines are passed over, a row above `max_row_bytes` is not held in memory.
 
     Raises:
-        DataError: a line that is not JSON (file:line:column) or not UTF-8 (file:line).
+        DataError: a line that is not JSON or not UTF-8 (file:line:column).
     """
     row = 0
     with open_file() as stream:
@@ -102,7 +106,7 @@ def read_json_lines(open_file: Opener, name: str, max_row_bytes: int) -> Iterato
             try:
                 text = raw.rstrip(b"\r\n").decode("utf-8")
             except UnicodeDecodeError as error:
-                raise invalid_utf8(name, line_number, error) from None
+                raise invalid_utf8(name, error, line_number) from None
             if not text.strip():
                 continue
             try:
@@ -138,7 +142,6 @@ class _Window:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._mark, self._line, self._column = 0, 1, 1
-        self._num_newlines = 0
         self._is_first = True
 
     def fill(self) -> None:
@@ -152,9 +155,7 @@ class _Window:
         try:
             decoded = self._decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            line = 1 + self._num_newlines + error.object[: error.start].count(b"\n")
-            raise invalid_utf8(self.name, line, error) from None
-        self._num_newlines += decoded.count("\n")
+            raise invalid_utf8(self.name, error, *self.place_of(len(self.text))) from None
         self.text += decoded
         self.is_complete = not chunk
 
@@ -192,7 +193,7 @@ def read_json_array(open_file: Opener, name: str, max_row_bytes: int) -> Iterato
     """The elements of one JSON array, each decoded when it is asked for.
 
     Raises:
-        DataError: broken JSON (file:line:column) or invalid UTF-8 (file:line).
+        DataError: broken JSON or invalid UTF-8 (file:line:column).
     """
     with open_file() as stream:
         window = _Window(stream, name)
@@ -284,7 +285,7 @@ def _read_document(open_file: Opener, name: str) -> Any:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise invalid_utf8(name, 1 + raw[: error.start].count(b"\n"), error) from None
+        raise invalid_utf8(name, error) from None
     try:
         return _load(text, Where(name, 0, 1))
     except json.JSONDecodeError as error:
@@ -326,7 +327,7 @@ def read_json(open_file: Opener, name: str, max_row_bytes: int, split: str | Non
     """The rows of a JSON file, whichever of the three layouts it has.
 
     Raises:
-        DataError: empty file, broken JSON (file:line:column), invalid UTF-8 (file:line), or several lists and no split that names one.
+        DataError: empty file, broken JSON or invalid UTF-8 (file:line:column), or several lists and no split that names one.
     """
     layout = _layout(open_file, name, max_row_bytes)
     if layout == "lines":

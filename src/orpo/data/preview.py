@@ -6,6 +6,7 @@ the decoded ids, so it is right for templates whose headers are ordinary words, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,8 @@ ROLES: dict[Role, str] = {
     "eos": "end of the turn",
 }
 
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _SHORTEST_PART = 8
 """Characters of a trimmed text that have to be found for them to count as a part of it."""
@@ -276,8 +279,15 @@ def runs(tokens: Sequence[TokenView]) -> Iterator[Run]:
 
 
 def visible(text: str) -> str:
-    """White space that matters made visible: line ends as ↵ and a line end, tabs as →."""
-    return text.replace("\r", "␍").replace("\n", "↵\n").replace("\t", "→\t")
+    """What else would not show: line ends as ↵ and a line end, tabs as →, control characters (which could steer a terminal) as pictures."""
+    shown = text.replace("\n", "↵\n").replace("\t", "→\t")
+    return shown if shown.isprintable() else _CONTROL.sub(_picture, shown)
+
+
+def _picture(match: re.Match[str]) -> str:
+    """U+2400 and on: a picture of each of the 32 control characters, then of DEL; those of Latin-1 have none."""
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else "\N{REPLACEMENT CHARACTER}"
 
 
 def plain_lines(view: RowView) -> Iterator[str]:
@@ -289,8 +299,10 @@ def plain_lines(view: RowView) -> Iterator[str]:
         cut = ", cut to fit max_length" if segment.is_cut else ""
         yield f"  {segment.name} ({len(segment.tokens)} tokens{cut})"
         for run in runs(segment.tokens):
-            text = run.text.replace("\r", "␍").replace("\n", "↵").replace("\t", "→")
+            text = visible(run.text).replace("↵\n", "↵").replace("→\t", "→")
             yield f"    {run.role:<9}{run.terms:<12}{text}"
+        if segment.is_cut and segment.name != "prompt":
+            yield f"    {'✂':<9}the answer goes on"
 
 
 def render_html(views: Sequence[RowView], facts: dict[str, Any], *, source: str, nll_scope: str) -> str:

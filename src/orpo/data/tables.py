@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,12 +26,15 @@ class _Lines:
     def __init__(self, stream: BinaryIO, name: str, max_row_bytes: int) -> None:
         self.number = 0
         self.is_too_large = False
+        self.record: list[str] = []
+        """The lines of the record at hand, to find the column of what is wrong with it."""
         self.delimiter = ","
         self._stream, self._name, self._limit = stream, name, max_row_bytes
         self._num_bytes = 0
 
     def start_record(self) -> None:
         self._num_bytes, self.is_too_large = 0, False
+        self.record.clear()
 
     def __iter__(self) -> Iterator[str]:
         while True:
@@ -48,9 +51,12 @@ class _Lines:
                 line = line.removeprefix(BOM)
                 check_encoding(self._name, line[:64])
             try:
-                yield line.decode("utf-8")
+                text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise invalid_utf8(self._name, self.number, error) from None
+                raise invalid_utf8(self._name, error, self.number) from None
+
+            self.record.append(text)
+            yield text
 
     def _reduced(self, piece: bytes) -> bytes:
         self._num_bytes += len(piece)
@@ -58,6 +64,30 @@ class _Lines:
             return piece
         self.is_too_large = True
         return re.sub(rb'[^"\n' + re.escape(self.delimiter.encode()) + rb"]+", b"", piece)
+
+
+def broken_quote(lines: Sequence[str], delimiter: str) -> tuple[int, int]:
+    """Where a record that the csv module refuses goes wrong: what follows a closing quote, else the quote that was never closed.
+
+    Returns:
+        (0-based line of the record, 1-based column).
+    """
+    opened, is_open, is_start = (0, 1), False, True
+    for number, line in enumerate(lines):
+        place = 0
+        while place < len(line):
+            mark = line[place]
+            if is_open and mark == '"' and line[place + 1 : place + 2] == '"':
+                place += 1
+            elif is_open and mark == '"':
+                is_open = False
+                if line[place + 1 : place + 2] not in {delimiter, "\r", "\n", ""}:
+                    return number, place + 2
+            elif not is_open and mark == '"' and is_start:
+                opened, is_open = (number, place + 1), True
+            is_start = not is_open and mark == delimiter
+            place += 1
+    return opened
 
 
 def _delimiter_of(header: str) -> str:
@@ -70,7 +100,7 @@ def read_csv(open_file: Opener, name: str, max_row_bytes: int) -> Iterator[RawRo
     An empty cell is an empty string; a record with too few cells lacks the last columns, one with too many is dropped.
 
     Raises:
-        DataError: no or a doubled header, an open quote or text after a closing one (file:line), invalid UTF-8 (file:line).
+        DataError: no or a doubled header, an open quote or text after a closing one, invalid UTF-8 (file:line:column).
     """
     # The module's own limit is one setting for the whole process; ours is enforced by _Lines.
     csv.field_size_limit(max(csv.field_size_limit(), 2 * max_row_bytes + _CHUNK_BYTES))
@@ -102,9 +132,10 @@ def read_csv(open_file: Opener, name: str, max_row_bytes: int) -> Iterator[RawRo
             except StopIteration:
                 return
             except csv.Error as error:
+                line, column = broken_quote(source.record, source.delimiter)
                 raise DataError(
                     f"broken CSV: {error}",
-                    where=f"{name}:{first_line}",
+                    where=f"{name}:{first_line + line}:{column}",
                     expected='quotes doubled inside a quoted field: ""',
                     mend="quote every field that holds a comma, a quote or a line end",
                 ) from None
