@@ -69,3 +69,59 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
                 flags.update(value.split())
                 break
     return frozenset(flags)
+
+
+def memory_facts(device: torch.device) -> dict[str, int | None]:
+    """Total and free bytes of the device's memory; None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return {"total_bytes": total, "free_bytes": free}
+    if device.type == "mps":
+        return {"total_bytes": torch.mps.recommended_max_memory(), "free_bytes": None}
+    limit, used = _container_memory()
+    return {
+        "total_bytes": _smaller(_meminfo("MemTotal"), limit),
+        "free_bytes": _smaller(_meminfo("MemAvailable"), None if limit is None else limit - used),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most of the device's memory that this process has held so far; None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").split("\n")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
+    """(limit, used) of the container; /proc/meminfo shows the whole machine. Cached files count as free: the kernel gives them up."""
+    try:
+        limit = (root / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((root / "memory.current").read_text(encoding="utf-8"))
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="utf-8").split("\n") if line)
+    except (OSError, ValueError):
+        return None, 0
+    return (int(limit) if limit.isdigit() else None), used - int(stat.get("inactive_file", 0))
+
+
+def _smaller(first: int | None, second: int | None) -> int | None:
+    known = [value for value in (first, second) if value is not None]
+    return min(known) if known else None

@@ -108,6 +108,7 @@ def export_gguf(
             write_gguf(plain, tokenizer, draft, dtype=dtype, name=name or Path(plain.name_or_path or "model").name)
             _sync(draft)
             os.replace(draft, path)
+        _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
@@ -132,11 +133,12 @@ def _staged_folder(target: Path, *, is_overwriting: bool) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        for file in staging.iterdir():
-            _sync(file)
+        for place in [*staging.rglob("*"), staging]:
+            _sync(place)
         if target.exists():
             os.rename(target, aside)
         os.rename(staging, target)
+        _sync(target.parent)
     except OSError as error:
         if aside.exists() and not target.exists():
             os.rename(aside, target)
@@ -150,8 +152,14 @@ def _is_export(folder: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Make a file's content or a folder's entries durable, or a power cut could leave a whole run with empty weights."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -104,7 +104,7 @@ class TestCheck:
     def test_too_little_memory_is_a_warning(
         self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("orpo.cli.doctor.memory_facts", lambda device: {"total_bytes": 2000, "free_bytes": 1000})
+        monkeypatch.setattr("orpo.devices.memory_facts", lambda device: {"total_bytes": 2000, "free_bytes": 1000})
         code, found = self.check(tmp_path, options, capsys, "--quick")
         assert (code, found["memory"]["status"]) == (0, "warning")
 

@@ -22,7 +22,8 @@ MIN_KEPT = 2
 
 _PUBLISHED = re.compile(r"checkpoint-(\d+)")
 _ASIDE = re.compile(r"\.(staging|replaced|removed)-(checkpoint-\d+)-[0-9a-f]{8}")
-_UPLOAD = re.compile(r"\.upload-(model|[a-z0-9_]{8})")
+_TEMPORARY = re.compile(r"\.upload-model|\.(upload|model|adapter)-[a-z0-9_]{8}")
+"""Copies on their way to a hub, and final weights that were being written."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -76,7 +77,8 @@ def _find_newest(run_dir: Path) -> Path | None:
 def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
     """Finish or undo what a dead run left half done. Call it once at start, holding the run's lock, before `find_newest`.
 
-    Staging folders go; a checkpoint that was set aside for a replacement that never came is put back; an unfinished removal is finished.
+    Staging folders go, and half-written final weights, which are written again; a checkpoint that was set aside for a replacement that
+    never came is put back; an unfinished removal is finished.
     """
     run_dir = Path(run_dir)
     if ranks.is_first:
@@ -91,8 +93,8 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
                 _fs.sync_dir(run_dir)
         for path, _ in _set_aside(run_dir, "removed"):
             remove_owned(path)
-        for path in [path for path in _entries(run_dir) if _UPLOAD.fullmatch(path.name) and _fs.is_plain_dir(path)]:
-            _fs.remove_tree(path)  # links to weights that were being sent to a hub
+        for path in [path for path in _entries(run_dir) if _TEMPORARY.fullmatch(path.name) and _fs.is_plain_dir(path)]:
+            _fs.remove_tree(path)
     ranks.gather(None)
 
 

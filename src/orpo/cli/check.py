@@ -99,7 +99,7 @@ def check_all(keys: list[str], report: Report, *, is_quick: bool = False) -> Non
     """All checks in the order in which a run would meet the problems."""
     resolved = report.attempt("configuration", lambda: _check_configuration(keys, report))
     if resolved is None:
-        report.skip("folder", "data", "disk", "memory", "step")
+        report.skip("folder", "data", "template", "disk", "memory", "step")
         return
     config, args = resolved
     is_writable = report.attempt("folder", lambda: _check_folder(config, report))
@@ -204,7 +204,7 @@ def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: Report)
 
 def _check_memory(args: ORPOConfig, plan: Plan, report: Report) -> None:
     from orpo.cli.console import human_bytes
-    from orpo.cli.doctor import memory_facts
+    from orpo.devices import memory_facts
 
     memory = memory_facts(args.device)
     free = memory["free_bytes"] or memory["total_bytes"]
@@ -221,6 +221,7 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Repo
     import torch
 
     from orpo.cli.console import human_bytes
+    from orpo.devices import peak_memory_bytes
     from orpo.runner import build_trainer, explain_out_of_memory, load_run_model
 
     longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
@@ -240,13 +241,13 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Repo
     norm = trainer._grad_norm  # before clipping; None where the weights are sharded
     if norm == 0:
         raise UserError("no weight gets a gradient", where="first step", mend="nothing would learn; look at lora_target_modules")
-    peak = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else _peak_resident_bytes()
+    peak = peak_memory_bytes(args.device)
     shown_norm = "unknown" if norm is None else f"{norm:.3g}"
     report.add(
         "step",
         OK,
         f"loss {float(loss):.3f}, gradient norm {shown_norm}, {seconds:.1f} s for the {len(longest)} longest rows, {engine} engine, "
-        f"peak of this process {human_bytes(peak)}",
+        f"peak of this process {human_bytes(peak) if peak else 'unknown'}",
         loss=float(loss),
         grad_norm=norm,
         seconds=seconds,
@@ -254,11 +255,3 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Repo
         engine=engine,
         num_tokens=sum(group.num_tokens for group in longest),
     )
-
-
-def _peak_resident_bytes() -> int:
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

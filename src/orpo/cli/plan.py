@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the estimate."""
     from orpo.cli.console import print_json, quiet_libraries, report_console, say
-    from orpo.cli.doctor import matmul_flops, memory_facts
+    from orpo.cli.doctor import matmul_flops
+    from orpo.devices import memory_facts
     from orpo.planning import make_plan
     from orpo.runconfig import resolve
 
@@ -84,7 +85,7 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
 def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool) -> list[str]:
     """The estimate for a terminal."""
     from orpo.cli.console import human_bytes, human_seconds
-    from orpo.cli.doctor import memory_facts
+    from orpo.devices import memory_facts
 
     free = memory_facts(args.device)["free_bytes"]
     lines = [
