@@ -137,8 +137,9 @@ def read_run(folder: Path) -> RunFacts:
 def _read_run_json(folder: Path, notes: list[str]) -> dict[str, Any]:
     try:
         facts = RunFolder(folder).read()
-    except UserError as error:
-        notes.append(f"run.json cannot be used ({error.what}): configuration, data and versions are unknown")
+    except (UserError, RecursionError) as error:
+        problem = error.what if isinstance(error, UserError) else "nested too deeply"
+        notes.append(f"run.json cannot be used ({problem}): configuration, data and versions are unknown.")
         return {}
     if facts is None:
         notes.append("There is no run.json: configuration, data and versions are unknown.")
