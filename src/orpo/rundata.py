@@ -114,10 +114,11 @@ def _tokenise(
     return groups, report
 
 
-def split_by_prompt(groups: Sequence[TokenGroup], fraction: float) -> tuple[list[TokenGroup], list[TokenGroup]]:
+def split_by_prompt(groups: Sequence[TokenGroup], fraction: float, *, salt: bytes = b"") -> tuple[list[TokenGroup], list[TokenGroup]]:
     """Hold out a share of the prompts, all rows of a prompt on one side.
 
-    Which ones depends on the prompts alone, so that adding rows or changing the order moves no prompt to the other side.
+    Which ones depends on the prompts alone, so that adding rows or changing the order moves no prompt to the other side. Another `salt`
+    holds out others: without one, what is left after a split would hold none of the prompts that a second split looks for.
 
     Raises:
         UserError: one side would be empty.
@@ -125,7 +126,7 @@ def split_by_prompt(groups: Sequence[TokenGroup], fraction: float) -> tuple[list
     train: list[TokenGroup] = []
     held_out: list[TokenGroup] = []
     for group in groups:
-        digest = hashlib.sha256(group.prompt_ids.astype("<i4").tobytes()).digest()
+        digest = hashlib.sha256(salt + group.prompt_ids.astype("<i4").tobytes()).digest()
         (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(group)
     if not train or not held_out:
         side = "held out" if train else "left to train on"

@@ -17,17 +17,19 @@ from transformers import TrainerCallback
 
 from orpo.config import ORPOConfig
 from orpo.data.collate import fingerprint
+from orpo.devices import memory_facts, peak_memory_bytes
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.guards import SignalGuard
 from orpo.redact import redact, redact_text
 from orpo.runconfig import RunConfig, as_facts
 from orpo.rundata import RunData, Tell, prepare_data
-from orpo.runfolder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, describe_device, versions
+from orpo.runfolder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, check_writable, describe_device, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from orpo.models import LoadedModel
+    from orpo.objective import Objective
     from orpo.trainer import ORPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,16 @@ def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> Loaded
     return loaded
 
 
-def build_trainer(config: RunConfig, args: ORPOConfig, data: RunData, model: Any, callbacks: list[TrainerCallback]) -> ORPOTrainer:
+def build_trainer(
+    config: RunConfig,
+    args: ORPOConfig,
+    data: RunData,
+    model: Any,
+    callbacks: list[TrainerCallback],
+    *,
+    trainer_class: type[ORPOTrainer] | None = None,
+    objective: Objective | None = None,
+) -> ORPOTrainer:
     """The trainer, without transformers' own bars."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -94,7 +105,7 @@ def build_trainer(config: RunConfig, args: ORPOConfig, data: RunData, model: Any
     args.disable_tqdm = True
     args.log_level_replica = "error"  # transformers turns the other processes' notes on again
     try:
-        trainer = ORPOTrainer(
+        trainer = (trainer_class or ORPOTrainer)(
             model=model,
             args=args,
             train_dataset=data.train,
@@ -102,6 +113,7 @@ def build_trainer(config: RunConfig, args: ORPOConfig, data: RunData, model: Any
             processing_class=data.tokenizer,
             peft_config=config.peft_config(),
             callbacks=callbacks,
+            objective=objective,
         )
     except ValueError as error:
         if config["use_peft"] and "arget modules" in str(error):  # peft's words for names that are nowhere in the model
@@ -131,6 +143,9 @@ def run_training(
     *,
     command: str = "train",
     observer: Observer | None = None,
+    data: RunData | None = None,
+    trainer_class: type[ORPOTrainer] | None = None,
+    objective: Objective | None = None,
 ) -> RunResult:
     """Train as configured; resume what was interrupted, do nothing where all is done.
 
@@ -140,32 +155,45 @@ def run_training(
         callbacks: more callbacks for the trainer, such as a progress bar.
         command: what run.json says the run was started by.
         observer: looks at the model before and after.
+        data: rows that are prepared already, in place of those that the configuration names.
+        trainer_class: a kind of `ORPOTrainer`.
+        objective: what to optimise, in place of the configuration's.
 
     Raises:
         UserError: anything wrong with configuration, data, model or folder.
         GuardStop, SignalStop: as `ORPOTrainer.train`.
     """
     with SignalGuard():  # while data and model are prepared; training has its own inside
-        return _run_training(config, tell, callbacks, command=command, observer=observer or Observer())
+        return _run_training(config, tell, callbacks, command, observer or Observer(), data, trainer_class, objective)
 
 
-def _run_training(config: RunConfig, tell: Tell, callbacks: Sequence[TrainerCallback], *, command: str, observer: Observer) -> RunResult:
+def _run_training(
+    config: RunConfig,
+    tell: Tell,
+    callbacks: Sequence[TrainerCallback],
+    command: str,
+    observer: Observer,
+    data: RunData | None,
+    trainer_class: type[ORPOTrainer] | None,
+    objective: Objective | None,
+) -> RunResult:
     args = config.training_args()
     tell = tell if args.process_index == 0 else lambda line: None
     for note in config.notes:
         tell(f"note         {note}")
     folder = RunFolder(args.ensure_output_dir())
+    check_writable(folder.path)
     if _is_complete(folder, config):
         return RunResult(folder.path, final_weights(folder.path), {}, is_already_complete=True)
     tell(f"folder       {folder.path}")
     checkpoint = args.resume_from_checkpoint or _newest_checkpoint(folder, args)
-    data = prepare_data(config, args, tell)
+    data = prepare_data(config, args, tell) if data is None else data
     loaded = load_run_model(config, args, data)
     tell(f"model        {describe_model(loaded)}")
     for note in loaded.facts.notes:
         tell(f"             {note}")
     journal = _Journal(folder, config, args, data, loaded, command=command, is_resumed=bool(checkpoint))
-    trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal])
+    trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal], trainer_class=trainer_class, objective=objective)
     journal.trainer = trainer
     tell(f"training     {describe_schedule(trainer)}")
     if checkpoint:
@@ -176,7 +204,21 @@ def _run_training(config: RunConfig, tell: Tell, callbacks: Sequence[TrainerCall
         metrics = _final_evaluation(trainer)
         observer.after(trainer, data)
         journal.finish(metrics)
+    if args.process_index == 0 and objective is None:
+        _write_card(folder, tell)
     return RunResult(folder.path, final_weights(folder.path), metrics)
+
+
+def _write_card(folder: RunFolder, tell: Tell) -> None:
+    """The model card, for whoever finds the weights. A run that is done does not fail for it."""
+    from orpo.report.card import write_card
+
+    try:
+        card = write_card(folder.path)
+    except Exception as error:
+        logger.warning("the model card could not be written (%s: %s)", type(error).__name__, error)
+    else:
+        tell(f"model card   {card}" if card is not None else f"model card   {folder.path / 'README.md'} is yours and was left as it is")
 
 
 def describe_model(loaded: LoadedModel) -> str:
@@ -275,6 +317,7 @@ class _Journal(TrainerCallback):
             "compute_dtype": self.args.compute_dtype,
             "engine": self.trainer.engine.name,
             "seed": self.args.seed,
+            "objective": repr(self.trainer.objective),
             "num_steps": state.max_steps,
             "model": self.loaded.facts.to_dict(),
             "data": {
@@ -348,14 +391,11 @@ def explain_out_of_memory(error: BaseException, args: ORPOConfig) -> UserError |
     text = str(error)
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
         return None
-    if args.device.type == "cuda":
-        used, total = torch.cuda.max_memory_allocated(args.device), torch.cuda.mem_get_info(args.device)[1]
-        peak = f"{used / 2**30:.1f} of {total / 2**30:.1f} GiB in use"
-    else:
-        peak = "the machine's memory is used up"
+    held, total = peak_memory_bytes(args.device), memory_facts(args.device)["total_bytes"]
+    figures = f"this process has held {held / 2**30:.2f} of {total / 2**30:.1f} GiB; " if held and total else ""
     smaller = max(args.microbatch_tokens // 2, 256)
     return UserError(
-        f"out of memory: {peak}; {text.splitlines()[0] if text else type(error).__name__}",
+        f"out of memory: {figures}{text.splitlines()[0] if text else type(error).__name__}",
         where=f"micro-batches of {args.microbatch_tokens} tokens",
         mend=f"max_tokens_per_microbatch: {smaller} (changes no result), then gradient_checkpointing: true, a shorter max_length, or "
         "use_peft: true; `orpo plan` estimates the memory of a configuration; the last checkpoint is whole, and the same command resumes",

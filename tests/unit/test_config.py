@@ -142,6 +142,9 @@ def test_every_problem_in_one_go() -> None:
         ({"max_length": 512.5}, "max_length: found the number 512.5"),
         ({"max_length": 100, "max_prompt_length": 100}, "leaves no room for an answer"),
         ({"max_steps": 0}, "max_steps: found 0"),
+        ({"max_steps": -5}, "max_steps: found -5"),
+        ({"report_to": "wandbb"}, "did you mean 'wandb' or 'swanlab'?"),
+        ({"report_to": ["none", 3, "weights"]}, "report_to: found 'weights'"),
         ({"column_map": "prompt=question"}, "column_map: found the text"),
         ({"trust_remote_code": True, "model_revision": "main"}, "trust_remote_code: runs code"),
         ({"fp16": True, "bf16": True}, "is on together with bf16"),
@@ -152,6 +155,17 @@ def test_every_problem_in_one_go() -> None:
 )
 def test_single_problems(options: dict[str, object], message: str) -> None:
     assert message in problems_of(**options)
+
+
+def test_a_tracker_without_its_package_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers raises a RuntimeError for it, after the model has been loaded."""
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    text = problems_of(report_to=["wandb", "tensorboard"])
+    assert "report_to: the package of wandb is not installed" in text
+    assert "tensorboard" not in text
+    assert ORPOConfig(report_to="none").report_to == []
 
 
 def test_remote_code_with_a_revision_is_accepted() -> None:
@@ -216,3 +230,8 @@ def test_names_and_defaults_of_our_own_options_are_frozen() -> None:
         name: {"type": str(hint).replace("typing.", ""), "default": defaults[name]} for name, hint in field_types().items() if name in own
     }
     assert json.loads(json.dumps(ours)) == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+def test_report_to_may_be_null() -> None:
+    """`report_to: null` and `--report_to none` both arrive as None; transformers would ask for a tracker of that name."""
+    assert list(ORPOConfig(report_to=None).report_to) == []

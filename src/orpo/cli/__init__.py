@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -61,18 +61,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     module = commands.get(argv[0]) if argv else None
     if module is None or not getattr(module, "TAKES_KEYS", False):
         return parser.parse_args(argv)
-    own = _own_options(module)
-    declared = [word for word in argv[1:] if word in own]
-    args = parser.parse_args([argv[0], *declared])
-    args.keys = [word for word in argv[1:] if word not in own]
+    args, keys = parser.parse_known_args(argv)
+    args.keys = keys
     return args
-
-
-def _own_options(module: ModuleType) -> frozenset[str]:
-    """The switches that a command with keys declares itself; they take no value."""
-    probe = argparse.ArgumentParser()
-    module.add_arguments(probe)
-    return frozenset(option for action in probe._actions for option in action.option_strings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,23 +81,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         build_parser(command_modules()).print_help(sys.stderr)
         return EXIT_USER
-    _configure_logging()
-    return _guarded(args)
+    configure_logging()
+    return guarded_exit(args.command, lambda: args.module.run(args))
 
 
-def _guarded(args: argparse.Namespace) -> int:
-    """Run the command; every way out has its exit code and leaves a message without a secret in it."""
+def guarded_exit(command: str, run: Callable[[], int]) -> int:
+    """Run a command; every way out has its exit code and leaves a message without a secret in it."""
     from orpo.redact import redact_text
 
     try:
         with _sigterm_raises():
-            code = int(args.module.run(args))
+            code = int(run())
         sys.stdout.flush()
     except OrpoError as error:
-        print(f"orpo {args.command}: {redact_text(str(error))}", file=sys.stderr)
+        print(f"orpo {command}: {redact_text(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\norpo {args.command}: interrupted", file=sys.stderr)
+        print(f"\norpo {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `orpo … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,7 +126,7 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _configure_logging() -> None:
+def configure_logging() -> None:
     """Messages of the library to stderr, one line each; those of others only when something is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The comparison whose results lie in benchmarks/comparison/results. Interrupt it and call it again as often as you like: it goes on.
+#
+#   DATA=../shared/data bash benchmarks/comparison/run.sh rasbt|hh [more options of orpo compare]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+which=${1:?rasbt or hh}
+shift
+DATA=${DATA:-../shared/data}
+OUT=${OUT:-runs/comparison-$which}
+common=(--methods sft,sft+dpo,simpo,orpo --learning_rates 1e-5,5e-5 --strengths orpo=0.1,1 --strengths sft+dpo=0.05,0.1
+    --strengths simpo=2,10 --tune_rows 120 --output "$OUT")
+ifeval=(--eval "--tasks ifeval,retention --ifeval_prompts $DATA/ifeval/input_data.jsonl --limit 100")
+case $which in
+rasbt) own=(--dataset_name "$DATA/rasbt_polite/instruction-data-with-preference.json" --seeds 42,1,2 --max_train_rows 360 --max_eval_rows 120) ;;
+hh) own=(--dataset_name "$DATA/hh_harmless/harmless-base-test.jsonl.gz" --seeds 42 --max_train_rows 640 --max_eval_rows 80) ;;
+*) echo "rasbt or hh, not $which" >&2; exit 2 ;;
+esac
+.venv/bin/orpo compare "benchmarks/comparison/$which.yaml" "${own[@]}" "${common[@]}" "${ifeval[@]}" "$@"
+cp "$OUT/comparison.json" "benchmarks/comparison/results/$which.json"

@@ -1,0 +1,490 @@
+"""The course of a comparison: trials, the choice among them, runs for every seed, evaluations, and `comparison.json` along the way."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from orpo.compare.data import ComparisonData, Split, load_comparison_data
+from orpo.compare.methods import DEFAULT_METHODS, Method, find_methods
+from orpo.compare.results import Scored, Scores, compare_methods, judge_claims, sweep_table
+from orpo.compare.stage import FORMAT, RESULT, StageSpec
+from orpo.errors import EXIT_GUARD, EXIT_USER, GuardStop, SignalStop, UserError
+from orpo.evaluate.pairs import paired_difference, summarise
+from orpo.redact import redact
+from orpo.runconfig import as_facts
+from orpo.runfolder import COMPLETE, RUNNING, describe_device, versions, write_atomically
+
+if TYPE_CHECKING:
+    from orpo.runconfig import RunConfig
+
+Tell = Callable[[str], None]
+FILE = "comparison.json"
+_SHORT = {"learning_rate": "lr", "orpo_alpha": "alpha"}
+NUM_LOG_LINES = 12
+"""Lines of a stage's log that are shown when it fails."""
+SWEEP_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Learning rates of a sweep, as multiples of the configuration's."""
+SWEEP_STRENGTHS = {"orpo": (0.05, 0.2, 0.5, 1.0, 2.0), "sft+dpo": (0.01, 0.05, 0.1, 0.3, 1.0)}
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What to compare, and how thoroughly.
+
+    Attributes:
+        methods: names, in the order to show them.
+        seeds: of data order and adapters; the first also decides the grids.
+        learning_rates: the grid that every method gets; empty takes the configuration's rate alone.
+        strengths: grid of a method's own strength, by method; a method that is missing keeps its default grid.
+        split: how rows are parted.
+        num_points: points of the curves of log-probabilities.
+        sweep: widen the grids of ORPO and SFT + DPO to five rates by five strengths, for the heat map of stability.
+        evaluations: arguments of `orpo eval` for every final run and the start; `@METHOD` is replaced by that method's run.
+        output: the comparison's folder; None derives it from the configuration.
+    """
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    seeds: tuple[int, ...] = (42,)
+    learning_rates: tuple[float, ...] = ()
+    strengths: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    split: Split = field(default_factory=Split)
+    num_points: int = 8
+    sweep: bool = False
+    evaluations: tuple[str, ...] = ()
+    output: str | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            UserError: unknown methods or strengths, no seed, a fraction or rate out of range.
+        """
+        names = {method.name for method in find_methods(self.methods)}
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"found {list(self.seeds)}", where="--seeds", expected="one or more different whole numbers")
+        for name in self.strengths:
+            if name not in names:
+                raise UserError(f"{name} is not compared", where="--strengths", expected=f"one of {', '.join(sorted(names))}")
+        numbers = [*self.learning_rates, *itertools.chain(*self.strengths.values())]
+        if any(not 0 < number < float("inf") for number in numbers):
+            raise UserError(f"found {numbers}", where="--learning_rates, --strengths", expected="positive numbers")
+        for name in ("test_fraction", "validation_fraction"):
+            if not 0 < getattr(self.split, name) < 1:
+                raise UserError(f"found {getattr(self.split, name)}", where=f"--{name}", expected="between 0 and 1")
+
+
+def compare(config: RunConfig, options: CompareOptions, tell: Tell = print) -> dict[str, Any]:
+    """Compare methods; goes on with what an earlier call left.
+
+    Args:
+        config: what is trained, from `orpo.runconfig.resolve`; its learning rate and strength are the grid's centre.
+        options: which methods, seeds and grids.
+        tell: receives each line for the user.
+
+    Returns:
+        What `comparison.json` holds.
+
+    Raises:
+        UserError: anything wrong with configuration, data or options, or a stage that refused them.
+        GuardStop, SignalStop: a stage was stopped; the same call goes on from there.
+    """
+    from orpo.checkpoint import RunLock
+
+    options.check()
+    folder = Path(options.output or config["output_dir"] or f"{config.output_dir}-comparison").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder):
+        return _Comparison(folder, config, options, tell).run()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A method at given settings and seed: its stages, each with its result."""
+
+    method: Method
+    options: dict[str, float]
+    seed: int
+    stages: tuple[tuple[StageSpec, dict[str, Any]], ...]
+
+    def scores(self, part: str) -> Scores:
+        """Of the final weights."""
+        return [np.asarray(row) for row in self.stages[-1][1]["scores"][part]]
+
+    @property
+    def folder(self) -> Path:
+        """Of the last stage."""
+        return Path(self.stages[-1][0].folder)
+
+
+class _Comparison:
+    def __init__(self, folder: Path, config: RunConfig, options: CompareOptions, tell: Tell) -> None:
+        self.folder, self.config, self.options, self.tell = folder, config, options, tell
+        self.methods = find_methods(options.methods)
+        self.data: ComparisonData = load_comparison_data(config, config.training_args(), options.split, tell)
+        self.fingerprint = self.data.to_dict()["fingerprint"]
+        self.facts: dict[str, Any] = {}
+        self.trials: dict[str, list[tuple[dict[str, float], _Run]]] = {}
+        self.runs: dict[str, list[_Run]] = {}
+        self.start_scores: dict[str, Scores] = {}
+        self._summaries: dict[tuple[Path, str], dict[str, Any]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Everything, in an order that gives something to look at early."""
+        self._begin()
+        chosen: dict[str, dict[str, float]] = {}
+        for method in self._in_order():
+            chosen[method.name] = self._tune(method, chosen)
+            self._write()
+        for seed in self.options.seeds:
+            for method in self._in_order():
+                run = self._train(method, chosen, seed, is_trial=False)
+                self.runs.setdefault(method.name, []).append(run)
+                self._write(chosen)
+        self._drop_weights()
+        for arguments in self.options.evaluations:
+            self._evaluate(arguments)
+        self._write(chosen, status=COMPLETE)
+        return self.facts
+
+    def _in_order(self) -> list[Method]:
+        """Methods whose first stage is another's come after it, so that the stage is found done."""
+        return sorted(self.methods, key=lambda method: len(method.stages))
+
+    def _begin(self) -> None:
+        args = self.config.training_args()
+        data = self.data.to_dict()
+        old = self._read()
+        if old and old.get("data", {}).get("fingerprint") != data["fingerprint"]:
+            raise UserError(
+                "holds a comparison on other rows", where=str(self.folder), mend="choose another --output, or remove the folder"
+            )
+        start = self._stage(self._spec("start", 0, {}, self.options.seeds[0], self.config["model_name_or_path"], is_trial=False))
+        self.start_scores = {part: [np.asarray(row) for row in rows] for part, rows in start["scores"].items()}
+        self.facts = {
+            "kind": "comparison",
+            "format": FORMAT,
+            "folder": str(self.folder),
+            "status": RUNNING,
+            "versions": versions(),
+            "device": describe_device(args.device),
+            "compute_dtype": args.compute_dtype,
+            "configuration": as_facts(self.config),
+            "options": asdict(self.options),
+            "data": {"source": self.config["dataset_name"], **data},
+            "start": {
+                "model": start["model"],
+                "sha256": start["sha256"],
+                "test": summarise(self.data.test, self.start_scores["test"]).to_dict(),
+                "evaluations": {},
+            },
+        }
+        self._write()
+
+    # ---- settings --------------------------------------------------------------------------------------------------------------------
+
+    def _grid(self, method: Method) -> list[dict[str, float]]:
+        """Settings to try of a method's last stage, the same number of learning rates for all."""
+        is_swept = self.options.sweep and method.name in SWEEP_STRENGTHS
+        own_rate = float(self.config["learning_rate"])
+        rates = self.options.learning_rates or (own_rate,)
+        strengths = self.options.strengths.get(method.name, method.strengths)
+        if is_swept:
+            rates = tuple(sorted({*rates, *(own_rate * factor for factor in SWEEP_RATES)}))
+            strengths = tuple(sorted({*strengths, *SWEEP_STRENGTHS[method.name]}))
+        if method.strength_name is None:
+            return [{"learning_rate": rate} for rate in rates]
+        return [{"learning_rate": rate, method.strength_name: strength} for rate in rates for strength in strengths]
+
+    def _tune(self, method: Method, chosen: dict[str, dict[str, float]]) -> dict[str, float]:
+        """The settings with the best validation accuracy; of equals, the larger log odds ratio."""
+        if method.name == "sft+dpo" and "sft" not in chosen:
+            chosen["sft"] = self._tune(find_methods(["sft"])[0], chosen)
+        grid = self._grid(method)
+        if len(grid) == 1:
+            return grid[0]
+        found = []
+        for options in grid:
+            run = self._train(method, {**chosen, method.name: options}, self.options.seeds[0], is_trial=True)
+            found.append((options, run))
+            self.trials[method.name] = found
+            self._write()
+
+        def merit(trial: tuple[dict[str, float], _Run]) -> tuple[float, float]:
+            summary = summarise(self.data.validation, trial[1].scores("validation"), num_bootstrap=1)
+            return summary.accuracy.value, summary.log_odds_ratio.value
+
+        best = max(found, key=merit)[0]
+        self.tell(f"chosen       {method.label}: {_words(best)}")
+        return best
+
+    # ---- stages ----------------------------------------------------------------------------------------------------------------------
+
+    def _train(self, method: Method, chosen: dict[str, dict[str, float]], seed: int, *, is_trial: bool) -> _Run:
+        """All stages of a method. With no bound on the rows of trials, a trial is the run of its seed."""
+        is_trial = is_trial and self.options.split.tune_rows is not None
+        start = self.config["model_name_or_path"]
+        done: list[tuple[StageSpec, dict[str, Any]]] = []
+        for number, stage in enumerate(method.stages):
+            is_last = number == len(method.stages) - 1
+            # An early stage is that of the method of its own name, with its settings.
+            name, index = (method.name, number) if is_last else (stage, 0)
+            options = chosen[name]
+            spec = self._spec(name, index, options, seed, start, is_trial=is_trial)
+            done.append((spec, self._stage(spec)))
+            start = _weights(Path(spec.folder))
+        return _Run(method, chosen[method.name], seed, tuple(done))
+
+    def _spec(self, method: str, number: int, options: dict[str, float], seed: int, start: str, *, is_trial: bool) -> StageSpec:
+        spec = StageSpec(
+            configuration=self._shared_configuration(),
+            split=self.options.split if is_trial else replace(self.options.split, tune_rows=None),
+            method=method,
+            number=number,
+            options=options,
+            seed=seed,
+            start=start,
+            is_trial=is_trial,
+            num_points=0 if is_trial else self.options.num_points,
+            folder="",
+        )
+        # A start that is another stage's goes by that stage's name, so that the folder may be moved.
+        identity = {**asdict(spec), "start": Path(start).parent.name if number else start, "data": self.fingerprint}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        settings = [f"{_SHORT.get(key, key)}{value:g}" for key, value in options.items()]
+        words = [method, *settings, f"seed{seed}", *(["trial"] if is_trial else [])]
+        return replace(spec, folder=str(self.folder / "runs" / f"{'-'.join(words)}-{digest.hexdigest()[:8]}"))
+
+    def _shared_configuration(self) -> dict[str, dict[str, Any]]:
+        """The configuration without what a stage sets itself or what only says where things are written."""
+        free = {"output_dir", "seed", "learning_rate"}
+        return {key: item for key, item in as_facts(self.config).items() if key not in free} | {
+            key: {"value": None, "origin": "default"} for key in free
+        }
+
+    def _stage(self, spec: StageSpec) -> dict[str, Any]:
+        """The result of a stage, from its folder or by running it."""
+        folder = Path(spec.folder)
+        result = folder / RESULT
+        if not result.exists():
+            self._run_stage(spec, folder)
+        return json.loads(result.read_text(encoding="utf-8"))
+
+    def _run_stage(self, spec: StageSpec, folder: Path) -> None:
+        kind = "trial" if spec.is_trial else f"seed {spec.seed}"
+        what = "starting weights" if spec.method == "start" else f"{spec.method}, {_words(spec.options)}, {kind}"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "spec.json"
+        spec.write(path)
+        began_s = time.monotonic()
+        code = _run_process([sys.executable, "-m", "orpo.compare.stage", str(path)], folder / "log.txt")
+        _raise_for(code, what, folder / "log.txt")
+        self.tell(f"done         {what}: {time.monotonic() - began_s:.0f} s")
+
+    def _drop_weights(self) -> None:
+        """Weights of trials that no run starts from; those of runs stay, to be evaluated and talked to."""
+        kept = {spec.folder for runs in self.runs.values() for run in runs for spec, _ in run.stages}
+        for trials in self.trials.values():
+            for _, run in trials:
+                for spec, _ in run.stages:
+                    if spec.folder not in kept:
+                        for name in ("model", "adapter"):
+                            shutil.rmtree(Path(spec.folder) / name, ignore_errors=True)
+
+    # ---- evaluations -----------------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, arguments: str) -> None:
+        """`orpo eval` on the start and on every method's run of the first seed."""
+        targets = {"start": Path(self.folder / "start"), **{name: runs[0].folder for name, runs in self.runs.items()}}
+        for name, folder in targets.items():
+            words = [self._target_word(word) for word in shlex.split(arguments)]
+            target = [self.config["model_name_or_path"], "--output", str(folder / "eval")] if name == "start" else [str(folder)]
+            log = folder / "eval.log"
+            folder.mkdir(parents=True, exist_ok=True)
+            began_s = time.monotonic()
+            code = _run_process([sys.executable, "-m", "orpo", "eval", *target, *words, *([] if name == "start" else ["--no_before"])], log)
+            _raise_for(code, f"orpo eval of {name}", log)
+            self.tell(f"evaluated    {name}: {arguments} ({time.monotonic() - began_s:.0f} s)")
+
+    def _target_word(self, word: str) -> str:
+        if not word.startswith("@"):
+            return word
+        if word[1:] not in self.runs:
+            raise UserError(
+                f"{word} names no method of this comparison", where="--eval", expected=", ".join(f"@{name}" for name in self.runs)
+            )
+        return str(self.runs[word[1:]][0].folder)
+
+    # ---- facts -----------------------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.folder / FILE
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise UserError(f"cannot be read: {error}", where=str(path), mend="remove it, or choose another --output") from error
+
+    def _write(self, chosen: dict[str, dict[str, float]] | None = None, *, status: str = RUNNING) -> None:
+        facts = {
+            **self.facts,
+            "status": status,
+            "methods": {method.name: self._method_facts(method, chosen or {}) for method in self.methods},
+        }
+        facts["start"] = {**facts["start"], "evaluations": _evaluations(self.folder / "start")}
+        most = max(map(len, self.runs.values()), default=0)
+        scored = {method.name: self._scored(method.name) for method in self.methods if most and len(self.runs.get(method.name, [])) == most}
+        labels = {method.name: method.label for method in self.methods}
+        verdicts = [verdict for first, second in _verdict_pairs(list(scored)) for verdict in compare_methods(first, second, scored, labels)]
+        measured = {name: item for name, item in facts["methods"].items() if item["runs"]}
+        sweep = {
+            method.name: table
+            for method in self.methods
+            if method.strength_name and (table := sweep_table(facts["methods"][method.name]["trials"], method.strength_name))
+        }
+        self.facts = {**facts, "verdicts": verdicts, "claims": judge_claims(measured, verdicts), "sweep": sweep}
+        write_atomically(self.folder / FILE, (json.dumps(redact(self.facts), indent=1, ensure_ascii=False) + "\n").encode())
+
+    def _scored(self, name: str) -> Scored:
+        return Scored(self.data.test, self.start_scores["test"], [run.scores("test") for run in self.runs[name]])
+
+    def _method_facts(self, method: Method, chosen: dict[str, dict[str, float]]) -> dict[str, Any]:
+        runs = self.runs.get(method.name, [])
+        facts: dict[str, Any] = {
+            "label": method.label,
+            "strength_name": method.strength_name,
+            "options": chosen.get(method.name),
+            "trials": [
+                {"id": run.folder.name, "options": options, "validation": self._summary(run, "validation")}
+                for options, run in self.trials.get(method.name, [])
+            ],
+            "runs": [self._run_facts(run) for run in runs],
+        }
+        if runs:
+            scored = self._scored(method.name)
+            facts |= {"summary": scored.summary(), "change": scored.change().to_dict()}
+        return facts
+
+    def _summary(self, run: _Run, part: str) -> dict[str, Any]:
+        """Of a run's final weights; kept, since `comparison.json` is written after every trial."""
+        key = (run.folder, part)
+        if key not in self._summaries:
+            groups = self.data.test if part == "test" else self.data.validation
+            self._summaries[key] = summarise(groups, run.scores(part)).to_dict()
+        return self._summaries[key]
+
+    def _run_facts(self, run: _Run) -> dict[str, Any]:
+        from orpo.compare.measure import total_cost
+
+        stages = [{"objective": result["objective"], **result["cost"]} for _, result in run.stages]
+        totals = total_cost(stages)
+        scores = run.scores("test")
+        return {
+            "id": run.folder.name,
+            "seed": run.seed,
+            "options": run.options,
+            "folder": str(run.folder.relative_to(self.folder)),
+            "stages": [{name: value for name, value in stage.items() if name != "tokens_at_step"} for stage in stages],
+            "totals": totals,
+            "test": self._summary(run, "test"),
+            "change": paired_difference(self.data.test, self.start_scores["test"], scores).to_dict(),
+            "curve": list(_curve(run)),
+            "evaluations": _evaluations(run.folder),
+        }
+
+
+def _verdict_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
+    """ORPO against each of the others, then the others among themselves."""
+    ordered = sorted(names, key=lambda name: name != "orpo")
+    yield from itertools.combinations(ordered, 2)
+
+
+def _curve(run: _Run) -> Iterator[dict[str, Any]]:
+    """Validation log-probabilities along all stages, by tokens spent in training so far."""
+    spent = 0
+    for number, (spec, result) in enumerate(run.stages):
+        tokens = [0, *result["cost"]["tokens_at_step"]]
+        for line in (Path(spec.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            log = json.loads(line)
+            if "eval_logps/chosen" in log and log["step"] < len(tokens):
+                chosen, rejected = log["eval_logps/chosen"], log["eval_logps/rejected"]
+                yield {
+                    "stage": number,
+                    "step": log["step"],
+                    "tokens": spent + tokens[log["step"]],
+                    "chosen_logp": chosen,
+                    "rejected_logp": rejected,
+                    "margin": chosen - rejected,
+                    "accuracy": log["eval_rewards/accuracies"],
+                }
+        spent += tokens[-1] + result["cost"]["reference_tokens"]
+
+
+def _evaluations(folder: Path) -> dict[str, Any]:
+    """What `orpo eval` has left beside a run, by task; answers shown one by one stay in their files."""
+    found = {}
+    for path in sorted((folder / "eval").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and isinstance(record.get("result"), dict):
+            result = {name: value for name, value in record["result"].items() if name != "shown"}
+            found[path.stem] = {**record, "result": result}
+    return found
+
+
+def _weights(folder: Path) -> str:
+    from orpo.runner import final_weights
+
+    return str(final_weights(folder) or folder / "model")
+
+
+def _words(options: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in options.items())
+
+
+def _run_process(command: list[str], log: Path) -> int:
+    """Run to its end with its output in a file; a signal to this process reaches it, and is waited for."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
+    }
+    with log.open("ab") as output:
+        # A group of its own: Ctrl-C reaches this process alone, which then asks the stage to stop, once.
+        process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, process_group=0
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def _raise_for(code: int, what: str, log: Path) -> None:
+    """The error that a stage ended with, as this process's own."""
+    if code == 0:
+        return
+    tail = "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-NUM_LOG_LINES:])
+    text = f"{what} ended with exit code {code}:\n{tail}"
+    if code == EXIT_GUARD:
+        raise GuardStop(text)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise SignalStop(code - 128, text)
+    if code == EXIT_USER:
+        raise UserError(text, where=str(log))
+    raise RuntimeError(f"{text}\n(all of it: {log})")

@@ -1,0 +1,252 @@
+"""One stage of one run, in a process of its own: python -m orpo.compare.stage SPEC.json
+
+A process per stage, so that peak memory is the stage's own, a crash costs one stage, and every stage starts alike. It leaves, beside
+what any run leaves (run.json, metrics.jsonl, model/), a `stage.json` with costs and the scores of validation and test rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from orpo.compare.data import ComparisonData, Split, load_comparison_data
+from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, peak_bytes, reset_peak
+from orpo.compare.methods import METHODS, build_objective, stage_rows
+from orpo.runfolder import write_atomically
+from orpo.runner import Observer, load_run_model, run_training
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from orpo.data.types import TokenGroup
+    from orpo.runconfig import RunConfig
+    from orpo.rundata import RunData
+
+RESULT = "stage.json"
+FORMAT = 1
+ORIGIN = "orpo compare"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Everything that a stage's process needs to know.
+
+    Attributes:
+        configuration: the comparison's, key -> value and origin.
+        split: how rows are parted.
+        method, number: the method and which of its stages; "start" measures the starting weights and trains nothing.
+        options: learning_rate and the objective's.
+        seed: of data order and adapters.
+        start: model to start from.
+        is_trial: trains on `tune_rows`, without a curve.
+        num_points: evaluations on the validation rows along the way.
+        folder: where the stage's run goes.
+    """
+
+    configuration: dict[str, dict[str, Any]]
+    split: Split
+    method: str
+    number: int
+    options: dict[str, float]
+    seed: int
+    start: str
+    is_trial: bool
+    num_points: int
+    folder: str
+
+    @classmethod
+    def read(cls, path: Path) -> StageSpec:
+        """From the file that the comparison has written."""
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**facts, "split": Split(**facts["split"])})
+
+    def write(self, path: Path) -> None:
+        """For the stage's process."""
+        write_atomically(path, (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
+
+    @property
+    def objective_name(self) -> str:
+        """`sft`, `dpo`, … or `start`."""
+        return "start" if self.method == "start" else METHODS[self.method].stages[self.number]
+
+    def run_config(self, **changes: Any) -> RunConfig:
+        """The run's configuration: the comparison's, with what this stage sets itself."""
+        from orpo.runconfig import RunConfig
+
+        values = {key: item["value"] for key, item in self.configuration.items()}
+        origins = {key: item["origin"] for key, item in self.configuration.items()}
+        own = {"model_name_or_path": self.start, "seed": self.seed, "output_dir": self.folder, **changes}
+        own |= {key: value for key, value in self.options.items() if key in values}
+        if self.number and Path(self.start).name == "adapter":
+            own["use_peft"] = False  # the adapter of the stage before is there already, and is trained on
+        return RunConfig({**values, **own}, {**origins, **dict.fromkeys(own, ORIGIN)}, name="compare")
+
+
+def run_stage(spec: StageSpec) -> None:
+    """Train, measure, and write `stage.json`."""
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    config = spec.run_config()
+    data = load_comparison_data(config, config.training_args(), spec.split, tell)
+    if spec.method == "start":
+        _measure_start(spec, config, data)
+    else:
+        _train(spec, data, tell)
+
+
+def _write_result(spec: StageSpec, **facts: Any) -> None:
+    Path(spec.folder).mkdir(parents=True, exist_ok=True)
+    result = {"format": FORMAT, "objective": spec.objective_name, **facts}
+    write_atomically(Path(spec.folder) / RESULT, (json.dumps(result) + "\n").encode())
+
+
+def _measure_start(spec: StageSpec, config: RunConfig, data: ComparisonData) -> None:
+    import torch
+
+    from orpo.weights import weights_sha256
+
+    args = config.training_args()
+    loaded = load_run_model(config, args, data.run)
+    scores = _scores(loaded.model, data, getattr(torch, args.compute_dtype))
+    _write_result(spec, model=spec.start, sha256=weights_sha256(loaded.model), scores=scores)
+
+
+def _train(spec: StageSpec, data: ComparisonData, tell: Any) -> None:
+    groups = stage_rows(spec.objective_name, data.for_trials(spec.split.tune_rows) if spec.is_trial else data.train)
+    config = spec.run_config(**_schedule(spec, len(groups)))
+    watcher = _Watcher(spec, data)
+    rows = replace(data.run, train=groups, held_out=None if spec.is_trial else data.validation)
+    run_training(
+        config,
+        tell,
+        [watcher],
+        command="compare",
+        observer=watcher,
+        data=rows,
+        trainer_class=MeasuredTrainer,
+        objective=build_objective(spec.objective_name, {"orpo_beta": config["orpo_beta"], **spec.options}),
+    )
+
+
+def _schedule(spec: StageSpec, num_rows: int) -> dict[str, Any]:
+    """When the stage evaluates and saves."""
+    config = spec.run_config()
+    args = config.training_args()
+    changes: dict[str, Any] = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+    if not config.is_given("save_strategy") and not config.is_given("save_steps"):
+        changes["save_strategy"] = "no"  # what is done again after a kill is one stage
+    if not spec.is_trial and spec.num_points:
+        per_epoch = -(-num_rows // (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
+        num_steps = args.max_steps if args.max_steps > 0 else round(per_epoch * args.num_train_epochs)
+        every = max(1, num_steps // spec.num_points)
+        changes |= {"eval_strategy": "steps", "eval_steps": every, "eval_on_start": True}
+    return changes
+
+
+class _Watcher(Observer, TrainerCallback):
+    """Measures a stage while it trains, and scores its weights when it is done."""
+
+    def __init__(self, spec: StageSpec, data: ComparisonData) -> None:
+        self.spec, self.data = spec, data
+        self.cost = Cost()
+        self._clock = StepClock(self.cost)
+
+    def before(self, trainer: Any, data: RunData) -> None:
+        """The reference's log-probabilities come once, before training, from the weights that the stage starts from."""
+        self.cost = trainer.cost
+        self._clock.cost = trainer.cost
+        reset_peak()
+        if METHODS[self.spec.method].has_reference and self.spec.number == len(METHODS[self.spec.method].stages) - 1:
+            add_reference(trainer, self.cost)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.global_step:
+            return
+        spent = Path(args.output_dir) / f"cost-{state.global_step}.json"  # resumed: what was spent before the checkpoint
+        if spent.exists():
+            vars(self.cost).update(json.loads(spent.read_text(encoding="utf-8")))
+        else:
+            self.cost.is_partial = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        path = Path(args.output_dir) / f"cost-{state.global_step}.json"
+        write_atomically(path, json.dumps(self.cost.to_dict()).encode())
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._clock.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._clock.stop()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.cost.peak_bytes = max(self.cost.peak_bytes, peak_bytes())
+
+    def after(self, trainer: Any, data: RunData) -> None:
+        """Scores of the final weights; written before the run counts as complete, or a kill in between would lose them."""
+        scores = _scores(trainer.model, self.data, trainer.compute_dtype)
+        _write_result(self.spec, cost=self.cost.to_dict(), scores=scores)
+
+
+def add_reference(trainer: Any, cost: Cost) -> None:
+    """Give training and validation rows their summed log-probabilities under the trainer's weights as they are."""
+    import time
+
+    began_s = time.perf_counter()
+    with FlopCounter() as counter:
+        for rows in (trainer.train_dataset, trainer.eval_dataset or []):
+            is_training = rows is trainer.train_dataset
+            sums = _score_tokens(trainer.model, rows, trainer.compute_dtype)
+            for row, responses in enumerate(sums):
+                rows[row] = replace(rows[row], reference_logp_sums=tuple(float(logps.sum(dtype="f8")) for logps in responses))
+                if is_training:
+                    cost.reference_tokens += rows[row].num_tokens
+                    cost.forward_passes += len(rows[row].response_ids)
+            if is_training:
+                cost.flops += counter.total
+                cost.reference_s += time.perf_counter() - began_s
+
+
+def _score_tokens(model: Any, groups: Sequence[TokenGroup], compute_dtype: Any) -> list[tuple[np.ndarray, ...]]:
+    import torch
+
+    from orpo.evaluate.scores import score_tokens
+
+    return score_tokens(model, groups, compute_dtype=None if compute_dtype == torch.float32 else compute_dtype)
+
+
+def _scores(model: Any, data: ComparisonData, compute_dtype: Any) -> dict[str, list[list[float]]]:
+    """Mean log-probability of every answer of the validation and test rows."""
+    return {
+        name: [[float(logps.mean(dtype="f8")) for logps in responses] for responses in _score_tokens(model, groups, compute_dtype)]
+        for name, groups in (("validation", data.validation), ("test", data.test))
+    }
+
+
+def main(path: str) -> int:
+    """Run a stage as its specification says; the exit code is the command line's for the same error."""
+    from orpo.cli import guarded_exit
+
+    return guarded_exit("compare", lambda: _run(path))
+
+
+def _run(path: str) -> int:
+    from orpo.cli import configure_logging
+    from orpo.cli.console import quiet_libraries
+
+    configure_logging()
+    quiet_libraries()
+    run_stage(StageSpec.read(Path(path)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
