@@ -59,6 +59,11 @@ _UNCHECKED_TYPES = frozenset(
     {"fsdp", "fsdp_config", "debug", "report_to", "deepspeed", "accelerator_config", "include_num_input_tokens_seen"}
 )
 
+# Those that transformers can be asked about whether they are there.
+_TRACKERS_WITH_A_PACKAGE = frozenset(
+    {"clearml", "codecarbon", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"}
+)
+
 
 def _enum_choices() -> dict[str, tuple[str, ...]]:
     from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
@@ -88,7 +93,7 @@ def check_values(values: dict[str, Any]) -> list[UserError]:
     problems += _choice_problems(usable) + _range_problems(usable)
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
-    return problems + compat.refusals(usable) + _cross_problems(usable)
+    return problems + compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
 
 
 def _type_problems(values: dict[str, Any]) -> list[UserError]:
@@ -145,8 +150,8 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
                 expected=f"at most {max_length - 1}",
             )
         )
-    if get("max_steps") == 0:
-        problems.append(UserError("found 0", where="max_steps", expected="a positive number, or -1 to train by epochs"))
+    if (num_steps := get("max_steps")) is not None and num_steps != -1 and num_steps < 1:
+        problems.append(UserError(f"found {num_steps}", where="max_steps", expected="a positive number, or -1 to train by epochs"))
     if get("fp16") and get("bf16"):
         problems.append(UserError("is on together with bf16", where="fp16", mend="keep bf16; drop fp16"))
     elif get("fp16") and not _has_gpu(values):
@@ -177,6 +182,27 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
                 mend="set both to the same, or save_strategy to best",
             )
         )
+    return problems
+
+
+def _tracker_problems(report_to: Any) -> list[UserError]:
+    """Trackers that transformers does not know, or whose package is not there; it would raise after the model has been loaded."""
+    given = report_to if isinstance(report_to, (list, tuple)) else [report_to]
+    names = [name for name in given if isinstance(name, str)]
+    if not set(names) - {"none", "all"}:
+        return []
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    problems = []
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            mend = did_you_mean(name, INTEGRATION_TO_CALLBACK)
+            problems.append(UserError(f"found {name!r}", where="report_to", expected=f"none, all, or some of {known}", mend=mend))
+        elif name in _TRACKERS_WITH_A_PACKAGE and name not in get_available_reporting_integrations():
+            problems.append(UserError(f"the package of {name} is not installed", where="report_to", mend=f"pip install {name}"))
     return problems
 
 

@@ -61,7 +61,9 @@ def translate_layer(layer: dict[str, Given], problems: list[UserError], notes: l
     """Older and TRL's names into ours, within one layer, so that a flag may override a file's value under another name."""
     plain, found_problems, found_notes = compat.translate({key: item.value for key, item in layer.items()})
     for problem in found_problems:
-        problem.where = f"{layer[problem.where].origin}: {problem.where}" if problem.where in layer else problem.where
+        key = problem.where
+        if key in layer:
+            problem.where = layer[key].origin if layer[key].origin == f"--{key}" else f"{layer[key].origin}: {key}"
     problems += found_problems
     notes += found_notes
     old_names = {entry.to: name for name in layer if (entry := compat.BY_NAME.get(name)) and entry.to}
@@ -152,6 +154,8 @@ def _yaml_problem(path: Path, error: yaml.YAMLError) -> UserError:
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
     is_tag = isinstance(error, yaml.constructor.ConstructorError)
     mend = "plain values only; tags such as !!python are never executed" if is_tag else "a value with a colon or # in it needs quotes"
+    if path.suffix not in (".yaml", ".yml"):
+        mend = "a configuration is a YAML file; data are named by --dataset_name"
     return UserError(f"not valid YAML: {what}", where=where, mend=mend)
 
 
@@ -230,7 +234,10 @@ def read_flags(words: Sequence[str], problems: list[UserError]) -> tuple[dict[st
         word = words[position]
         position += 1
         if not _is_flag(word):
-            rest.append(word)
+            if word.startswith("-") and word != "--":
+                problems.append(UserError(f"unknown option {word!r}", where="command line", expected="--key value"))
+            else:
+                rest.append(word)
             continue
         name, has_value, text = word[2:].partition("=")
         key = name.replace("-", "_")

@@ -25,6 +25,7 @@ from orpo.sources import (
     explain_failure,
     fetch_hub_adapter,
     find_source,
+    hub_answers,
     read_config,
 )
 from orpo.weights import stored_dtype, weights_sha256
@@ -342,7 +343,7 @@ def _hub_arguments(source: ModelSource, options: ModelOptions) -> dict[str, Any]
         arguments["revision"] = options.revision
     if options.trust_remote_code and options.revision:
         arguments["code_revision"] = options.revision
-    if source.is_local:
+    if source.is_local or not hub_answers():
         arguments["local_files_only"] = True
     return arguments
 

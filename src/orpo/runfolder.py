@@ -64,7 +64,7 @@ class RunFolder:
         """
         try:
             facts = json.loads(self.run_json.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise UserError(
@@ -90,6 +90,37 @@ class RunFolder:
         """`running`, `complete`, `stopped` (signal or guard), `failed`, or None for no run."""
         facts = self.read()
         return None if facts is None else str(facts.get("status", RUNNING))
+
+
+def check_writable(folder: str | Path) -> None:
+    """Tell a folder that cannot be a run's before anything is loaded; creates nothing.
+
+    Raises:
+        UserError: it is a file, or permissions of it or of the nearest folder above it are in the way.
+    """
+    path = Path(folder).absolute()
+    present = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not present.is_dir():
+        raise UserError("is not a folder", where=str(present), mend="choose another output_dir")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise _unwritable(present, "Permission denied")
+
+
+def make_run_folder(folder: str | Path) -> None:
+    """Create the run's folder.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    check_writable(folder)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(Path(folder), error.strerror) from error
+
+
+def _unwritable(folder: Path, reason: str | None) -> UserError:
+    return UserError(f"cannot be written ({reason})", where=str(folder), mend="choose another output_dir, or change its permissions")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -204,13 +205,28 @@ def check_config(config: Any, source: ModelSource) -> None:
         raise UserError(f"transformers has no causal language model of type {config.model_type!r}", where=source.name, expected=expected)
 
 
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached at all, asked once.
+
+    Its client asks six times over half a minute, for each file anew; a user without a network wants to hear of a misspelt name before that.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # offline mode, no such host, no route, no answer in time, a proxy that refuses
+        return False
+    return True
+
+
 def fetch_hub_adapter(source: ModelSource, revision: str | None) -> Path | None:
     """A local copy of a hub repository that holds a PEFT adapter and no model of its own; None for every other one."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(source.location, "config.json", revision=revision)
+        hf_hub_download(source.location, "config.json", revision=revision, local_files_only=not hub_answers())
         return None
     except LocalEntryNotFoundError:
         return None

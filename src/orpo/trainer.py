@@ -33,7 +33,7 @@ from orpo.guards.callbacks import LearningCallback, SignalCallback
 from orpo.metrics import MetricSums, all_reduce_sum, means
 from orpo.metricscallback import MetricsCallback
 from orpo.objective import METRICS, Objective
-from orpo.runfolder import RunFolder
+from orpo.runfolder import RunFolder, make_run_folder
 from orpo.steps import StepBatch, StepDataset, StepSampler, only_item
 from orpo.trainer_outside import OutsideMixin
 from orpo.trainer_setup import as_eval_groups, as_groups, prepared_model, resolve_model, resolve_objective, resolve_tokenizer
@@ -142,6 +142,8 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
         self.encoder = encoder
         self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
+        if args.should_save:
+            make_run_folder(str(args.output_dir))
         super().__init__(
             model=None if loaded is None else prepared_model(loaded, args, peft_config, tokenizer, encoder),
             args=args,

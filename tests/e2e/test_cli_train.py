@@ -164,7 +164,7 @@ def test_a_stopped_process_resumes_to_the_same_weights(tmp_path: Path, options: 
         while metrics.num_bytes == 0 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, shown = process.communicate(timeout=60)
+        _, shown = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, shown
     assert "Traceback" not in shown
     facts = RunFolder(tmp_path / "run").read()
@@ -191,3 +191,37 @@ def test_a_stopped_process_resumes_to_the_same_weights(tmp_path: Path, options: 
     ]
     trained = [[record for record in log if "train_runtime" not in record] for log in logs]
     assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("place", ["rows.jsonl", "rows.jsonl/below", "/proc/no-such-run"])
+def test_a_folder_that_cannot_be_is_told_as_the_users_input(
+    tmp_path: Path, options: dict[str, object], capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """A file in its way, and a place where even root can make no folder."""
+    if place.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("there is no /proc here")
+    kept = (tmp_path / "rows.jsonl").read_bytes()
+    assert main(["train", write_config(tmp_path, {**options, "output_dir": str(tmp_path / place)})]) == 2
+    shown = capsys.readouterr().err
+    assert "choose another output_dir" in shown
+    assert "Traceback" not in shown
+    assert (tmp_path / "rows.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-x", "3"], "command line: unknown option '-x'"),
+        (["--beta", "0.2", "--orpo_alpha", "0.3"], "- --beta: found 0.2, while orpo_alpha is 0.3"),
+        (["--max_steps", "-5"], "--max_steps: found -5\n  expected: a positive number, or -1"),
+        (["rows.jsonl"], "a configuration is a YAML file; data are named by --dataset_name"),
+    ],
+)
+def test_wrong_words_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
+    assert main(["train", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

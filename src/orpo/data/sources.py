@@ -16,6 +16,7 @@ from orpo.data import jsonfiles, tables
 from orpo.data.jsonfiles import RawRow
 from orpo.data.types import Where
 from orpo.errors import DataError
+from orpo.runkeys import DEMO_DATA
 
 MAX_ROW_BYTES = 16 << 20
 """A row above this is dropped as `row_too_large`, without being held in memory."""
@@ -116,8 +117,8 @@ def read_source(
     copy on disk).
 
     Args:
-        spec: a file (json, jsonl, csv, tsv, parquet, arrow, or any of these with .gz), folder, glob, hub id, `Source`, a `datasets`
-            object, a table, or any iterable of rows.
+        spec: a file (json, jsonl, csv, tsv, parquet, arrow, or any of these with .gz), folder, glob, hub id, `orpo-demo`, `Source`, a
+            `datasets` object, a table, or any iterable of rows.
         split: which split of a folder, data-set dictionary or hub id; None takes the only one, or `train`.
         max_row_bytes: rows above this are given as `Dropped("row_too_large", …)`.
 
@@ -132,6 +133,8 @@ def read_source(
     if not isinstance(spec, (str, Path)):
         return _read_object(spec, split, max_row_bytes)
     path = Path(spec).expanduser()
+    if str(spec) == DEMO_DATA and not path.exists():
+        path = Path(__file__).parent / "demo"
     if path.is_file():
         return _read_file(path, split, max_row_bytes)
     if path.is_dir():
@@ -249,6 +252,8 @@ def _read_folder(folder: Path, split: str | None, max_row_bytes: int) -> Iterato
 def _no_split(where: str, split: str | None, names: list[str]) -> DataError:
     have = f"it has {', '.join(names)}" if names else "its files name no split"
     what = f"no split {split!r}: {have}" if split else f"several splits and none named 'train': {', '.join(names)}"
+    if not names:
+        return DataError(what, where=where, mend="leave the split out; eval_fraction or eval_dataset_name hold rows out")
     return DataError(what, where=where, expected="the name of one of its splits", mend=f"choose one{did_you_mean(split or '', names)}")
 
 
@@ -297,6 +302,10 @@ def _read_hub(
 ) -> Iterator[RawRow]:
     import datasets
 
+    from orpo.sources import hub_answers
+
+    is_offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = is_offline or not hub_answers()
     try:
         data = datasets.load_dataset(hub_id, name, split=None, revision=revision, streaming=streaming)
     except Exception as error:
@@ -305,7 +314,9 @@ def _read_hub(
             f"neither a file or folder here nor a data set that could be loaded from the hub: {first_line}",
             where=hub_id,
             expected="a path that exists, or a data set's hub id and a connection",
-            mend="check the spelling and the connection; `huggingface-cli download --repo-type dataset` fetches it beforehand",
+            mend="check the spelling and the connection; `hf download --repo-type dataset` fetches it beforehand",
         ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = is_offline
     taken = pick_split(data, split, hub_id)
     return _read_object(data[taken], None, max_row_bytes, label=f"{hub_id}[{taken}]")
