@@ -126,8 +126,8 @@ class ORPOConfig(TrainingArguments):
             warnings.warn(note, UserWarning, stacklevel=4)
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
         output_dir, bf16 = self.output_dir, self.bf16
-        if vars(self)["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
-            vars(self)["report_to"] = "none"
+        if self.__dict__["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
+            self.__dict__["report_to"] = "none"
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
