@@ -63,7 +63,7 @@ def _metadata(facts: RunFacts) -> Any:
         datasets=[name for name in _sources(facts) if _is_hub_data(name)] or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["orpo", "preference-optimization", *(["lora"] if is_adapter else [])],
+        tags=[facts.method.lower(), "preference-optimization", *(["lora"] if is_adapter else [])],
         model_name=_name(facts) if scores else None,
         eval_results=scores or None,
     )
@@ -127,8 +127,7 @@ def _body(facts: RunFacts) -> list[str]:
         MARK,
         f"# {escape(_name(facts))}",
         escape(what_was_trained(facts)),
-        f"Trained with ORPO ([Odds Ratio Preference Optimization]({PAPER})): next-token loss on the chosen answers plus a term that raises "
-        "their odds over the rejected ones', in one stage, without a reference model.",
+        _method(facts),
         _unfinished(facts),
         "## Setup\n\n" + _table(("", ""), setup_section(facts).facts),
         _results(facts),
@@ -141,6 +140,15 @@ def _body(facts: RunFacts) -> list[str]:
     ]
 
 
+def _method(facts: RunFacts) -> str:
+    if facts.method != "ORPO":
+        return f"A stage of a comparison of methods: {escape(text(facts.run.get('objective')))}."
+    return (
+        f"Trained with ORPO ([Odds Ratio Preference Optimization]({PAPER})): next-token loss on the chosen answers plus a term that raises "
+        "their odds over the rejected ones', in one stage, without a reference model."
+    )
+
+
 def _unfinished(facts: RunFacts) -> str:
     return "" if facts.status == "complete" else f"**The run is not complete: {escape(facts.status)}.**"
 
@@ -151,7 +159,7 @@ def _results(facts: RunFacts) -> str:
     if after:
         rows = []
         for key, words, style, _ in METRICS:
-            if key in after:
+            if key in after and key != "log_odds_accuracy":
                 signed = "+.1%p" if "%" in style else style
                 values = [estimate(one.get(key), how) for one, how in ((before, style), (after, style), (change, signed))]
                 rows.append((words, *map(_plain, values)))

@@ -24,13 +24,13 @@ def curve_section(facts: RunFacts) -> Section:
     alpha = number(facts.configuration.get("orpo_alpha"))
     section = Section("curves", "Curves")
     section.figures = {
-        "loss": _loss(logs, alpha),
+        "loss": _loss(logs, alpha if facts.method == "ORPO" else None),
         "logps": _sides(logs),
         "odds": _one(logs, "log_odds_chosen", "Log odds ratio", "nats", "how much higher the odds of the chosen answer are", zero=True),
         "accuracy": _one(
             logs, "rewards/accuracies", "Accuracy", "", "share of pairs whose chosen answer is the likelier one", percent=True
         ),
-        "share": _shares(logs),
+        "share": _shares(logs) if facts.method == "ORPO" else None,
         "speed": _one(
             logs, "tokens_per_second", "Speed", "tokens per second", "packed tokens, evaluation and saving left out", from_zero=True
         ),
@@ -100,19 +100,20 @@ def _held_out(logs: Logs, name: str, told: str, colour: str) -> list[dict[str, A
 
 
 def _loss(logs: Logs, alpha: float | None) -> Figure | None:
+    """ORPO's loss and its two parts; of another method, or where the weight is not known, no odds-ratio part."""
     traces = lines(*logs.series("loss"), "loss", "var(--ink)")
     traces += lines(*logs.series("nll_loss"), "next-token loss", CHOSEN)
     steps, values = logs.series("log_odds_ratio")  # TRL's name for the mean of log sigmoid(log OR)
-    weight = 1.0 if alpha is None else alpha
-    traces += lines(steps, [-weight * value for value in values], f"odds-ratio term × {weight:g}", REJECTED)
+    if alpha is not None:
+        traces += lines(steps, [-alpha * value for value in values], f"odds-ratio term × {alpha:g}", REJECTED)
     traces += _held_out(logs, "loss", "loss", "var(--soft)")
-    return figure("Loss and its parts", traces, x="step", y="nats", note="the loss is the sum of the two parts")
+    return figure("Loss and its parts", traces, x="step", y="nats", note="" if alpha is None else "the loss is the sum of the two parts")
 
 
 def _sides(logs: Logs) -> Figure | None:
     traces = lines(*logs.series("logps/chosen"), "chosen", CHOSEN) + lines(*logs.series("logps/rejected"), "rejected", REJECTED)
     traces += _held_out(logs, "logps/chosen", "chosen", CHOSEN) + _held_out(logs, "logps/rejected", "rejected", REJECTED)
-    return figure("Log-probability of the answers", traces, x="step", y="nats per token", note="ORPO is meant to part them")
+    return figure("Log-probability of the answers", traces, x="step", y="nats per token", note="of the pairs trained on, and held out")
 
 
 def _one(

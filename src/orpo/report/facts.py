@@ -79,6 +79,12 @@ class RunFacts:
         return {key: value for key, value in self.configuration.items() if part(stored, key, "origin") != "default"}
 
     @property
+    def method(self) -> str:
+        """ORPO, or the method of a comparison that this run is a stage of."""
+        objective = self.run.get("objective")
+        return objective.partition("(")[0] if isinstance(objective, str) and objective else "ORPO"
+
+    @property
     def status(self) -> str:
         """complete, running, stopped, failed; unknown without run.json."""
         status = self.run.get("status")

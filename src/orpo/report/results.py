@@ -109,8 +109,8 @@ def error_bar(values: Sequence[Any], colour: str) -> Record:
 def _pair_table(before: Record, after: Record, change: Record) -> Table:
     rows: list[Row] = []
     for key, words, style, better in METRICS:
-        if key not in after:
-            continue
+        if key not in after or (key == "log_odds_accuracy" and after[key] == after.get("accuracy")):
+            continue  # the two part only where a probability is 1
         moved = change.get(key)
         sign = excludes_zero(moved) * better
         cells: Row = [Cell(words), *([estimate(before.get(key), style)] if before else []), estimate(after[key], style)]

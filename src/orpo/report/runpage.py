@@ -62,7 +62,7 @@ def what_was_trained(facts: RunFacts) -> str:
         return "What was trained on what is not known: run.json is missing or damaged."
     pairs = part(facts.run, "data", "train", "num_pairs")
     sources = ", ".join(source_names(facts.configuration.get("dataset_name")))
-    said = f"{model}, tuned with ORPO on {human_count(pairs)} preference pairs" + (f" of {sources}" if sources else "")
+    said = f"{model}, tuned with {facts.method} on {human_count(pairs)} preference pairs" + (f" of {sources}" if sources else "")
     done = number(facts.run.get("last_step"))
     steps = number(facts.run.get("num_steps"))
     if done is not None and facts.status == "complete":
@@ -129,7 +129,7 @@ def setup_section(facts: RunFacts) -> Section:
     if options:
         rank = f"LoRA, rank {text(options.get('lora_r'))}, alpha {text(options.get('lora_alpha'))}"
         section.facts.append(("trained weights", rank if options.get("use_peft") else "all of them"))
-        section.facts.append(("objective", _objective(options)))
+        section.facts.append(("objective", _objective(options) if facts.method == "ORPO" else text(run.get("objective"))))
         rows = (
             number(options.get("per_device_train_batch_size")),
             number(options.get("gradient_accumulation_steps")),
