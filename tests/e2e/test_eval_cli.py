@@ -276,6 +276,46 @@ def test_ifeval_of_given_answers(shared_data, tmp_path, capsys):
     assert json.loads(lines[0])["response"] == "no comma here"
 
 
+def test_a_model_folder_is_evaluated_from_python(trained, shared_data, tmp_path, monkeypatch):
+    """What a comparison calls: a folder, a task, a limit; the record comes back, lies in the output folder, and costs nothing again."""
+    from orpo.errors import UserError
+    from orpo.evaluate import ifeval
+    from orpo.evaluate.options import EvalOptions
+    from orpo.evaluate.suite import Evaluation
+
+    try:
+        ifeval.load_checkers()
+    except UserError as error:
+        pytest.skip(str(error))
+    prompts = shared_data / "ifeval" / "input_data.jsonl"
+    options = EvalOptions(
+        trained / "model", ("ifeval",), limit=7, ifeval_prompts=prompts, has_before=False, max_new_tokens=8, output=str(tmp_path)
+    )
+    records, errors = Evaluation(options).run()
+    assert errors == {}
+    record = records["ifeval"]
+    assert (record["result"]["num_prompts"], record["target"], record["limit"]) == (7, str(trained / "model"), 7)
+    kept = json.loads((tmp_path / "ifeval.json").read_text())
+    assert kept["result"] == record["result"]
+    lines = [json.loads(line) for line in (tmp_path / "ifeval-answers.jsonl").read_text().split("\n") if line]
+    strict = [all(line["strict"]) for line in lines]
+    assert record["result"]["prompt_strict"]["value"] == pytest.approx(sum(strict) / 7)
+    monkeypatch.setattr("orpo.evaluate.answers.generate", lambda *args, **kwargs: pytest.fail("generated again"))
+    again, _ = Evaluation(options).run()
+    assert again["ifeval"]["result"] == record["result"]
+
+
+def test_prompts_that_are_not_to_be_had_are_asked_for(trained, capsys, monkeypatch):
+    from orpo.errors import DataError
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise DataError("the hub cannot be reached", where="google/IFEval")
+
+    monkeypatch.setattr("orpo.evaluate.ifeval.read_items", offline)
+    assert main(["eval", str(trained), "--tasks", "ifeval"]) == 2
+    assert "--ifeval_prompts FILE" in capsys.readouterr().err
+
+
 def test_one_task_that_cannot_be_done_does_not_keep_the_others(trained, capsys):
     words = ["eval", str(trained), "--tasks", "pairs,alpacaeval", "--alpaca_reference", "/nowhere/reference.json", "--json"]
     capsys.readouterr()

@@ -300,7 +300,7 @@ def _alpaca_lines(result: dict[str, Any]) -> Iterator[str]:
     if result["length_controlled"] is not None:
         yield f"length-controlled win rate {result['length_controlled']:.1%} (standard error {result['length_controlled_error']:.1%})"
     else:
-        yield f"no length-controlled win rate: {' '.join(str(result['missing']).split())}"
+        yield f"no length-controlled win rate: {'; '.join(line.strip() for line in str(result['missing']).splitlines())}"
     yield f"mean length {result['mean_chars']:.0f} characters, reference {result['reference_mean_chars']:.0f}"
     yield from _gaps(result)
 

@@ -91,9 +91,15 @@ class JudgeOptions:
         return LocalJudge(name, device=loading.device)
 
 
+# Given from Python as text or as `Path`; kept as what the tasks take.
+_NAMES = ("target", "against", "data", "ifeval_prompts")
+_PATHS = ("answers", "against_answers", "mtbench", "alpaca_reference", "alpaca_tables", "prompts", "text", "output")
+_KINDS: dict[str, type[str] | type[Path]] = {**dict.fromkeys(_NAMES, str), **dict.fromkeys(_PATHS, Path)}
+
+
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to evaluate, on what, how.
+    """What to evaluate, on what, how. From Python, paths may be given as text or `Path`.
 
     Attributes:
         target: run, model, or None where only given answers are judged.
@@ -140,6 +146,12 @@ class EvalOptions:
     retry_malformed: bool = False
     loading: Loading = field(default_factory=Loading)
     judge: JudgeOptions = field(default_factory=JudgeOptions)
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, (str, Path)):
+                object.__setattr__(self, name, kind(value))
 
     def check(self) -> None:
         """Find what does not fit together before anything is loaded.

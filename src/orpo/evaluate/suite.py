@@ -216,7 +216,7 @@ class Evaluation:
         return found
 
     def _ifeval(self) -> Record:
-        items = ifeval.read_items(self.options.ifeval_prompts or ifeval.HUB_ID, limit=self.options.limit)
+        items = self._ifeval_items()
         ifeval.load_checkers()  # before hours of generation, not after
         if self.options.answers is not None:
             given = dict(read_prompt_answers(self.options.answers))
@@ -236,6 +236,19 @@ class Evaluation:
         self._write_lines("ifeval-answers.jsonl", rows)
         cut = None if finishes is None else sum(finish != "stop" for finish in finishes)
         return {**found.to_dict(), "num_cut": cut}
+
+    def _ifeval_items(self) -> list[ifeval.Item]:
+        options = self.options
+        if options.ifeval_prompts is not None:
+            return ifeval.read_items(options.ifeval_prompts, limit=options.limit)
+        try:
+            return ifeval.read_items(limit=options.limit)
+        except DataError as error:
+            raise DataError(
+                f"the prompts cannot be fetched from the hub: {error.what}",
+                where="ifeval",
+                mend="--ifeval_prompts FILE: input_data.jsonl of instruction_following_eval in github.com/google-research/google-research",
+            ) from error
 
     def _mtbench(self) -> Record:
         options = self.options
