@@ -185,6 +185,20 @@ def test_another_seed_runs_only_itself(
     assert [run["seed"] for run in facts["methods"]["orpo"]["runs"]] == [1, 3]
 
 
+def test_a_sweep_widens_the_map_and_not_the_choice(
+    config: RunConfig, processes: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(comparison, "SWEEP_RATES", (1.0,))
+    monkeypatch.setattr(comparison, "SWEEP_STRENGTHS", {"orpo": (1.0,)})
+    options = CompareOptions(
+        methods=("orpo",), learning_rates=(1e-6,), strengths={"orpo": (0.1,)}, sweep=True, output=str(tmp_path), num_points=0
+    )
+    facts = compare(config, options, _quiet)
+    assert np.shape(facts["sweep"]["orpo"]["accuracy"]) == (2, 2)
+    assert len(facts["methods"]["orpo"]["trials"]) == 4
+    assert facts["methods"]["orpo"]["options"] == {"learning_rate": 1e-6, "orpo_alpha": 0.1}, "others would have been better"
+
+
 def test_other_rows_are_refused(config: RunConfig, finished: tuple[Path, dict[str, Any], list[str]]) -> None:
     options = CompareOptions(seeds=(1, 2), output=str(finished[0]), split=Split(max_train_rows=8))
     with pytest.raises(UserError, match="on other rows"):

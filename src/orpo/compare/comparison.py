@@ -197,9 +197,8 @@ class _Comparison:
 
     # ---- settings --------------------------------------------------------------------------------------------------------------------
 
-    def _grid(self, method: Method) -> list[dict[str, float]]:
-        """Settings to try of a method's last stage, the same number of learning rates for all."""
-        is_swept = self.options.sweep and method.name in SWEEP_STRENGTHS
+    def _grid(self, method: Method, *, is_swept: bool = False) -> list[dict[str, float]]:
+        """Settings to try of a method's last stage, the same number of learning rates for all; a sweep's are for the map alone."""
         own_rate = float(self.config["learning_rate"])
         rates = self.options.learning_rates or (own_rate,)
         strengths = self.options.strengths.get(method.name, method.strengths)
@@ -211,24 +210,28 @@ class _Comparison:
         return [{"learning_rate": rate, method.strength_name: strength} for rate in rates for strength in strengths]
 
     def _tune(self, method: Method, chosen: dict[str, dict[str, float]]) -> dict[str, float]:
-        """The settings with the best validation accuracy; of equals, the larger log odds ratio."""
+        """The settings with the best validation accuracy; of equals, the larger log odds ratio.
+
+        A sweep's wider grid does not take part in the choice: a method that is swept would have more to choose from than the others.
+        """
         if method.name == "sft+dpo" and "sft" not in chosen:
             chosen["sft"] = self._tune(find_methods(["sft"])[0], chosen)
         grid = self._grid(method)
-        if len(grid) == 1:
+        wider = self._grid(method, is_swept=True) if self.options.sweep and method.name in SWEEP_STRENGTHS else []
+        if len(grid) == 1 and not wider:
             return grid[0]
-        found = []
-        for options in grid:
+        found: list[tuple[dict[str, float], _Run]] = []
+        for options in [*grid, *(options for options in wider if options not in grid)]:
             run = self._train(method, {**chosen, method.name: options}, self.options.seeds[0], is_trial=True)
             found.append((options, run))
             self.trials[method.name] = found
             self._write()
 
         def merit(trial: tuple[dict[str, float], _Run]) -> tuple[float, float]:
-            summary = summarise(self.data.validation, trial[1].scores("validation"), num_bootstrap=1)
-            return summary.accuracy.value, summary.log_odds_ratio.value
+            summary = self._summary(trial[1], "validation")
+            return summary["accuracy"]["value"], summary["log_odds_ratio"]["value"]
 
-        best = max(found, key=merit)[0]
+        best = max(found[: len(grid)], key=merit)[0]
         self.tell(f"chosen       {method.label}: {_words(best)}")
         return best
 
