@@ -54,8 +54,9 @@ class Stepper:
     """Forward and backward of a micro-batch, as a training step does them."""
 
     def __init__(self, vocabulary: int) -> None:
+        from orpo.engine.allocator import keep_freed_memory
         from orpo.engine.fused import fused_modules
-        from orpo.engine.precision import WorkingWeights, keep_freed_memory
+        from orpo.engine.precision import WorkingWeights
 
         keep_freed_memory()
         self.model = make_model(vocabulary)

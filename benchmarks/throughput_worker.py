@@ -170,7 +170,7 @@ def main() -> None:
 
 def serve_floor(case: dict[str, Any]) -> None:
     """Answer how long the matrix products of a step take alone, until told to end."""
-    from orpo.engine.precision import keep_freed_memory
+    from orpo.engine.allocator import keep_freed_memory
     from orpo.models import load_model
 
     keep_freed_memory()  # the yardstick must not be slowed by page faults that the engine does not have

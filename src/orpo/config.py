@@ -22,7 +22,7 @@ from orpo import compat
 from orpo.configchecks import check_values, did_you_mean
 from orpo.errors import UserError, UserErrors
 
-CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 4_096
+CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 2_048
 
 
 class _NotGiven(float):

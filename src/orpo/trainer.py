@@ -23,10 +23,11 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStr
 from orpo.checkpoint import RunLock, current_ranks
 from orpo.config import ORPOConfig
 from orpo.data.types import TokenGroup
+from orpo.engine.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
 from orpo.engine.choose import Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
-from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, keep_freed_memory, total_norm
+from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
 from orpo.errors import UserError
 from orpo.guards import NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
 from orpo.guards.callbacks import LearningCallback, SignalCallback
@@ -293,9 +294,13 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+            is_on_cpu = self.args.device.type == "cpu"
+            if is_on_cpu:
+                limit_kernel_cache()
             engine = self.engine  # chosen before the model is wrapped
-            if self.args.device.type == "cpu":
-                keep_freed_memory()  # after the choice, whose memory is not needed again
+            if is_on_cpu:
+                return_freed_memory()  # that of the choice
+                keep_freed_memory()
                 if engine.name == "shared":
                     stack.enter_context(fused_modules(self.model))
             stack.enter_context(guard.hold())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, choose, padded
-from orpo.engine.choose import CHECK_TOKENS, Agreement, compare, rows_for_check
+from orpo.engine.choose import CHECK_ANSWER_TOKENS, CHECK_PROMPT_TOKENS, Agreement, compare, rows_for_check
 from orpo.engine.layout import collate
 from orpo.errors import UserError
 from orpo.objective import DPO, ORPO, SimPO
@@ -264,11 +264,17 @@ def test_a_wrong_backward_is_seen(groups: list[TokenGroup], monkeypatch: pytest.
     assert not agreement.holds
 
 
-def test_the_first_rows_that_fit_are_compared() -> None:
-    short, long = group([1] * 10, [2] * 5, [3] * 5), group([1] * CHECK_TOKENS, [2], [3])
-    assert rows_for_check([short, long, short, short]) == [short, short]
-    longer = group([1] * (CHECK_TOKENS + 1), [2], [3])
-    assert rows_for_check([longer, long]) == [long]
+def test_long_rows_are_cut_for_the_comparison() -> None:
+    """The end of the prompt and the beginning of each answer; what is left still takes the way of long rows in the attention."""
+    short, long = group([1] * 10, [2] * 5, [3] * 5), group(list(range(2000)), list(range(900)), [3] * 5, [4] * 900)
+    first, second = rows_for_check([short, long, short])
+    assert first.num_tokens == short.num_tokens
+    assert second.prompt_ids.tolist() == list(range(2000 - CHECK_PROMPT_TOKENS, 2000))
+    assert [len(ids) for ids in second.response_ids] == [CHECK_ANSWER_TOKENS, 5, CHECK_ANSWER_TOKENS]
+    assert second.response_ids[0][0] == 0
+    assert (second.pairs, second.is_ended) == (long.pairs, long.is_ended)
+    assert second.num_tokens > attention.QUERY_BLOCK
+    assert len(rows_for_check([long])) == 1
 
 
 # --- what training leaves behind ----------------------------------------------------------------------------------------------------------

@@ -118,6 +118,35 @@ def test_only_what_is_proven_equal_is_replaced(trait: str, number: int) -> None:
         assert found == number
 
 
+def test_a_fresh_norm_is_proven_too() -> None:
+    """All its weights are 1, so that the sum of its squared outputs is constant: along that, there would be no gradient to compare."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with fused_modules(nn.Sequential(LlamaRMSNorm(64))) as found:
+        assert found == 1
+
+
+@pytest.mark.parametrize("how", ["plain", "hook", "frozen gate"])
+def test_a_bare_mlp_is_one_function(how: str) -> None:
+    """Unless somebody listens to one of its layers; frozen weights get no gradient."""
+    model = build_tiny_model("llama").train()
+    mlp = model.model.layers[0].mlp
+    heard: list[Any] = []
+    if how == "hook":
+        mlp.up_proj.register_forward_hook(lambda *_: heard.append(1))
+    mlp.gate_proj.weight.requires_grad_(how != "frozen gate")
+    _, expected = gradients(model)
+    heard.clear()
+    with fused_modules(model):
+        node = mlp(torch.ones(1, 3, mlp.gate_proj.in_features)).grad_fn
+        assert type(node).__name__.startswith("_GatedMLP") == (how != "hook")
+        _, found = gradients(model)
+    assert bool(heard) == (how == "hook")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
 def test_every_kind_of_module_is_proven_on_its_own() -> None:
     """An odd norm beside a plain one is judged for itself, also where a setting alone tells them apart."""
     for order in (("one_plus", "plain"), ("plain", "one_plus")):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from orpo import ORPOTrainer
 from orpo.data.types import TokenGroup
 from orpo.engine import precision
-from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, keep_freed_memory, total_norm
+from orpo.engine.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
+from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 from trainerruns import logged, make_trainer, weights
@@ -298,6 +302,38 @@ def test_an_allocator_without_the_setting_is_left_alone(monkeypatch: pytest.Monk
     assert isinstance(keep_freed_memory(), bool)
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert keep_freed_memory() is False
+    assert return_freed_memory() is False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from Linux")
+def test_freed_memory_is_given_back() -> None:
+    """Blocks of the size that glibc keeps, freed below one that stays: held until asked for."""
+    program = (
+        "import torch\n"
+        "from orpo.engine.allocator import keep_freed_memory, return_freed_memory\n"
+        "def resident(): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS')) / 1000\n"
+        "assert keep_freed_memory()\n"
+        "start = resident()\n"
+        "blocks = [torch.ones(2**20) for _ in range(50)]\n"
+        "stays = torch.ones(1000)\n"
+        "del blocks\n"
+        "kept = resident() - start\n"
+        "assert return_freed_memory()\n"
+        "print(kept, resident() - start)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    kept, left = map(float, run.stdout.split())
+    assert kept > 150
+    assert left < 50
+
+
+def test_a_limit_of_the_kernel_cache_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    limit_kernel_cache()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    limit_kernel_cache()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
 
 
 # --- fifty steps beside float32 ----------------------------------------------------------------------------------------------------------

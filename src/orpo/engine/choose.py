@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 
 """Largest difference of a gradient, relative to its norm."""
 NEGLIGIBLE_GRADIENT = 1e-4
 """A gradient this small beside the largest one is rounding (a bias of keys in OPT) and is measured by this share of the largest."""
-CHECK_TOKENS = 2048
-"""Rows for the check are taken up to this many packed tokens."""
+CHECK_PROMPT_TOKENS, CHECK_ANSWER_TOKENS = 192, 64
+"""Rows for the check are cut to this: the padded engine makes logits for every position, and its memory would be the peak of the whole run.
+Together more than `attention.QUERY_BLOCK`, so that long rows take the way of long rows here too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +133,15 @@ def choose(
 
 
 def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
-    """The first rows, two at most, that fit `CHECK_TOKENS`; the shortest row where none does."""
-    fitting = [group for group in groups[:64] if group.num_tokens <= CHECK_TOKENS // 2][:2]
-    return fitting or [min(groups, key=lambda group: group.num_tokens)]
+    """The first two rows, cut where they are long: the end of the prompt, the beginning of each answer."""
+    return [
+        replace(
+            group,
+            prompt_ids=group.prompt_ids[-CHECK_PROMPT_TOKENS:],
+            response_ids=tuple(ids[:CHECK_ANSWER_TOKENS] for ids in group.response_ids),
+        )
+        for group in groups[:2]
+    ]
 
 
 def compare(

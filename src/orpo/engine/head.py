@@ -262,9 +262,12 @@ def _to_gradient(logits_CV: Tensor, target_C: Tensor, grad_C: Tensor, factor_C: 
 
 
 def _add_at(matrix_CV: Tensor, column_C: Tensor, value_C: Tensor) -> None:
-    """Add one value per row. In float32: for a likely token the two nearly cancel, and bf16 would round twice."""
-    old = matrix_CV.gather(1, column_C[:, None]).float()
-    matrix_CV.scatter_(1, column_C[:, None], (old + value_C[:, None]).to(matrix_CV.dtype))
+    """Add one value per row. In float32: for a likely token the two nearly cancel, and bf16 would round twice.
+
+    By indexing, not `scatter_`, which copies the whole matrix twice on a CPU.
+    """
+    row_C = torch.arange(matrix_CV.shape[0], device=matrix_CV.device)
+    matrix_CV[row_C, column_C] = (matrix_CV[row_C, column_C].float() + value_C).to(matrix_CV.dtype)
 
 
 def _called_by_chunks(hidden_ND: Tensor, module: nn.Module, job: HeadJob) -> tuple[Tensor, Tensor, Tensor]:

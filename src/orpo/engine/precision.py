@@ -179,22 +179,3 @@ def _norm_pieces(gradient: Tensor) -> tuple[Tensor, ...]:
 def autocast_to(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Autocast on the device, or nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory instead of returning it to the system after every large tensor.
-
-    By default each tensor above 32 MiB is mapped afresh and its pages are faulted in again on every use: converting 11 million numbers
-    took 11.1 ms with it and 1.2 ms without (docs/performance.md). Affects the process, so only a trainer that owns the step asks for it.
-
-    Returns:
-        Whether the allocator took the setting (glibc only).
-    """
-    import ctypes
-
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, 2**31 - 1))
