@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,13 +34,15 @@ class Case:
     method: str = "full"
     precision: str = "bf16"
     checkpointing: bool = False
+    model: str = "smollm2-135m-instruct"
+    max_length: int = 1024
 
     @property
     def pairs_per_step(self) -> int:
         return 4 if self.data == "hh" else 2
 
     def __str__(self) -> str:
-        return f"{self.data} {self.method} {self.precision}{' checkpointing' if self.checkpointing else ''}"
+        return f"{self.data}, {self.method}, {self.precision}{', checkpointing' if self.checkpointing else ''}"
 
 
 class Worker:
@@ -48,7 +51,10 @@ class Worker:
     def __init__(self, side: str, case: Case, num_steps: int) -> None:
         command = [sys.executable, str(HERE / "throughput_worker.py"), side, json.dumps(asdict(case)), str(num_steps + WARMUP_STEPS)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self.read()
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until the model is loaded and the run begun; what the worker says of itself."""
+        return self.read()
 
     def read(self) -> dict[str, Any]:
         """The worker's next message; whatever else it prints is passed over."""
@@ -70,6 +76,8 @@ def run(case: Case, num_steps: int) -> dict[str, Any]:
     """Both sides of a case, step by step in turn."""
     workers = {side: Worker(side, case, num_steps) for side in ("trl", "orpo")}
     yardstick = Worker("floor", case, num_steps)  # a process of its own, so that its memory is nobody's
+    facts = {side: worker.ready() for side, worker in {**workers, "floor": yardstick}.items()}
+    load_before = os.getloadavg()[0]
     for _ in range(WARMUP_STEPS):
         for worker in workers.values():
             worker.ask("step")
@@ -92,9 +100,13 @@ def run(case: Case, num_steps: int) -> dict[str, Any]:
     return {
         **asdict(case),
         "num_steps": num_steps,
-        "versions": workers["orpo"].facts["versions"],
+        "versions": facts["orpo"]["versions"],
+        "machine": facts["orpo"]["machine"],
+        "rows": facts["orpo"]["rows"],
+        "load_average": [load_before, os.getloadavg()[0]],
         "seconds": seconds,
         "packed_tokens": tokens,
+        "throughput_ratio": sum(seconds["trl"]) / sum(seconds["orpo"]),
         "pairs_per_second": {side: case.pairs_per_step * num_steps / sum(values) for side, values in seconds.items()},
         "tokens_per_second": {"orpo": sum(tokens) / sum(seconds["orpo"])},
         "peak_gb": {side: peak / 1e9 for side, peak in peaks.items()},
@@ -107,16 +119,17 @@ def run(case: Case, num_steps: int) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| case | TRL pairs/s | orpo pairs/s | ratio (median, min–max) | TRL GB | orpo GB | memory | share of matmul speed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | TRL pairs/s | orpo pairs/s | throughput | step by step, median (min–max) | TRL GB | orpo GB | memory | matmul share |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        case = Case(*(result[name] for name in ("data", "method", "precision", "checkpointing")))
+        case = Case(*(result[name] for name in Case.__dataclass_fields__))
         ratio, share = result["ratio"], result["matmul_share"]
         lines.append(
             f"| {case} | {result['pairs_per_second']['trl']:.2f} | {result['pairs_per_second']['orpo']:.2f} "
-            f"| {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) | {result['peak_gb']['trl']:.1f} "
-            f"| {result['peak_gb']['orpo']:.1f} | {result['memory_ratio']:.2f} | {share['median']:.0%} |"
+            f"| {result['throughput_ratio']:.2f} × | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) "
+            f"| {result['peak_gb']['trl']:.1f} "
+            f"| {result['peak_gb']['orpo']:.1f} | {result['memory_ratio']:.2f} × | {share['median']:.0%} |"
         )
     return "\n".join(lines)
 
@@ -129,18 +142,24 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--matrix", action="store_true", help="every combination")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each side")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--model", default=Case.model, help="a folder or hub id; what is bundled by default")
+    parser.add_argument("--max-length", type=int, default=Case.max_length)
+    parser.add_argument("--out", type=Path, help="write the results as JSON; cases that are in it already are kept and not run again")
     args = parser.parse_args()
-    base = Case(precision=args.precision, checkpointing=args.checkpointing)
+    base = Case(precision=args.precision, checkpointing=args.checkpointing, model=args.model, max_length=args.max_length)
     cases = [
         replace(base, data=data, method=method)
         for data in ([args.data] if args.data else ["hh", "sharegpt"])
         for method in ([args.method] if args.method else ["full", "lora"])
     ]
     if args.matrix:
-        cases = [Case(*values) for values in itertools.product(["hh", "sharegpt"], ["full", "lora"], ["bf16", "fp32"], [False, True])]
-    results = []
+        kinds = itertools.product(["bf16", "fp32"], [False, True], ["hh", "sharegpt"], ["full", "lora"])
+        cases = [replace(base, data=data, method=method, precision=precision, checkpointing=on) for precision, on, data, method in kinds]
+    results = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    done = [Case(*(result[name] for name in Case.__dataclass_fields__)) for result in results]
     for case in cases:
+        if case in done:
+            continue
         print(f"{case} …", file=sys.stderr, flush=True)
         results.append(run(case, args.steps))
         print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)

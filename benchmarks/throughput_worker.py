@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import platform
 import random
 import resource
 import sys
@@ -19,15 +21,14 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = {"hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz", "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json"}
 WORDS = {"hh": (95, 28, 36), "sharegpt": (300, 220, 240)}
 """Words of prompt, chosen and rejected of made-up rows where the files are absent, for about the same tokens."""
-MAX_LENGTH = 1024
 
 
 def tell(**message: Any) -> None:
     print("@" + json.dumps(message), flush=True)
 
 
-def load_rows(data: str, tokenizer: Any, num_rows: int) -> list[dict[str, Any]]:
-    """Rows of messages that fit `MAX_LENGTH` whole, in file order, repeated if there are too few."""
+def load_rows(data: str, tokenizer: Any, num_rows: int, max_length: int = 1024) -> list[dict[str, Any]]:
+    """Rows of messages that fit `max_length` whole, in file order, repeated if there are too few."""
     from orpo.data.formats import load_preferences
     from orpo.data.template import TemplateEncoder
     from orpo.data.types import TokenGroup
@@ -36,7 +37,7 @@ def load_rows(data: str, tokenizer: Any, num_rows: int) -> list[dict[str, Any]]:
         preferences, _, _ = load_preferences(str(FILES[data]), max_rows=4 * num_rows + 200)
     else:
         preferences, _, _ = load_preferences(_made_up(WORDS[data], num_rows))
-    groups = TemplateEncoder(tokenizer, max_length=MAX_LENGTH).encode_many(preferences)
+    groups = TemplateEncoder(tokenizer, max_length=max_length).encode_many(preferences)
     fitting = [preference for preference, group in zip(preferences, groups, strict=True) if isinstance(group, TokenGroup)]
     rows = [
         {
@@ -55,22 +56,7 @@ def _messages(text: Any, role: str) -> list[dict[str, str]]:
 
 def _made_up(words: tuple[int, int, int], num_rows: int) -> list[dict[str, str]]:
     source = random.Random(0)
-    vocabulary = [
-        "the",
-        "river",
-        "stone",
-        "bridge",
-        "walks",
-        "slowly",
-        "under",
-        "a",
-        "bright",
-        "sky",
-        "and",
-        "children",
-        "write",
-        "letters",
-    ]
+    vocabulary = ["the", "river", "stone", "bridge", "walks", "slowly", "under", "a", "bright", "sky", "and", "children", "write"]
 
     def text(mean: int) -> str:
         return " ".join(source.choice(vocabulary) for _ in range(max(4, int(source.gauss(mean, mean / 3)))))
@@ -78,11 +64,25 @@ def _made_up(words: tuple[int, int, int], num_rows: int) -> list[dict[str, str]]
     return [dict(zip(("prompt", "chosen", "rejected"), map(text, words), strict=True)) for _ in range(num_rows)]
 
 
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
+
+
+def kind_of_rows(data: str) -> str:
+    """For the results: the real rows, or made-up ones of about the same lengths."""
+    return FILES[data].name if FILES[data].exists() else "made up"
+
+
 class OnDemand(TrainerCallback):
     """Holds every step until it is asked for, and times it."""
 
-    def __init__(self, tokens_of_last_step: Any) -> None:
+    def __init__(self, tokens_of_last_step: Any, rows: str) -> None:
         self.tokens_of_last_step = tokens_of_last_step
+        self.rows = rows
         self.started = 0.0
 
     def wait(self) -> None:
@@ -93,7 +93,8 @@ class OnDemand(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        tell(versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")})
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")}
+        tell(versions=versions, machine=machine(), rows=self.rows)
         self.wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -143,9 +144,9 @@ def main() -> None:
         serve_floor(case)
         return
 
-    model, tokenizer, _ = load_model("smollm2-135m-instruct")
+    model, tokenizer, _ = load_model(case["model"])
     pairs = 4 if case["data"] == "hh" else 2
-    rows = load_rows(case["data"], tokenizer, pairs * (num_steps + 1))
+    rows = load_rows(case["data"], tokenizer, pairs * (num_steps + 1), case["max_length"])
     options = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": pairs,
@@ -155,7 +156,7 @@ def main() -> None:
         "logging_steps": 10_000,
         "disable_tqdm": True,
         "report_to": "none",
-        "max_length": MAX_LENGTH,
+        "max_length": case["max_length"],
         "bf16": case["precision"] == "bf16",
         "gradient_checkpointing": case["checkpointing"],
     }
@@ -165,7 +166,7 @@ def main() -> None:
 
         peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     build = _trl if side == "trl" else _orpo
-    build(model, tokenizer, rows, options, peft_config)
+    build(model, tokenizer, rows, options, peft_config, kind_of_rows(case["data"]))
 
 
 def serve_floor(case: dict[str, Any]) -> None:
@@ -175,7 +176,7 @@ def serve_floor(case: dict[str, Any]) -> None:
 
     keep_freed_memory()  # the yardstick must not be slowed by page faults that the engine does not have
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
-    measure = matmul_floor(load_model("smollm2-135m-instruct").model, is_full=case["method"] == "full", dtype=dtype)
+    measure = matmul_floor(load_model(case["model"]).model, is_full=case["method"] == "full", dtype=dtype)
     tell(ready=True)
     for line in sys.stdin:
         word, *rest = line.split()
@@ -185,7 +186,7 @@ def serve_floor(case: dict[str, Any]) -> None:
         tell(seconds=measure(int(rest[0])))
 
 
-def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any) -> None:
+def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, kind: str) -> None:
     from orpo import ORPOConfig, ORPOTrainer
 
     trainer = ORPOTrainer(model=model, args=ORPOConfig(**options), train_dataset=rows, processing_class=tokenizer, peft_config=peft_config)
@@ -198,11 +199,11 @@ def _orpo(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any)
         return step(model, inputs, *rest)
 
     trainer.training_step = counted
-    trainer.add_callback(OnDemand(lambda: tokens[0]))
+    trainer.add_callback(OnDemand(lambda: tokens[0], kind))
     trainer.train()
 
 
-def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any) -> None:
+def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any, kind: str) -> None:
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -212,7 +213,7 @@ def _trl(model: Any, tokenizer: Any, rows: Any, options: Any, peft_config: Any) 
         model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config
     )
     trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
-    trainer.add_callback(OnDemand(lambda: 0))
+    trainer.add_callback(OnDemand(lambda: 0, kind))
     trainer.train()
 
 
