@@ -17,7 +17,8 @@ import json, resource, sys
 from orpo.data.audit import AuditOptions, run_audit
 if __name__ == "__main__":
     audit = run_audit(sys.argv[1], AuditOptions(num_workers=2))
-    kib = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    kib = [own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]  # of the largest worker
     found = {finding.code: finding.num_rows for finding in audit.findings}
     print(json.dumps({"rows": audit.num_rows, "seconds": audit.seconds, "mib": [k / 1024 for k in kib], "found": found}))
 """

@@ -27,7 +27,7 @@ class _Lines:
         self.number = 0
         self.is_too_large = False
         self.record: list[str] = []
-        """The lines of the record at hand, to find the column of what is wrong with it."""
+        """The lines of the record at hand, to find the column of what is wrong with it; none of one that is too large."""
         self.delimiter = ","
         self._stream, self._name, self._limit = stream, name, max_row_bytes
         self._num_bytes = 0
@@ -55,7 +55,8 @@ class _Lines:
             except UnicodeDecodeError as error:
                 raise invalid_utf8(self._name, error, self.number) from None
 
-            self.record.append(text)
+            if not self.is_too_large:
+                self.record.append(text)
             yield text
 
     def _reduced(self, piece: bytes) -> bytes:
@@ -63,7 +64,9 @@ class _Lines:
         if self._num_bytes <= self._limit:
             return piece
         self.is_too_large = True
-        return re.sub(rb'[^"\n' + re.escape(self.delimiter.encode()) + rb"]+", b"", piece)
+        self.record.clear()
+        kept = re.sub(rb'[^"\n' + re.escape(self.delimiter.encode()) + rb"]+", b"", piece)
+        return kept.replace(b'""', b"")  # a doubled quote opens and closes nothing
 
 
 def broken_quote(lines: Sequence[str], delimiter: str) -> tuple[int, int]:
