@@ -18,6 +18,7 @@ from orpo.evaluate.answers import Sampling, answer_prompts
 from orpo.evaluate.cache import Cache
 from orpo.evaluate.options import EvalOptions
 from orpo.evaluate.pairtask import cached_scores, evaluate_pairs
+from orpo.evaluate.prompts import read_prompt_answers, read_prompts
 from orpo.evaluate.subject import Subject, Target, load_subject
 from orpo.redact import redact
 from orpo.runfolder import versions, write_atomically
@@ -358,51 +359,3 @@ class Evaluation:
     def _write_text(self, name: str, text: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / name, text.encode("utf-8", "replace"))
-
-
-def read_prompts(path: Path) -> list[Text]:
-    """Prompts of a file: rows with `prompt`, `instruction`, `question` or `messages`; a `.txt` holds them parted by blank lines.
-
-    Raises:
-        DataError: a row has none of them.
-    """
-    if path.suffix == ".txt":
-        return list(retention.read_passages(path))
-    from orpo.data.formats import read_source
-
-    prompts: list[Text] = []
-    for where, row in read_source(str(path), None):
-        value = next(
-            (row[name] for name in ("prompt", "instruction", "question", "messages") if isinstance(row, dict) and row.get(name)), None
-        )
-        if isinstance(value, str):
-            prompts.append(value)
-        elif isinstance(value, list) and all(isinstance(message, dict) and "role" in message and "content" in message for message in value):
-            prompts.append(tuple(value))
-        else:
-            raise DataError("no prompt in this row", where=str(where), expected="prompt, instruction or question as text, or messages")
-    if not prompts:
-        raise DataError("there are no prompts", where=str(path))
-    return prompts
-
-
-def read_prompt_answers(path: Path) -> list[tuple[str, str]]:
-    """(prompt, answer) rows of a file: `prompt` or `instruction`, and `response`, `answer` or `output`.
-
-    Raises:
-        DataError: a row lacks one.
-    """
-    from orpo.data.formats import read_source
-
-    found = []
-    for where, row in read_source(str(path), None):
-        prompt = next((row[name] for name in ("prompt", "instruction") if isinstance(row, dict) and isinstance(row.get(name), str)), None)
-        answer = next(
-            (row[name] for name in ("response", "answer", "output") if isinstance(row, dict) and isinstance(row.get(name), str)), None
-        )
-        if prompt is None or answer is None:
-            raise DataError(
-                "not a prompt with its answer", where=str(where), expected="prompt (or instruction), and response (answer, output)"
-            )
-        found.append((prompt, answer))
-    return found
