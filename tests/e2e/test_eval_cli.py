@@ -380,7 +380,7 @@ def served_model(smollm2_folder: Path) -> str:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline_s = time.monotonic() + 180
+        deadline_s = time.monotonic() + 300
         while time.monotonic() < deadline_s and process.poll() is None:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
