@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from transformers import TrainingArguments
 
 from orpo import compat
-from orpo.config import field_types
-from orpo.runkeys import key_types
+from orpo.config import field_defaults, field_types
+from orpo.runkeys import key_defaults, key_types
 
 DOCS = Path(__file__).parents[2] / "docs" / "trl-compatibility.md"
 
@@ -34,6 +35,34 @@ def trl_options() -> dict[str, tuple[str, Any]]:
 
 def test_every_option_of_trl_is_in_the_table() -> None:
     assert {name for name in trl_options() if name not in compat.BY_NAME} == set()
+
+
+def test_no_field_of_trl_is_an_unknown_key() -> None:
+    """Those that TRL takes over from `TrainingArguments` are fields here too, or in the table."""
+    pytest.importorskip("trl", reason="TRL is an extra of the tests")
+    from trl.experimental.orpo import ORPOConfig
+    from trl.scripts.utils import ScriptArguments
+    from trl.trainer.model_config import ModelConfig
+
+    names = {item.name for kind in (ORPOConfig, ScriptArguments, ModelConfig) for item in dataclasses.fields(kind) if item.init}
+    assert {"learning_rate", "deepspeed", "dataset_name", "lora_r"} <= names
+    assert names - set(field_types()) - set(key_types()) - set(compat.BY_NAME) == {"datasets"} & names
+
+
+def test_the_defaults_that_notes_speak_of_are_trls_and_ours() -> None:
+    """`same default, 16` holds on both sides, `(TRL: 0.05)` is TRL's."""
+    ours = {**key_defaults(), **field_defaults()}
+    checked = set()
+    for name, (_, default) in trl_options().items():
+        note = compat.BY_NAME[name].note
+        if same := re.search(r"same default, ([\w.-]+)", note):
+            assert float(same[1]) == default == ours[name], name
+            checked.add(name)
+        if theirs := re.search(r"\(TRL: ([\w.-]+?)\)", note):
+            told = {"on": True, "off": False}.get(theirs[1], theirs[1])
+            assert default == told or float(told) == default, name
+            checked.add(name)
+    assert {"max_length", "learning_rate", "lora_r", "lora_dropout", "gradient_checkpointing", "dataset_train_split"} <= checked
 
 
 def test_the_table_names_no_option_that_trl_does_not_have() -> None:
