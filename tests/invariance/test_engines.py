@@ -276,10 +276,20 @@ def test_adapters(options: dict[str, Any], rows: int, batch: PreferenceBatch) ->
     assert not any("base_layer" in name or "original_module" in name for name in found[1])
 
 
-def test_adapters_with_gradient_checkpointing(batch: PreferenceBatch) -> None:
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=" ".join)
+def test_trained_copies_of_tied_embeddings(saved: list[str], batch: PreferenceBatch) -> None:
+    """PEFT copies the module that is named; whether input and output are still one weight then is its choice, and both engines' alike."""
+    model = with_lora("llama_tied", target_modules=["q_proj"], modules_to_save=saved)
+    found, expected = gradients(model, by_sharing, batch), gradients(model, by_padding, batch)
+    assert_same(model, found, expected)
+    assert any("modules_to_save" in name for name in found[1])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_adapters_with_gradient_checkpointing(use_reentrant: bool, batch: PreferenceBatch) -> None:
     model = with_lora(target_modules="all-linear")
     expected = gradients(model, by_padding, batch)
-    checkpoint_activations(model)
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     assert_same(model, gradients(model, by_sharing, batch), expected)
 
 
@@ -352,3 +362,31 @@ def test_a_prediction_across_padding_never_happens(pad_side: str) -> None:
 def test_models_without_dropout_are_the_same_in_training_mode(batch: PreferenceBatch) -> None:
     model = build("llama")
     torch.testing.assert_close(by_sharing(model.train(), batch).logp_N, by_sharing(model.eval(), batch).logp_N, rtol=0, atol=0)
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "phi"])
+def test_the_engines_agree_on_a_gpu(architecture: str, batch: PreferenceBatch) -> None:
+    """With TF32 off: float32 products are exact to 1e-5 only then."""
+    model = build(architecture).cuda().train()
+    on_gpu = batch.to("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert_same(model, gradients(model, by_sharing, on_gpu), gradients(model, by_padding, on_gpu))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_gpu_computes_what_the_cpu_does(use_reentrant: bool, batch: PreferenceBatch) -> None:
+    model = build("llama").train()
+    expected = gradients(model, by_sharing, batch)
+    model = model.cuda()
+    checkpoint_activations(model, use_reentrant=use_reentrant)
+    found, found_grads = gradients(model, by_sharing, batch.to("cuda"))
+    assert (found.logp_N.cpu() - expected[0].logp_N).abs().max() <= 1e-4
+    for name, gradient in expected[1].items():
+        assert (found_grads[name].cpu() - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
