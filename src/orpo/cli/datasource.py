@@ -70,7 +70,12 @@ class DataInput:
         from orpo.models import load_tokenizer
 
         if self.model is None:
-            raise UserError("no model is named", where="--model", expected="the model whose tokenizer is used")
+            raise UserError(
+                "no model is named",
+                where="--model",
+                expected="the model whose tokenizer is used",
+                mend="add --model smollm2-135m-instruct, for instance, or name a run's CONFIG.yaml in place of the data",
+            )
         return TemplateEncoder(load_tokenizer(self.model, revision=self.revision), **{**self.encoding, **replaced})
 
 
