@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+MEMORY_BUDGET_BYTES = 64 * 2**20
+"""For vocabulary-sized tensors where memory is measured: so small that every vocabulary fills it."""
 PROMPTS = (128, 256, 512, 1024, 2048, 4096)
 VOCABULARIES = (49_152, 98_304, 196_608, 262_144)
 QA_FEEDBACK = Path(__file__).parents[2] / "shared" / "data" / "qa_feedback" / "dev_feedback.json"
@@ -54,17 +56,18 @@ class Stepper:
     """Forward and backward of a micro-batch, as a training step does them."""
 
     def __init__(self, vocabulary: int) -> None:
-        from orpo.engine.allocator import keep_freed_memory
+        from orpo.engine.allocator import keep_freed_memory, limit_kernel_cache
         from orpo.engine.fused import fused_modules
         from orpo.engine.precision import WorkingWeights
 
+        limit_kernel_cache()
         keep_freed_memory()
         self.model = make_model(vocabulary)
         self.fused = fused_modules(self.model)
         self.fused.__enter__()
         self.weights = WorkingWeights(self.model)
 
-    def run(self, groups: list[Any]) -> float:
+    def run(self, groups: list[Any], budget_bytes: int = 256 * 2**20) -> float:
         """Seconds of one pass."""
         from orpo.engine import shared
         from orpo.engine.layout import collate
@@ -73,7 +76,7 @@ class Stepper:
         batch = collate(groups)
         start = time.perf_counter()
         with self.weights.active():
-            shared.step(self.model, batch, ORPO()).loss.backward()
+            shared.step(self.model, batch, ORPO(), budget_bytes=budget_bytes).loss.backward()
         self.weights.release()
         spent = time.perf_counter() - start
         self.model.zero_grad(set_to_none=True)
@@ -124,10 +127,15 @@ def cost_by_length() -> list[dict[str, float]]:
 
 
 def _memory_point(vocabulary: int, pipe: Any) -> None:
+    from orpo.engine.allocator import return_freed_memory
+
     stepper = Stepper(vocabulary)
     groups = [random_group(vocabulary, 148, 40, 51) for _ in range(4)]
+    # The model is made before, in float32 and by random numbers; only the step's own peak counts.
+    return_freed_memory()
+    _forget_peak()
     before = _resident_bytes()
-    stepper.run(groups)
+    stepper.run(groups, MEMORY_BUDGET_BYTES)
     head = vocabulary * WIDTH
     # What belongs to the head itself: its gradient, from the output and from the input side of the tied weight.
     pipe.send({"vocabulary": vocabulary, "step_gb": (_peak_bytes() - before) / 1e9, "head_gradients_gb": 2 * head * 2 / 1e9})
@@ -135,6 +143,11 @@ def _memory_point(vocabulary: int, pipe: Any) -> None:
 
 def _resident_bytes() -> int:
     return _status("VmRSS")
+
+
+def _forget_peak() -> None:
+    """Start the process's peak anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:

@@ -36,6 +36,7 @@ class Case:
     checkpointing: bool = False
     model: str = "smollm2-135m-instruct"
     max_length: int = 1024
+    made_up: bool = False
 
     @property
     def pairs_per_step(self) -> int:
@@ -144,9 +145,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each side")
     parser.add_argument("--model", default=Case.model, help="a folder or hub id; what is bundled by default")
     parser.add_argument("--max-length", type=int, default=Case.max_length)
+    parser.add_argument("--made-up", action="store_true", help="made-up rows of about the same lengths, as where the real ones are absent")
     parser.add_argument("--out", type=Path, help="write the results as JSON; cases that are in it already are kept and not run again")
     args = parser.parse_args()
-    base = Case(precision=args.precision, checkpointing=args.checkpointing, model=args.model, max_length=args.max_length)
+    base = Case(
+        precision=args.precision, checkpointing=args.checkpointing, model=args.model, max_length=args.max_length, made_up=args.made_up
+    )
     cases = [
         replace(base, data=data, method=method)
         for data in ([args.data] if args.data else ["hh", "sharegpt"])

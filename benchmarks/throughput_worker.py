@@ -27,13 +27,13 @@ def tell(**message: Any) -> None:
     print("@" + json.dumps(message), flush=True)
 
 
-def load_rows(data: str, tokenizer: Any, num_rows: int, max_length: int = 1024) -> list[dict[str, Any]]:
+def load_rows(data: str, tokenizer: Any, num_rows: int, max_length: int = 1024, made_up: bool = False) -> list[dict[str, Any]]:
     """Rows of messages that fit `max_length` whole, in file order, repeated if there are too few."""
     from orpo.data.formats import load_preferences
     from orpo.data.template import TemplateEncoder
     from orpo.data.types import TokenGroup
 
-    if FILES[data].exists():
+    if FILES[data].exists() and not made_up:
         preferences, _, _ = load_preferences(str(FILES[data]), max_rows=4 * num_rows + 200)
     else:
         preferences, _, _ = load_preferences(_made_up(WORDS[data], num_rows))
@@ -72,9 +72,9 @@ def machine() -> dict[str, Any]:
     return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
 
 
-def kind_of_rows(data: str) -> str:
+def kind_of_rows(data: str, made_up: bool) -> str:
     """For the results: the real rows, or made-up ones of about the same lengths."""
-    return FILES[data].name if FILES[data].exists() else "made up"
+    return FILES[data].name if FILES[data].exists() and not made_up else "made up"
 
 
 class OnDemand(TrainerCallback):
@@ -146,7 +146,7 @@ def main() -> None:
 
     model, tokenizer, _ = load_model(case["model"])
     pairs = 4 if case["data"] == "hh" else 2
-    rows = load_rows(case["data"], tokenizer, pairs * (num_steps + 1), case["max_length"])
+    rows = load_rows(case["data"], tokenizer, pairs * (num_steps + 1), case["max_length"], case["made_up"])
     options = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": pairs,
@@ -166,7 +166,7 @@ def main() -> None:
 
         peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     build = _trl if side == "trl" else _orpo
-    build(model, tokenizer, rows, options, peft_config, kind_of_rows(case["data"]))
+    build(model, tokenizer, rows, options, peft_config, kind_of_rows(case["data"], case["made_up"]))
 
 
 def serve_floor(case: dict[str, Any]) -> None:
