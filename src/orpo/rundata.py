@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orpo.data.types import Dropped, Preference, Text, TokenGroup, Where
 from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from orpo.config import ORPOConfig
     from orpo.data.collate import DataReport
     from orpo.data.template import TemplateEncoder
-    from orpo.data.types import Text, TokenGroup
     from orpo.runconfig import RunConfig
 
 Tell = Callable[[str], None]
@@ -53,10 +53,12 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     from orpo.models import load_tokenizer
     from orpo.trainer_setup import make_encoder
 
-    # Rows are read before the tokenizer is fetched: a missing column is told in the first second.
-    train_rows = _read_rows(config, args, config.train_source(), config["dataset_train_split"])
+    # Sources are opened before the tokenizer is fetched: a missing column is told in the first second. Their rows pass through as a
+    # stream, so that texts are never held together: what stays in memory is ids.
+    prompts = _Prompts()
+    train_rows = prompts.watch(_open_rows(config, args, config.train_source(), config["dataset_train_split"]))
     held_out_source = config.eval_source()
-    held_out_rows = None if held_out_source is None else _read_rows(config, args, *held_out_source)
+    held_out_rows = None if held_out_source is None else prompts.watch(_open_rows(config, args, *held_out_source))
     tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
     encoder = make_encoder(tokenizer, args)
     train, train_report = _tokenise(train_rows, encoder, args, "train rows", tell)
@@ -71,23 +73,46 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     train_report.check(rows_per_step + num_set_aside, name="the training data")
     if held_out is not None:
         find_overlap(train, held_out).check(allow=args.allow_overlap)
-    prompts = _some_prompts(held_out or [], [*train_rows, *(held_out_rows or [])])
-    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts)
+    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts.of(held_out or []))
 
 
-def _some_prompts(groups: Sequence[TokenGroup], rows: Iterable[Any]) -> tuple[Text, ...]:
-    """Prompts of a few groups, from the middle of equal parts, as the rows have them."""
-    count = min(NUM_PROMPTS, len(groups))
-    wanted = [groups[len(groups) * (2 * number + 1) // (2 * count)].where for number in range(count)]
-    found = {row.where: row.prompt for row in rows if row.where in wanted}
-    return tuple(found[where] for where in wanted)
+class _Prompts:
+    """Prompts as the rows have them, kept while rows pass by: of every row, or of every second, fourth, … where there are many."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._kept: list[dict[Where, Text]] = []
+
+    def watch(self, rows: Iterable[Preference | Dropped]) -> Iterator[Preference | Dropped]:
+        """The rows, unchanged."""
+        kept: dict[Where, Text] = {}
+        self._kept.append(kept)
+        return self._watched(rows, kept)
+
+    def _watched(self, rows: Iterable[Preference | Dropped], kept: dict[Where, Text]) -> Iterator[Preference | Dropped]:
+        step = 1
+        for number, row in enumerate(rows):
+            if number % step == 0 and isinstance(row, Preference):
+                kept[row.where] = row.prompt
+                if len(kept) > self._most:
+                    step *= 2
+                    for where in list(kept)[1::2]:
+                        del kept[where]
+            yield row
+
+    def of(self, groups: Sequence[TokenGroup]) -> tuple[Text, ...]:
+        """Prompts of a few of the groups, from the middle of equal parts."""
+        prompts = {where: prompt for kept in self._kept for where, prompt in kept.items()}
+        known = [group.where for group in groups if group.where in prompts]
+        count = min(NUM_PROMPTS, len(known))
+        return tuple(prompts[known[len(known) * (2 * number + 1) // (2 * count)]] for number in range(count))
 
 
-def _read_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | None) -> list[Any]:
-    from orpo.data.formats import load_preferences
+def _open_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | None) -> Iterator[Preference | Dropped]:
+    from orpo.data.formats import stream_preferences
 
     column_map = args.column_map if isinstance(args.column_map, dict) else None
-    preferences, dropped, _ = load_preferences(  # which logs the shape it recognised
+    return stream_preferences(  # which logs the shape it recognised
         source,
         split=split,
         column_map=column_map,
@@ -96,7 +121,6 @@ def _read_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | No
         strict=args.strict_data,
         streaming=config["dataset_streaming"],
     )
-    return [*preferences, *dropped]
 
 
 def _tokenise(

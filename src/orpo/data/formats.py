@@ -181,9 +181,11 @@ def stream_preferences(
     streaming: bool = True,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Iterator[Preference | Dropped]:
-    """Preferences and dropped rows one at a time, for sets larger than memory. Arguments as for `load_preferences`."""
-    streams = _open_streams(source, split, column_map, pairs, sft_rows, streaming, max_row_bytes)
-    yield from _strictly(_mixed(streams), strict)
+    """Preferences and dropped rows one at a time, for sets larger than memory. Arguments and errors as for `load_preferences`.
+
+    What is wrong with a whole source is raised at once, what is wrong further on in it when it is reached.
+    """
+    return _strictly(_mixed(_open_streams(source, split, column_map, pairs, sft_rows, streaming, max_row_bytes)), strict)
 
 
 def _open_streams(

@@ -70,8 +70,8 @@ def evaluation_prompts(source: Any, **options: Any) -> Iterator[str]:
     Raises:
         DataError: neither.
     """
-    items = stream_preferences(source, **options)
     try:
+        items = stream_preferences(source, **options)
         first = next(items, None)
     except DataError as error:
         if not isinstance(source, (str, Path)):
