@@ -30,6 +30,7 @@ _OPTIMIZER_BYTES = {
 }  # fmt: skip
 _ADAMW_BYTES = 8.0
 _STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_COMPUTE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _4BIT_BYTES, _8BIT_BYTES = 0.57, 1.06  # with the constants of their blocks
 _PROBE_TOKENS = 256
 _TYPICAL_ACTIVATIONS = 20
@@ -37,6 +38,9 @@ _TYPICAL_ACTIVATIONS = 20
 _ATTENTION_NAME = "orpo_planning"
 _MATMUL_SHARE = 0.5
 """Share of the peak speed of matrix products that a training step reaches; between 0.3 (short rows, GPU) and 0.55 (measured on a CPU)."""
+_CPU_RUNTIME_BYTES = 525 * 2**20
+"""Python and the libraries in a training process, before a model is loaded (measured: torch 2.13, transformers 5.23). On a GPU they are
+not in the device's memory."""
 _CHECKPOINTS_AT_ONCE = 3
 """Two stay whatever the limit, one is written before the oldest goes."""
 
@@ -48,6 +52,7 @@ class Shape:
     Attributes:
         num_parameters, num_trainable: weights in all, and those that are trained.
         num_matmul: weights that take part in matrix products (all but the input embeddings).
+        vocab_size: columns of the logits.
         activation_bytes_per_token: saved for the backward pass, all layers, per packed token.
         layer_input_bytes_per_token: what is saved instead with gradient checkpointing.
     """
@@ -55,6 +60,7 @@ class Shape:
     num_parameters: int
     num_trainable: int
     num_matmul: int
+    vocab_size: int
     activation_bytes_per_token: float
     layer_input_bytes_per_token: float
     one_layer_bytes_per_token: float
@@ -73,6 +79,7 @@ class Plan:
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
+    runtime_bytes: int
     checkpoint_bytes: int
     final_weights_bytes: int
     num_steps: int | None
@@ -81,7 +88,8 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Peak of device memory."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes + self.logits_bytes
+        model = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return model + self.activations_bytes + self.logits_bytes + self.runtime_bytes
 
     def disk_bytes(self, save_total_limit: int | None, save_steps: float, *, has_checkpoints: bool = True) -> int:
         """What the run's folder will hold at most: checkpoints, one more being written, and the final weights."""
@@ -152,10 +160,11 @@ def make_plan(
         tokens_per_microbatch=microbatch,
         tokens_per_step=tokens_per_step,
         weights_bytes=round(weights),
-        gradients_bytes=4 * trained,
+        gradients_bytes=round(trained * _gradient_bytes(args)),
         optimizer_bytes=optimizer,
         activations_bytes=round(activations * microbatch),
-        logits_bytes=args.logits_budget_mb * 2**20,
+        logits_bytes=min(args.logits_budget_mb * 2**20, microbatch * shape.vocab_size * _COMPUTE_BYTES[dtype]),
+        runtime_bytes=_CPU_RUNTIME_BYTES if args.device.type == "cpu" else 0,
         checkpoint_bytes=round(stored) + (0 if args.save_only_model else optimizer),
         final_weights_bytes=round(stored),
         num_steps=num_steps,
@@ -170,6 +179,12 @@ def _flops_per_weight(config: RunConfig, args: ORPOConfig) -> int:
 
 def _optimizer_bytes(args: ORPOConfig) -> float:
     return _OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), _ADAMW_BYTES)
+
+
+def _gradient_bytes(args: ORPOConfig) -> float:
+    """Per trained weight: of the bf16 working weights that a single process on a CPU computes with, else float32."""
+    has_working_weights = args.device.type == "cpu" and args.world_size == 1 and args.bf16_weights is not False
+    return 2.0 if args.compute_dtype == "bfloat16" and has_working_weights else 4.0
 
 
 def _weight_bytes(config: RunConfig, shape: Shape, dtype: str) -> tuple[float, float]:
@@ -207,6 +222,7 @@ def model_shape(config: RunConfig, dtype: str) -> Shape:
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         num_matmul=num_parameters - (0 if is_tied else embeddings),
+        vocab_size=int(model_config.get_text_config().vocab_size),
         activation_bytes_per_token=per_token,
         layer_input_bytes_per_token=layer_inputs,
         one_layer_bytes_per_token=one_layer,
@@ -220,7 +236,7 @@ def read_model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
     from orpo.adapters import adapter_base
-    from orpo.sources import find_source
+    from orpo.sources import explain_failure, find_source, hub_answers
 
     source = find_source(config["model_name_or_path"])
     if source.kind == "adapter":
@@ -230,14 +246,13 @@ def read_model_config(config: RunConfig) -> Any:
             folder, name = os.path.split(os.path.abspath(source.location))
             return AutoConfig.from_pretrained(folder, gguf_file=name)
         return AutoConfig.from_pretrained(
-            source.location, revision=config["model_revision"], trust_remote_code=bool(config["trust_remote_code"])
+            source.location,
+            revision=config["model_revision"],
+            trust_remote_code=bool(config["trust_remote_code"]),
+            local_files_only=source.is_local or not hub_answers(),
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the model's configuration cannot be read: {str(error).splitlines()[0]}",
-            where=str(config["model_name_or_path"]),
-            mend="check the name and the connection",
-        ) from error
+    except Exception as error:  # transformers and the hub raise a dozen kinds for bad input
+        raise explain_failure(error, source, part="model's configuration") from error
 
 
 def _meta_model(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -138,6 +138,15 @@ class TestPlan:
         assert plan["seconds_per_step"] > 0
         assert self.plan(tmp_path, options, capsys, "--no_data")["tokens_per_step"] == 4 * 2 * 1024
 
+    def test_memory_follows_dtype_and_rows(self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        fp32, bf16 = (self.plan(tmp_path, {**options, "bf16": bf16}, capsys) for bf16 in (False, True))
+        assert fp32["gradients_bytes"] == 2 * bf16["gradients_bytes"] == 4 * fp32["num_parameters"]
+        assert fp32["logits_bytes"] == 2 * bf16["logits_bytes"]
+        tiny = self.plan(tmp_path, {**options, "bf16": False, "logits_budget_mb": 1, "max_length": 4096}, capsys, "--no_data")
+        assert tiny["logits_bytes"] == 2**20
+        parts = ("weights", "gradients", "optimizer", "activations", "logits", "runtime")
+        assert fp32["memory_bytes"] == sum(fp32[f"{part}_bytes"] for part in parts)
+
     def test_adapter_weights_are_peft_s(
         self, tmp_path: Path, options: dict[str, Any], model_folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -95,7 +95,7 @@ class Zygote:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(300)  # at once, unless the machine is very busy
 
 
 class Finished:

@@ -94,8 +94,9 @@ def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool)
         + ("" if has_data else " (rows as long as max_length allows)"),
         f"memory       {human_bytes(plan.memory_bytes)} on {args.device}" + (f", {human_bytes(free)} free" if free else ""),
     ]
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    lines += [f"  {part:<12}{human_bytes(getattr(plan, f'{part}_bytes'))}" for part in parts]
+    parts = {"weights": plan.weights_bytes, "gradients": plan.gradients_bytes, "optimizer": plan.optimizer_bytes}
+    parts |= {"activations": plan.activations_bytes, "logits": plan.logits_bytes, "libraries": plan.runtime_bytes}
+    lines += [f"  {part:<12}{human_bytes(num_bytes)}" for part, num_bytes in parts.items() if num_bytes]
     lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each, {human_bytes(disk_bytes)} of disk at most")
     if plan.seconds_per_step is None:
         return lines
