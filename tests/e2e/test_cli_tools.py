@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,20 @@ class TestCheck:
         locked.mkdir(mode=0o555)
         code, found = self.check(tmp_path, {**options, "output_dir": str(locked / "run")}, capsys, "--quick")
         assert (code, found["folder"]["status"]) == (2, "problem")
+
+    def test_a_file_system_that_is_read_only(self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        """Root may write wherever permissions forbid it, but not here."""
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(disk)], capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+        try:
+            code, found = self.check(tmp_path, {**options, "output_dir": str(disk / "run")}, capsys, "--quick")
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+        assert (code, found["folder"]["status"], found["disk"]["status"]) == (2, "problem", "skipped")
+        assert "Read-only file system" in found["folder"]["detail"]
 
     def test_too_little_disk(
         self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
