@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -32,8 +33,6 @@ def _forge(folder: Path, files: dict[str, FileEntry]) -> None:
     body: dict[str, Any] = json.loads(manifest.to_bytes())
     body.pop("manifest_sha256")
     body["files"] = {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in files.items()}
-    import hashlib
-
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()).hexdigest()
     folder.mkdir(exist_ok=True)
     (folder / MANIFEST_NAME).write_text(json.dumps({**body, "manifest_sha256": digest}))
@@ -88,7 +87,8 @@ def test_every_accepted_name_stays_inside(name: str) -> None:
     assert inside == f"/run/checkpoint-1/{name}"
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "manifest", "checkpoint", "fifo"])
+@pytest.mark.parametrize("kind", ["file", "folder", "manifest", "checkpoint", "fifo", "fifo of the stated size"])
+@pytest.mark.timeout(30)
 def test_links_and_special_files_are_not_followed(kind: str, run: Path, victim: Path) -> None:
     checkpoint = run / "checkpoint-3"
     weights = checkpoint / "model.safetensors"
@@ -111,6 +111,8 @@ def test_links_and_special_files_are_not_followed(kind: str, run: Path, victim: 
     else:
         weights.unlink()
         os.mkfifo(weights)  # opening it would wait for ever
+        if kind == "fifo of the stated size":
+            _forge(checkpoint, {"model.safetensors": FileEntry(0, hashlib.sha256(b"").hexdigest())})
     with pytest.raises(CheckpointError):
         verify(checkpoint)
     assert find_newest(run) == run / "checkpoint-2"
