@@ -23,7 +23,7 @@ def test_shell_metacharacters_in_a_path_are_only_letters(name: str, forks: Zygot
 
 def test_tokens_in_environment_and_configuration_stay_there(forks: Zygote, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    options = {"max_steps": 3, "hub_token": TOKEN, "hub_model_id": "me/model", "run_name": "with a token"}
+    options = {"max_steps": 3, "hub_token": TOKEN, "hub_model_id": "me/model", "run_name": f"with {TOKEN}"}
     assert forks.run("train", log, run_dir=str(run), options=options) == 0, log.read_text()
     files = [path for path in [log, *run.rglob("*")] if path.is_file()]
     assert len(files) > 8
