@@ -53,12 +53,16 @@ class Findings:
                 num_rows=len(rows),
                 share=len(rows) / table.num_rows,
                 places=[table.place(row) for row in first],
-                examples=[(table.place(row), table.details.get(row) or table.excerpts[row]) for row in first[:_NUM_EXAMPLES]],
+                examples=[(table.place(row), self._example(row)) for row in first[:_NUM_EXAMPLES]],
                 numbers=numbers or {},
                 note=note,
                 severity=severity or KINDS[code].severity,
             )
         )
+
+    def _example(self, row: int) -> str:
+        """What is wrong with a row and how its prompt begins, whichever of them is known."""
+        return " · ".join(filter(None, (self.table.details.get(row), self.table.excerpts[row])))
 
     def add_rows(self) -> None:
         """Rows that make no preference, and what the texts of the others show."""
@@ -84,7 +88,7 @@ class Findings:
         others = np.setdiff1d(np.flatnonzero(table.is_kept), exact)
         near = duplicates.near_copies(table.signatures, table.prompt_signatures, others)
         rows = np.asarray(sorted(near), dtype=np.int64)
-        like = ", ".join(f"{table.place(row)} like {table.place(near[row])}" for row in rows[:3].tolist())
+        like = ", ".join(f"{table.place(row)} like {_line_of(table, near[row], row)}" for row in rows[:3].tolist())
         self._add("near_duplicates", rows, note=f"At least {duplicates.NEAR:.0%} of their word runs in common: {like}." if like else "")
         self._add("contradictions", duplicates.contradictions(table))
         self._add("repeated_prompts", duplicates.repeated_prompts(table, exact))
@@ -169,6 +173,13 @@ class Findings:
                 severity="info",
             )
         )
+
+
+def _line_of(table: Table, row: int, beside: int) -> str:
+    """A row's place, by its line alone where it is in the same file as the one it is named beside."""
+    place = table.place(row)
+    is_same = table.files[row] == table.files[beside] and table.lines[row]
+    return f":{place.rpartition(':')[2]}" if is_same else place
 
 
 def lengths(table: Table) -> dict[str, dict[str, dict[str, int]]]:
