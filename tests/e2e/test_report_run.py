@@ -21,9 +21,18 @@ def test_train_eval_report(tmp_path: Path, tiny_model_factory, tiny_tokenizer_fa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = tmp_path / "run"
     options = {
-        **{"model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "rows.jsonl", "output_dir": run, "eval_fraction": 0.3},
-        **{"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "orpo_alpha": 1.0, "logging_steps": 1},
-        **{"save_strategy": "no", "use_cpu": True, "bf16": False},
+        "model_name_or_path": tmp_path / "base",
+        "dataset_name": tmp_path / "rows.jsonl",
+        "output_dir": run,
+        "eval_fraction": 0.3,
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "orpo_alpha": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
     }
     assert main(["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
     card = (run / "README.md").read_text(encoding="utf-8")
