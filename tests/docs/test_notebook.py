@@ -1,0 +1,82 @@
+"""The tutorial notebook runs from top to bottom, offline, in a few steps; and what is committed of it is clean."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "orpo_finetuning_example.ipynb"
+SMALL = "BATCH, STEPS, NUM_TRAIN, NUM_HELD_OUT, ANSWER_TOKENS = 4, 5, 20, 12, 8"
+RESULTS = """
+import json
+facts = {name: summarise(held_out, found).to_dict() for name, found in scores.items()}
+print(json.dumps({"steps": trainer.state.global_step, "pairs": [len(train_groups), len(held_out)], "scores": facts}))
+"""
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Any:
+    nbformat = pytest.importorskip("nbformat", reason="the extra `notebook` is not installed")
+    found = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(found)
+    return found
+
+
+def texts(cell: Any) -> list[str]:
+    """What a cell's outputs show."""
+    return [text for output in cell.outputs for text in (output.get("text"), *output.get("data", {}).values()) if isinstance(text, str)]
+
+
+@pytest.mark.timeout(900)  # under a minute on two free cores
+def test_it_runs_offline_and_learns(notebook: Any, smollm2_folder: Path, tmp_path: Path) -> None:
+    """In a kernel of its own, as a reader would run it; only the parameters are small, put in a cell behind theirs."""
+    nbclient = pytest.importorskip("nbclient", reason="the extra `notebook` is not installed")
+    pytest.importorskip("ipykernel", reason="the extra `notebook` is not installed")
+    from nbformat.v4 import new_code_cell
+
+    cells = [cell.copy() for cell in notebook.cells]
+    (place,) = (number for number, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+    cells.insert(place + 1, new_code_cell(SMALL))
+    cells.append(new_code_cell(RESULTS))
+    small = notebook.copy()
+    small["cells"] = cells
+    client = nbclient.NotebookClient(small, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env={**os.environ, "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 4)), "HF_HUB_OFFLINE": "1"})
+
+    facts = json.loads("".join(texts(cells[-1])).strip())
+    assert facts["steps"] == 5
+    assert facts["pairs"] == [20, 12]
+    margins = {name: summary["margin"]["value"] for name, summary in facts["scores"].items()}
+    chosen = {name: summary["chosen_logp"]["value"] for name, summary in facts["scores"].items()}
+    assert set(margins) == {"start", "SFT", "SFT+DPO", "ORPO"}
+    assert margins["ORPO"] > margins["start"], "ORPO parts the pairs"
+    assert chosen["ORPO"] > chosen["start"]
+    assert chosen["SFT"] > chosen["start"], "SFT raises the chosen answers"
+    assert margins["SFT+DPO"] > margins["SFT"], "DPO parts what SFT left"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing lies about but the runs' folders"
+
+
+def test_one_line_changes_the_data(notebook: Any) -> None:
+    """The line that the notebook offers is there, and stands for a hub data set that has both splits it asks for."""
+    (parameters,) = (cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    (line,) = (line for line in parameters.split("\n") if line.startswith("DATA"))
+    assert '"orpo-demo"' in line
+    assert '"trl-lib/ultrafeedback_binarized"' in line
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert "orpo-demo" not in code.replace(line, ""), "no other line knows which data it is"
+
+
+def test_what_is_committed_has_outputs_and_no_noise(notebook: Any) -> None:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    shown = "\n".join(text for cell in cells for text in texts(cell))
+    assert "SFT+DPO" in shown
+    assert "accuracy" in shown
+    for cell in cells:
+        assert all(output.get("name") != "stderr" and output.output_type != "error" for output in cell.outputs)
+        assert not {"execution", "ExecuteTime"} & set(cell.metadata)
+    for noise in ("/home/", "/root/", "/tmp/", "/Users/", "Warning", "warning:", "Traceback", "site-packages"):
+        assert noise not in shown
