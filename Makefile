@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench faults test-lowest constraints clean
+.PHONY: help setup demo test test-all lint format bench faults audit-dependencies test-lowest constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ bench: $(STAMP) ## measure speed and memory against TRL's trainer
 
 faults: $(STAMP) ## the long version of the fault matrix (kills, full disks, two processes)
 	@$(PY) -m pytest -q -m "not bench" tests/faults $(ARGS)
+
+audit-dependencies: $(STAMP) ## look for known vulnerabilities of the pinned versions (needs the network)
+	@$(PY) -m pip install --quiet $(PIP_FLAGS) "pip-audit>=2.9" || { echo "pip-audit cannot be installed: nothing was audited"; exit 1; }
+	@$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt || { echo "vulnerabilities found, or the database cannot be reached (see above)"; exit 1; }
 
 $(LOWEST)/.installed: pyproject.toml
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
