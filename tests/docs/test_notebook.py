@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -38,16 +39,14 @@ def test_it_runs_offline_and_learns(notebook: Any, smollm2_folder: Path, tmp_pat
     pytest.importorskip("ipykernel", reason="the extra `notebook` is not installed")
     from nbformat.v4 import new_code_cell
 
-    cells = [cell.copy() for cell in notebook.cells]
-    (place,) = (number for number, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
-    cells.insert(place + 1, new_code_cell(SMALL))
-    cells.append(new_code_cell(RESULTS))
-    small = notebook.copy()
-    small["cells"] = cells
+    small = copy.deepcopy(notebook)
+    (place,) = (number for number, cell in enumerate(small.cells) if "parameters" in cell.metadata.get("tags", []))
+    small.cells.insert(place + 1, new_code_cell(SMALL))
+    small.cells.append(new_code_cell(RESULTS))
     client = nbclient.NotebookClient(small, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env={**os.environ, "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 4)), "HF_HUB_OFFLINE": "1"})
 
-    facts = json.loads("".join(texts(cells[-1])).strip())
+    facts = json.loads("".join(texts(small.cells[-1])).strip())
     assert facts["steps"] == 5
     assert facts["pairs"] == [20, 12]
     margins = {name: summary["margin"]["value"] for name, summary in facts["scores"].items()}
