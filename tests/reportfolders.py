@@ -145,7 +145,7 @@ def run_facts(said: str = "") -> dict[str, Any]:
         "data": {
             "fingerprint": "7d125cdb26df864f56ea0c037a22bb131d430bd407b04f46e102bb6a0a9f5abc",
             "train": data,
-            "held_out": None,
+            "held_out": {"num_rows": 60, "num_groups": 60, "num_pairs": 60, "dropped": {}, "notes": {}},
             "num_held_out": 60,
             "template": {
                 "template": f"tokenizer's chat template{said}",

@@ -60,9 +60,9 @@ def what_was_trained(facts: RunFacts) -> str:
     model = short_name(facts.configuration.get("model_name_or_path") or part(facts.run, "model", "name"))
     if not model:
         return "What was trained on what is not known: run.json is missing or damaged."
-    pairs = part(facts.run, "data", "train", "num_pairs")
+    count, unit = trained_on(facts.run)
     sources = ", ".join(source_names(facts.configuration.get("dataset_name")))
-    said = f"{model}, tuned with {facts.method} on {human_count(pairs)} preference pairs" + (f" of {sources}" if sources else "")
+    said = f"{model}, tuned with {facts.method} on {human_count(count)} preference {unit}" + (f" of {sources}" if sources else "")
     done = number(facts.run.get("last_step"))
     steps = number(facts.run.get("num_steps"))
     if done is not None and facts.status == "complete":
@@ -71,6 +71,16 @@ def what_was_trained(facts: RunFacts) -> str:
         said += f", {steps:.0f} steps planned"
     ended = number(facts.run.get("ended_unix_s"))
     return said + (f"; ended {when(ended)}." if ended is not None else ".")
+
+
+def trained_on(run: Mapping[str, Any]) -> tuple[float | None, str]:
+    """How much was trained on, and of what: pairs, or rows where a share of rows with several pairs each was held out of them."""
+    train = parts(run, "data", "train")
+    pairs, rows = number(train.get("num_pairs")), number(train.get("num_groups"))
+    held_out = number(part(run, "data", "num_held_out"))
+    if not held_out or parts(run, "data", "held_out") or rows is None:
+        return pairs, "pairs"
+    return rows - held_out, "pairs" if rows == pairs else "rows"
 
 
 def short_name(value: Any) -> str:
@@ -108,9 +118,9 @@ def _counts(facts: RunFacts) -> list[tuple[str, str, str]]:
     if number(done) is not None:
         steps = number(facts.run.get("num_steps"))
         counts.append((f"{done:.0f}" + (f" of {steps:.0f}" if steps is not None else ""), "optimizer steps", ""))
-    pairs = number(part(facts.run, "data", "train", "num_pairs"))
-    if pairs is not None:
-        counts.append((human_count(pairs), "pairs trained on", ""))
+    count, unit = trained_on(facts.run)
+    if count is not None:
+        counts.append((human_count(count), f"{unit} trained on", ""))
     runtime = number(logs.end.get("train_runtime"))
     if runtime is not None:
         counts.append((human_seconds(runtime), "training time", ""))
