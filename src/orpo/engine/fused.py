@@ -86,7 +86,7 @@ def _gated_mlp_forward(module: Any, hidden_states: Tensor) -> Tensor:
 def _is_bare_linear(layer: Any) -> bool:
     """A linear layer with a weight and nothing else: no bias, no adapter around it, nobody who wants to be told of its calls."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter and not any(hooks)
+    return type(layer) is nn.Linear and getattr(layer, "bias", None) is None and type(layer.weight) is nn.Parameter and not any(hooks)
 
 
 def _is_equal(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
