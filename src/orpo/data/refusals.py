@@ -28,7 +28,8 @@ def map_hint(sample: Sample, ours: str, names: Sequence[str], taken: Sequence[st
     near = [close for name in names[:3] for close in difflib.get_close_matches(name, free, n=1, cutoff=0.6)]
     if near:
         return f"did you mean {near[0]!r}? Then set column_map: {{{ours}: {near[0]}}}"
-    return f"add the column, or name the one that holds it, for example column_map: {{{ours}: {free[0] if free else '…'}}}"
+    likely = [column for column in free if ours == "prompt" or column.lower() not in PROMPTS]
+    return f"add the column, or name the one that holds it, for example column_map: {{{ours}: {likely[0] if likely else '…'}}}"
 
 
 def no_prompt(sample: Sample, taken: Sequence[str]) -> DataError:
