@@ -153,5 +153,6 @@ def test_flipped_labels_are_found_by_cross_fitting(shared_data: Path, smollm2_fo
     audit = run_audit(rows, AuditOptions(encoder=encoder, fit_and_score=fit, num_folds=3))
     assert audit.surprises[0].num_pairs == num_rows
     found = share_found(audit, flips, num_rows)
-    print(f"\nseed {seed}: {found:.1%} of the top fifth are flips, {found / 0.2:.2f} times chance; held-out accuracy {audit.surprises[0].accuracy:.3f}")
+    accuracy = audit.surprises[0].accuracy
+    print(f"\nseed {seed}: {found:.1%} of the top fifth are flips, {found / 0.2:.2f} times chance; held-out accuracy {accuracy:.3f}")
     assert found >= 2 * 0.2
