@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from orpo.devices import peak_memory_bytes
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = {"hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz", "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json"}
@@ -88,11 +89,12 @@ class OnDemand(TrainerCallback):
     def wait(self) -> None:
         """Wait until the next step is asked for."""
         if sys.stdin.readline().strip() != "step":
-            tell(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            tell(peak_bytes=peak_memory_bytes(self.device))
             sys.exit(0)
         self.started = time.perf_counter()
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+        self.device = args.device
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate", "peft")}
         tell(versions=versions, machine=machine(), rows=self.rows)
         self.wait()

@@ -82,8 +82,8 @@ def memory_facts(device: torch.device) -> dict[str, int | None]:
         return {"total_bytes": torch.mps.recommended_max_memory(), "free_bytes": None}
     limit, used = _container_memory()
     return {
-        "total_bytes": _smaller(_meminfo("MemTotal"), limit),
-        "free_bytes": _smaller(_meminfo("MemAvailable"), None if limit is None else limit - used),
+        "total_bytes": _smaller(_proc_bytes(Path("/proc/meminfo"), "MemTotal"), limit),
+        "free_bytes": _smaller(_proc_bytes(Path("/proc/meminfo"), "MemAvailable"), None if limit is None else limit - used),
     }
 
 
@@ -99,13 +99,16 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    # Linux counts ru_maxrss from the fork on: a small process started by a large one would show the large one's peak.
+    own = _proc_bytes(Path("/proc/self/status"), "VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return own or (peak if platform.system() == "Darwin" else peak * 1024)
 
 
-def _meminfo(name: str) -> int | None:
+def _proc_bytes(file: Path, name: str) -> int | None:
+    """A line `NAME: number kB` of a file below /proc, in bytes; None where the system has no such file or line."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8").split("\n")
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

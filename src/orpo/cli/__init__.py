@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 the user's input, 3 stopped by a guard, 130 / 143 stopped 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -59,6 +60,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = command_modules()
     parser = build_parser(commands)
     module = commands.get(argv[0]) if argv else None
+    if argv and module is None and not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(commands)}"
+        parser.error(f"there is no command {argv[0]!r}: {hint}")
     if module is None or not getattr(module, "TAKES_KEYS", False):
         return parser.parse_args(argv)
     args, keys = parser.parse_known_args(argv)
@@ -138,6 +143,7 @@ def configure_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains on import about kernels that only quantized models need
 
 
 class _Plain(logging.Formatter):

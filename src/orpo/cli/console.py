@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -87,7 +86,6 @@ def quiet_libraries() -> None:
     import transformers
 
     show_warnings_plainly()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains on import about kernels that only quantized models need
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

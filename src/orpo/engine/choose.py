@@ -65,7 +65,7 @@ class Agreement:
     Attributes:
         logp_difference: of token log-probabilities, nats; the largest in float32, the mean in low precision.
         gradient_difference: the largest of the sampled parameters, relative.
-        dtype: of the model's weights.
+        dtype: the lowest precision that the model computes in.
         windows: sliding windows that packed attention was told of.
     """
 
@@ -167,11 +167,19 @@ def compare(
                     _run_with_dropout(model, batch, objective, budget_bytes)
     finally:
         model.train(is_training)
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    dtype = next((kind for kind in (torch.bfloat16, torch.float16) if kind in dtypes), torch.float32)
+    dtype = _precision(model)
     difference_N = (found[0] - expected[0]).abs()
     logp_difference = float(difference_N.max() if dtype == torch.float32 else difference_N.mean())
     return Agreement(logp_difference, _gradient_difference(found[1:], expected[1:]), dtype, frozenset(batch.layout.windows))
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """The lowest precision that the model computes in. Layers of bitsandbytes convert their input."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+    if getattr(shared.unwrap(model), "is_loaded_in_8bit", False):
+        dtypes.add(torch.bfloat16)  # inputs are rounded to 8 bits, row by row
+    return next((kind for kind in (torch.bfloat16, torch.float16) if kind in dtypes), torch.float32)
 
 
 def _gradient_difference(found: list[Tensor], expected: list[Tensor]) -> float:
