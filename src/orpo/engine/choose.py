@@ -175,7 +175,7 @@ def compare(
 
 def _precision(model: nn.Module) -> torch.dtype:
     """The lowest precision that the model computes in. Layers of bitsandbytes convert their input."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes: set[Any] = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
     if getattr(shared.unwrap(model), "is_loaded_in_8bit", False):
         dtypes.add(torch.bfloat16)  # inputs are rounded to 8 bits, row by row

@@ -1,0 +1,97 @@
+"""Proof of learning on a real model (FAULTS 31): SmolLM2-135M on the demo's rows, trained in ways that teach nothing or the wrong thing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo import ORPOConfig, ORPOTrainer
+from orpo.data import demo
+from orpo.errors import GuardStop
+from orpo.models import load_model
+from trainerruns import QUIET
+
+pytestmark = pytest.mark.slow
+
+ROWS = Path(demo.__path__[0]) / "train.jsonl"
+NUM_ROWS, PAIRS_PER_STEP = 64, 4
+
+
+def train(folder: Path, model: Path, *, prepare: Any = None, **options: Any) -> ORPOTrainer:
+    """Twelve steps, or as many as asked for."""
+    with ROWS.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, NUM_ROWS)]
+    loaded = load_model(str(model))
+    if prepare is not None:
+        prepare(loaded.model)
+    defaults = {
+        **QUIET,
+        "per_device_train_batch_size": PAIRS_PER_STEP,
+        "max_steps": 12,
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "orpo_alpha": 1.0,
+        "logging_steps": 1,
+        "max_length": 512,
+    }
+    args = ORPOConfig(output_dir=str(folder), **{**defaults, **options})
+    trainer = ORPOTrainer(model=loaded.model, args=args, train_dataset=rows, processing_class=loaded.tokenizer)
+    trainer.train()
+    return trainer
+
+
+def codes(trainer: ORPOTrainer) -> set[str]:
+    return {finding.code for finding in trainer.learning.findings}
+
+
+def test_a_run_as_it_should_be_is_not_complained_of(smollm2_folder: Path, tmp_path: Path) -> None:
+    """Thirty steps, at the demo's settings."""
+    assert codes(train(tmp_path, smollm2_folder, max_steps=30)) == set()
+
+
+def test_frozen_weights(smollm2_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(GuardStop, match="no weight of the model is trainable"):
+        train(tmp_path, smollm2_folder, prepare=lambda model: model.requires_grad_(False))
+
+
+def test_weights_that_get_no_gradient(smollm2_folder: Path, tmp_path: Path) -> None:
+    """A trainable tensor that the forward pass does not touch: the others learn, and it is named."""
+
+    def add_unused(model: Any) -> None:
+        import torch
+
+        model.model.unused = torch.nn.Linear(8, 8)
+
+    trainer = train(tmp_path, smollm2_folder, prepare=add_unused)
+    (finding,) = trainer.learning.findings
+    assert finding.code == "unmoved_weights"
+    assert "model.unused.weight" in finding.message
+
+
+def test_a_rate_of_zero(smollm2_folder: Path, tmp_path: Path) -> None:
+    assert codes(train(tmp_path, smollm2_folder, learning_rate=0.0)) == {"zero_rate"}
+
+
+def test_an_odds_ratio_term_that_is_negligible(smollm2_folder: Path, tmp_path: Path) -> None:
+    assert codes(train(tmp_path, smollm2_folder, orpo_alpha=1e-4)) == {"odds_ratio_negligible"}
+
+
+def test_a_next_token_loss_that_is_negligible(smollm2_folder: Path, tmp_path: Path) -> None:
+    assert "nll_negligible" in codes(train(tmp_path, smollm2_folder, orpo_alpha=1e5, learning_rate=1e-6))
+
+
+def test_chosen_answers_that_collapse(smollm2_folder: Path, tmp_path: Path) -> None:
+    """The odds-ratio term far above the loss, at a high rate: both answers fall, the rejected one faster, and nobody looks at the text."""
+    trainer = train(tmp_path, smollm2_folder, orpo_alpha=50.0, learning_rate=3e-4, max_steps=40)
+    assert "chosen_collapse" in codes(trainer)
+
+
+def test_answers_that_will_run_on(smollm2_folder: Path, tmp_path: Path) -> None:
+    """The end of an answer is the one token that both answers share: pushing the rejected one down takes it along."""
+    trainer = train(tmp_path, smollm2_folder, orpo_alpha=50.0, learning_rate=1e-4, max_steps=40)
+    assert "length_drift" in codes(trainer)
