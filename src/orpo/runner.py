@@ -230,12 +230,16 @@ def describe_model(loaded: LoadedModel) -> str:
 
 def describe_schedule(trainer: ORPOTrainer) -> str:
     """Steps, pairs of a step, dtype, and how much of the model is trained."""
+    from orpo.objective import ORPO
+
     args, sampler = trainer.args, trainer.train_sampler
     steps = args.max_steps if args.max_steps > 0 else -(-len(sampler) * args.num_train_epochs // 1)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    objective = trainer.objective
+    what = f"lambda {objective.orpo_alpha:g}" if isinstance(objective, ORPO) else repr(objective)
     return (
         f"{steps:g} steps of {sampler.rows_per_step} rows, {trainable / 1e6:,.1f} M weights trained, {args.compute_dtype}, "
-        f"lambda {args.orpo_alpha:g}, learning rate {args.learning_rate:g}"
+        f"{what}, learning rate {args.learning_rate:g}"
     )
 
 

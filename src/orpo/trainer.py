@@ -33,7 +33,7 @@ from orpo.guards import NonFiniteGuard, ProofOfLearning, SignalGuard, first_caus
 from orpo.guards.callbacks import LearningCallback, SignalCallback
 from orpo.metrics import MetricSums, all_reduce_sum, means
 from orpo.metricscallback import MetricsCallback
-from orpo.objective import METRICS, Objective
+from orpo.objective import METRICS, ORPO, Objective
 from orpo.runfolder import RunFolder, make_run_folder
 from orpo.steps import StepBatch, StepDataset, StepSampler, only_item
 from orpo.trainer_outside import OutsideMixin
@@ -162,7 +162,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         self.nonfinite = NonFiniteGuard(args.on_nonfinite, args.max_nonfinite_skips, ranks=self.ranks)
         self.run_folder = RunFolder(self.args.output_dir)
         self.add_callback(_EpochCallback(self))
-        self.learning = ProofOfLearning()
+        self.learning = ProofOfLearning(has_two_terms=isinstance(self.objective, ORPO))
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
         self.add_callback(MetricsCallback(self.run_folder.metrics))
         self.train_sampler = self._sampler(self.train_dataset, is_training=True)

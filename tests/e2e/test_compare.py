@@ -45,7 +45,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def run(command: list[str], log: Path) -> int:
-        assert command[1:3] == ["-m", "orpo.compare.stage"]
+        assert command[1:3] == ["-c", comparison._STAGE]
         done.append(Path(command[3]).parent.name)
         return stage.main(command[3])
 

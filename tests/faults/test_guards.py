@@ -325,11 +325,15 @@ def test_the_smallest_change_of_one_weight_is_seen(dtype: torch.dtype) -> None:
         ([1e-5, 0.2, 1e-5], []),
     ],
 )
-def test_a_term_without_weight_in_the_gradient_is_told(shares: list[float], codes: list[str]) -> None:
+def test_a_term_without_weight_in_the_gradient_is_told_where_there_are_two(shares: list[float], codes: list[str]) -> None:
     proof = ProofOfLearning()
     for step, share in enumerate(shares, start=1):
         proof.observe(step, {"grad_share/odds_ratio": share})
     assert _codes(proof) == codes
+    other = ProofOfLearning(has_two_terms=False)  # DPO has no next-token loss, and is not told to weigh it more
+    for step, share in enumerate(shares):
+        other.observe(step, {"grad_share/odds_ratio": share})
+    assert _codes(other) == []
 
 
 def _observe(proof: ProofOfLearning, key: str, values: list[float]) -> list[str]:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 FILE = "comparison.json"
 _SHORT = {"learning_rate": "lr", "orpo_alpha": "alpha"}
+# Not `-m orpo.compare.stage`: the package imports that module, and runpy warns of a second copy.
+_STAGE = "import sys; from orpo.compare.stage import main; sys.exit(main(sys.argv[1]))"
 NUM_LOG_LINES = 12
 """Lines of a stage's log that are shown when it fails."""
 SWEEP_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -294,7 +296,7 @@ class _Comparison:
         path = folder / "spec.json"
         spec.write(path)
         began_s = time.monotonic()
-        code = _run_process([sys.executable, "-m", "orpo.compare.stage", str(path)], folder / "log.txt")
+        code = _run_process([sys.executable, "-c", _STAGE, str(path)], folder / "log.txt")
         _raise_for(code, what, folder / "log.txt")
         self.tell(f"done         {what}: {time.monotonic() - began_s:.0f} s")
 

@@ -7,7 +7,6 @@ what any run leaves (run.json, metrics.jsonl, model/), a `stage.json` with costs
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +116,7 @@ def _measure_start(spec: StageSpec, config: RunConfig, data: ComparisonData) -> 
 
     args = config.training_args()
     loaded = load_run_model(config, args, data.run)
-    scores = _scores(loaded.model, data, getattr(torch, args.compute_dtype))
+    scores = _scores(loaded.model, data, getattr(torch, args.compute_dtype), with_test=True)
     _write_result(spec, model=spec.start, sha256=weights_sha256(loaded.model), scores=scores)
 
 
@@ -193,7 +192,7 @@ class _Watcher(Observer, TrainerCallback):
 
     def after(self, trainer: Any, data: RunData) -> None:
         """Scores of the final weights; written before the run counts as complete, or a kill in between would lose them."""
-        scores = _scores(trainer.model, self.data, trainer.compute_dtype)
+        scores = _scores(trainer.model, self.data, trainer.compute_dtype, with_test=not self.spec.is_trial)
         _write_result(self.spec, cost=self.cost.to_dict(), scores=scores)
 
 
@@ -224,11 +223,12 @@ def _score_tokens(model: Any, groups: Sequence[TokenGroup], compute_dtype: Any) 
     return score_tokens(model, groups, compute_dtype=None if compute_dtype == torch.float32 else compute_dtype)
 
 
-def _scores(model: Any, data: ComparisonData, compute_dtype: Any) -> dict[str, list[list[float]]]:
-    """Mean log-probability of every answer of the validation and test rows."""
+def _scores(model: Any, data: ComparisonData, compute_dtype: Any, *, with_test: bool) -> dict[str, list[list[float]]]:
+    """Mean log-probability of every answer of the validation rows, and of the test rows, which no trial looks at."""
+    parts = {"validation": data.validation, **({"test": data.test} if with_test else {})}
     return {
         name: [[float(logps.mean(dtype="f8")) for logps in responses] for responses in _score_tokens(model, groups, compute_dtype)]
-        for name, groups in (("validation", data.validation), ("test", data.test))
+        for name, groups in parts.items()
     }
 
 
@@ -247,7 +247,3 @@ def _run(path: str) -> int:
     quiet_libraries()
     run_stage(StageSpec.read(Path(path)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -41,6 +41,7 @@ class ProofOfLearning:
 
     Args:
         window_steps: optimizer steps with a learning rate above zero (a warm-up may begin at zero) that make up "the first steps".
+        has_two_terms: whether the objective means to have a next-token loss beside its preference term; DPO has none.
         say: what to do with a finding besides keeping it in `findings`; the default logs a warning.
 
     Metrics it reads, where the trainer gives them: `grad_share/odds_ratio`, the odds-ratio term's share of the norms of the
@@ -48,8 +49,8 @@ class ProofOfLearning:
     answers' last token, their terminator; `answer_tokens`, mean tokens of generated answers.
     """
 
-    def __init__(self, *, window_steps: int = 10, say: Callable[[Finding], None] | None = None) -> None:
-        self.window_steps = window_steps
+    def __init__(self, *, window_steps: int = 10, has_two_terms: bool = True, say: Callable[[Finding], None] | None = None) -> None:
+        self.window_steps, self.has_two_terms = window_steps, has_two_terms
         self.findings: list[Finding] = []
         self._say = say or (lambda finding: logger.warning("step %d: %s", finding.step, finding.message))
         self._before: dict[str, int] = {}
@@ -127,7 +128,7 @@ class ProofOfLearning:
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Look at logged metrics."""
-        if (share := metrics.get("grad_share/odds_ratio")) is not None:
+        if self.has_two_terms and (share := metrics.get("grad_share/odds_ratio")) is not None:
             self._observe_share(step, float(share))
         logp = metrics.get("logps/chosen")
         if logp is not None and self._fell("logps/chosen", float(logp), COLLAPSE_FACTOR, MIN_COLLAPSE_NATS):
