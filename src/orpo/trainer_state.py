@@ -85,6 +85,7 @@ class CheckpointMixin(_Base):
     def save_now(self, step: int) -> Path:
         """Save the state after `step`, for a signal that comes during an evaluation; in place of one without the evaluation due."""
         self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return Path(self.args.output_dir) / checkpoint_name(step)
 
     def _write_checkpoint(self, folder: Path, sums: list[Any]) -> None:
