@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 
 from orpo import ORPOTrainer
 from orpo.data.types import TokenGroup
-from orpo.errors import CheckpointError
+from orpo.errors import CheckpointError, SignalStop
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 from trainerruns import logged, make_trainer, weights
@@ -227,3 +228,21 @@ def test_a_checkpoint_is_a_model_folder(tmp_path: Path, groups: list[TokenGroup]
     assert_same_bits(weights(loaded), weights(trainer.model))
     assert AutoTokenizer.from_pretrained(folder).chat_template == trainer.processing_class.chat_template
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_callbacks_hear_of_a_checkpoint_that_a_signal_saves_in_an_evaluation(groups: list[TokenGroup], tmp_path: Path) -> None:
+    """What they keep beside a checkpoint (`orpo compare` its cost so far) must not be missing for this one."""
+    saved: list[int] = []
+
+    class Listener(TrainerCallback):
+        def on_prediction_step(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            saved.append(state.global_step)
+
+    trainer = build(tmp_path, groups, eval_strategy="steps", eval_steps=2)
+    trainer.add_callback(Listener())
+    with pytest.raises(SignalStop, match="checkpoint-2"):
+        trainer.train()
+    assert saved == [2]
