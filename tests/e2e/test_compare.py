@@ -150,6 +150,7 @@ def test_curves_run_through_both_stages(finished: tuple[Path, dict[str, Any], li
     # The DPO stage begins with the weights that the SFT stage ended with.
     last, first = [point for point in curve if point["stage"] == 0][-1], next(point for point in curve if point["stage"] == 1)
     assert first["chosen_logp"] == pytest.approx(last["chosen_logp"], abs=1e-5)
+    assert [bool(run["curve"]) for run in finished[1]["methods"]["orpo"]["runs"]] == [True, False]  # the first seed's alone
 
 
 def test_verdicts_claims_and_sweep_are_there(finished: tuple[Path, dict[str, Any], list[str]]) -> None:

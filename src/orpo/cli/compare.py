@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_eval_rows", type=int, help="most rows of validation and of test each (all)")
     parser.add_argument("--test_fraction", type=float, default=0.2, help="of the prompts, where the configuration holds none out (0.2)")
     parser.add_argument("--validation_fraction", type=float, default=0.15, help="of the other prompts, to decide the grids on (0.15)")
-    parser.add_argument("--points", type=int, default=8, help="points of the curves of log-probabilities (8)")
+    parser.add_argument("--points", type=int, default=8, help="points of the first seed's curves of log-probabilities (8)")
     parser.add_argument("--sweep", action="store_true", help="five rates by five strengths for ORPO and SFT+DPO: which is more stable?")
     parser.add_argument(
         "--eval", action="append", default=[], metavar="ARGUMENTS", help="arguments of `orpo eval` for every run; @METHOD is its run"

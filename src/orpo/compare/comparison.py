@@ -54,7 +54,7 @@ class CompareOptions:
         learning_rates: the grid that every method gets; empty takes the configuration's rate alone.
         strengths: grid of a method's own strength, by method; a method that is missing keeps its default grid.
         split: how rows are parted.
-        num_points: points of the curves of log-probabilities.
+        num_points: points of the first seed's curves of log-probabilities.
         sweep: widen the grids of ORPO and SFT + DPO to five rates by five strengths, for the heat map of stability.
         evaluations: arguments of `orpo eval` for every final run and the start; `@METHOD` is replaced by that method's run.
         output: the comparison's folder; None derives it from the configuration.
@@ -264,7 +264,8 @@ class _Comparison:
             seed=seed,
             start=start,
             is_trial=is_trial,
-            num_points=0 if is_trial else self.options.num_points,
+            # A curve for the first seed: evaluating along the way costs as much again as training on a few hundred pairs.
+            num_points=self.options.num_points if not is_trial and seed == self.options.seeds[0] else 0,
             folder="",
         )
         # A start that is another stage's goes by that stage's name, so that the folder may be moved.

@@ -124,7 +124,7 @@ def _train(spec: StageSpec, data: ComparisonData, tell: Any) -> None:
     groups = stage_rows(spec.objective_name, data.for_trials(spec.split.tune_rows) if spec.is_trial else data.train)
     config = spec.run_config(**_schedule(spec, len(groups)))
     watcher = _Watcher(spec, data)
-    rows = replace(data.run, train=groups, held_out=None if spec.is_trial else data.validation)
+    rows = replace(data.run, train=groups, held_out=data.validation if spec.num_points else None)
     run_training(
         config,
         tell,
@@ -144,7 +144,7 @@ def _schedule(spec: StageSpec, num_rows: int) -> dict[str, Any]:
     changes: dict[str, Any] = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
     if not config.is_given("save_strategy") and not config.is_given("save_steps"):
         changes["save_strategy"] = "no"  # what is done again after a kill is one stage
-    if not spec.is_trial and spec.num_points:
+    if spec.num_points:
         per_epoch = -(-num_rows // (args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size))
         num_steps = args.max_steps if args.max_steps > 0 else round(per_epoch * args.num_train_epochs)
         every = max(1, num_steps // spec.num_points)

@@ -43,8 +43,7 @@ def parting_section(facts: ComparisonFacts) -> Section:
     section.figures["margins"] = figure("Margin, all methods", margins, x="tokens computed, all stages", y="nats per token", height=340)
     section.wide.add("margins")
     section.lead.append(
-        "Mean log-probabilities of held-out answers while training, over tokens counted in all stages; one line per seed, one scale for "
-        "all panels. "
+        "Mean log-probabilities of held-out answers while training, over tokens counted in all stages, one scale for all panels. "
         "The dotted line is where the second stage begins."
     )
     return section
