@@ -103,6 +103,19 @@ def test_cost_claims_are_ratios_of_what_was_counted() -> None:
     assert claims["ORPO needs less memory than SFT + DPO"]["holds"] is None
 
 
+@pytest.mark.parametrize(("low", "high", "holds"), [(20.0, 24.0, True), (29.0, 34.0, None), (41.0, 50.0, False)])
+def test_general_language_is_judged_where_it_was_measured(low: float, high: float, holds: bool | None) -> None:
+    def method(value: float, low: float, high: float) -> dict[str, Any]:
+        retention = {"result": {"model": {"perplexity": {"value": value, "low": low, "high": high}}}}
+        costs = {"forward_passes": 1, "flops": 1.0, "train_s": 1.0, "peak_bytes": 1}
+        return {"runs": [{"stages": [costs], "totals": costs, "evaluations": {"retention": retention}}]}
+
+    methods = {"orpo": method((low + high) / 2, low, high), "sft+dpo": method(35.0, 30.0, 40.0)}
+    (claim,) = (one for one in judge_claims(methods, []) if "language" in one["claim"])
+    assert claim["holds"] is holds
+    assert f"({low:.1f} to {high:.1f}) against 35.0 (30.0 to 40.0)" in claim["evidence"]
+
+
 def test_a_sweep_needs_two_of_each() -> None:
     trials = [
         {"options": {"learning_rate": rate, "beta": beta}, "validation": {"margin": {"value": rate * beta}, "accuracy": {"value": 0.5}}}

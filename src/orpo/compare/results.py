@@ -6,7 +6,7 @@ also needs every seed to point the same way: three seeds are too few to draw fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,8 @@ def judge_claims(methods: dict[str, dict[str, Any]], verdicts: Sequence[dict[str
         claims.append(_by_verdict("ORPO prefers the chosen answer more often than SFT", verdicts, "orpo", "sft", "accuracy"))
     if {"sft+dpo", "orpo"} <= methods.keys():
         claims.append(_by_verdict("ORPO prefers the chosen answer more often than SFT + DPO", verdicts, "orpo", "sft+dpo", "accuracy"))
+        claims.append(_by_verdict("ORPO leaves the chosen answers likelier than SFT + DPO", verdicts, "orpo", "sft+dpo", "chosen_logp"))
+        claims += _language_claims(methods["orpo"], methods["sft+dpo"])
         claims += _cost_claims(methods["orpo"], methods["sft+dpo"])
     return claims
 
@@ -186,6 +188,24 @@ def _by_verdict(claim: str, verdicts: Sequence[dict[str, Any]], first: str, seco
             holds = verdict["difference"]["value"] > 0 if verdict["is_clear"] else None
             return {"claim": claim, "holds": holds, "evidence": verdict["text"]}
     return {"claim": claim, "holds": None, "evidence": "not measured"}
+
+
+def _language_claims(orpo: dict[str, Any], other: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Where `orpo eval --tasks retention` was asked for: perplexity of neutral text under the first seed's weights."""
+    evaluations = [method["runs"][0].get("evaluations", {}) for method in (orpo, other)]
+    if not all("retention" in found for found in evaluations):
+        return
+    ours, theirs = (found["retention"]["result"]["model"]["perplexity"] for found in evaluations)
+    is_known = None not in (ours["low"], theirs["low"])
+    yield {
+        "claim": "ORPO keeps general language better than SFT + DPO",
+        "holds": (True if ours["high"] < theirs["low"] else False if ours["low"] > theirs["high"] else None) if is_known else None,
+        "evidence": " against ".join(f"{one['value']:.1f}{_span(one)}" for one in (ours, theirs)) + " of perplexity on neutral text",
+    }
+
+
+def _span(estimate: dict[str, Any]) -> str:
+    return "" if estimate["low"] is None else f" ({estimate['low']:.1f} to {estimate['high']:.1f})"
 
 
 def _cost_claims(orpo: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
