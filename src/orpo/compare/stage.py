@@ -17,6 +17,7 @@ from orpo.compare.data import ComparisonData, Split, load_comparison_data
 from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, reset_peak
 from orpo.compare.methods import METHODS, build_objective, stage_rows
 from orpo.devices import peak_memory_bytes
+from orpo.engine.allocator import return_freed_memory
 from orpo.runfolder import write_atomically
 from orpo.runner import Observer, load_run_model, run_training
 
@@ -164,6 +165,8 @@ class _Watcher(Observer, TrainerCallback):
         """The reference's log-probabilities come once, before training, from the weights that the stage starts from."""
         self.cost = trainer.cost
         self._clock.cost = trainer.cost
+        _ = trainer.engine  # chosen now: what the comparison of the engines needs is no method's own memory
+        return_freed_memory()
         reset_peak()
         if METHODS[self.spec.method].has_reference and self.spec.number == len(METHODS[self.spec.method].stages) - 1:
             add_reference(trainer, self.cost)
