@@ -1,15 +1,16 @@
-"""The tables of README.md, from `results/*.json`, so that no figure is copied by hand.
+"""The tables and figures of README.md, from `results/*.json`, so that no number is copied by hand.
 
-python benchmarks/comparison/tables.py rasbt            # prints them
-python benchmarks/comparison/tables.py --write          # writes them between the marks of README.md
+`python benchmarks/comparison/tables.py rasbt` prints the tables; `--write` puts them between the marks of README.md, and NAME.svg there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,48 @@ def written(text: str) -> str:
         return f"<!-- {match[1]} -->\n\n{tables(match[1])}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def figure(name: str) -> str:
+    """The paper's figure, one panel per method: log-probabilities of chosen and rejected validation answers over the tokens computed."""
+    facts = json.loads(RESULTS[name].read_text(encoding="utf-8"))
+    curves = {item["label"]: item["runs"][0]["curve"] for item in facts["methods"].values()}
+    points = [point for curve in curves.values() for point in curve]
+    values = [point[side] for point in points for side in _SIDES]
+    low, high = min(values), max(values)
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 280" font-family="sans-serif" font-size="12">',
+        "<title>How chosen and rejected answers part</title>",
+        f"<desc>Mean log-probability per token of validation answers while {', '.join(curves)} train.</desc>",
+        '<rect width="960" height="280" fill="white"/>',
+    ]
+    for number, (label, curve) in enumerate(curves.items()):
+        left, width, top, height = 60 + 228 * number, 200, 36, 190
+        most = max(point["tokens"] for point in curve)
+
+        def y(value: float, top: int = top, height: int = height) -> float:
+            return top + height * (high - value) / (high - low)
+
+        parts.append(f'<text x="{left}" y="22" font-size="14">{label}</text>')
+        for tick in range(math.ceil(low), math.floor(high) + 1):
+            parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#ddd"/>')
+            if number == 0:
+                parts.append(f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick}</text>')
+        second = next((before["tokens"] for before, point in pairwise(curve) if point["stage"] != before["stage"]), None)
+        if second is not None:
+            x = left + width * second / most
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height}" stroke="#888" stroke-dasharray="2 3"/>')
+        for side, colour in _SIDES.items():
+            line = " ".join(f"{left + width * point['tokens'] / most:.1f},{y(point[side]):.1f}" for point in curve)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{left + width}" y="244" text-anchor="end">{most / 1000:.0f}k tokens</text>')
+    for place, (side, colour) in enumerate(_SIDES.items()):
+        parts.append(f'<text x="{60 + 80 * place}" y="268" fill="{colour}">{side.removesuffix("_logp")}</text>')
+    parts.append('<text x="230" y="268">nats per token; dotted: the second stage begins</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+_SIDES = {"chosen_logp": "#1f5fa8", "rejected_logp": "#c8651b"}
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | list[Sequence[str]]) -> str:
@@ -153,6 +196,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for name in RESULTS:
+            (HERE / f"{name}.svg").write_text(figure(name), encoding="utf-8")
     else:
         for name in [args.name] if args.name else RESULTS:
             print(tables(name))

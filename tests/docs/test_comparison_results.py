@@ -28,6 +28,9 @@ def test_the_tables_are_those_of_the_results() -> None:
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"<!-- {path.stem} -->" in page for path in RESULTS)
     assert tables.written(page) == page, "run benchmarks/comparison/tables.py --write"
+    for path in RESULTS:
+        assert tables.figure(path.stem) == (FOLDER / f"{path.stem}.svg").read_text(encoding="utf-8")
+        assert f"({path.stem}.svg)" in page
 
 
 def test_a_comparison_is_whole(facts: dict[str, Any]) -> None:

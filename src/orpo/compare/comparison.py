@@ -424,6 +424,7 @@ def _curve(run: _Run) -> Iterator[dict[str, Any]]:
     """Validation log-probabilities along all stages, by tokens spent in training so far."""
     spent = 0
     for number, (spec, result) in enumerate(run.stages):
+        spent += result["cost"]["reference_tokens"]  # before the stage's first step
         tokens = [0, *result["cost"]["tokens_at_step"]]
         for line in (Path(spec.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             log = json.loads(line)
@@ -438,7 +439,7 @@ def _curve(run: _Run) -> Iterator[dict[str, Any]]:
                     "margin": chosen - rejected,
                     "accuracy": log["eval_rewards/accuracies"],
                 }
-        spent += tokens[-1] + result["cost"]["reference_tokens"]
+        spent += tokens[-1]
 
 
 def _evaluations(folder: Path) -> dict[str, Any]:
