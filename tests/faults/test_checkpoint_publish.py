@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from faults import disks
 from orpo.checkpoint import PeerError, Ranks, find_newest, list_checkpoints, prune, publish, read_manifest, recover, verify
 from orpo.errors import CheckpointError, UserError
 
@@ -211,16 +211,11 @@ def test_staging_of_dead_runs_is_removed_at_start(tmp_path: Path) -> None:
 # --- a full disk (FAULTS 36)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+@pytest.fixture(params=disks.KINDS)
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A real file system with 4 MiB free."""
+    with disks.small_disk(tmp_path / "disk", request.param, 4 * 2**20) as folder:
+        yield folder
 
 
 def _tensors(folder: Path, mebibytes: int) -> None:

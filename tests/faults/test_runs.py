@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from faults import jobs
+from faults import disks, jobs
 from faults.forked import Finished, Zygote, send
 from orpo.checkpoint import find_newest, read_manifest, verify
 
@@ -296,14 +295,11 @@ def test_nothing_in_a_checkpoint_is_a_pickle(forks: Zygote, tmp_path: Path) -> N
     assert len(files) > 10
 
 
-def test_full_disk_stops_the_run_and_keeps_the_earlier_checkpoint(forks: Zygote, uninterrupted: Finished, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = "size=1500k"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
+@pytest.mark.parametrize("kind", disks.KINDS)
+def test_full_disk_stops_the_run_and_keeps_the_earlier_checkpoint(
+    kind: str, forks: Zygote, uninterrupted: Finished, tmp_path: Path
+) -> None:
+    with disks.small_disk(tmp_path / "disk", kind, 1500 * 1024) as disk:
         run, log = disk / "run", tmp_path / "log"
         filler = disk / "filler"
         filler.write_bytes(bytes(1_050_000))
@@ -314,5 +310,3 @@ def test_full_disk_stops_the_run_and_keeps_the_earlier_checkpoint(forks: Zygote,
         filler.unlink()
         assert forks.run("train", log, run_dir=str(run)) == 0, log.read_text()
         Finished(run).assert_equals(uninterrupted)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
