@@ -140,6 +140,20 @@ def test_a_run_equals_orpo_train(config: RunConfig, finished: tuple[Path, dict[s
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
 
+def test_every_stage_goes_through_the_shared_engine(finished: tuple[Path, dict[str, Any], list[str]]) -> None:
+    """DPO's too, whose objective cannot be computed before the reference's log-probabilities are there."""
+    engines = {path.parent.name: json.loads(path.read_text())["engine"] for path in finished[0].glob("runs/*/run.json")}
+    assert any(name.startswith("sft+dpo") for name in engines)
+    assert set(engines.values()) == {"shared"}
+
+
+def test_a_stage_that_is_killed_from_outside_is_told_as_that(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("training     8 steps\n")
+    with pytest.raises(UserError, match="killed from outside(.|\n)*8 steps(.|\n)*max_tokens_per_microbatch"):
+        comparison._raise_for(-signal.SIGKILL, "sft, trial", log)
+
+
 def test_curves_run_through_both_stages(finished: tuple[Path, dict[str, Any], list[str]]) -> None:
     curve = finished[1]["methods"]["sft+dpo"]["runs"][0]["curve"]
     assert [point["stage"] for point in curve] == sorted(point["stage"] for point in curve)

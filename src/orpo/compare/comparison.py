@@ -494,4 +494,10 @@ def _raise_for(code: int, what: str, log: Path) -> None:
         raise SignalStop(code - 128, text)
     if code == EXIT_USER:
         raise UserError(text, where=str(log))
+    if code == -signal.SIGKILL:
+        raise UserError(
+            f"{what} was killed from outside, as Linux does with a process that takes more memory than there is:\n{tail}",
+            where=str(log),
+            mend="lower max_tokens_per_microbatch (it changes no result), or max_length; the same command goes on from there",
+        )
     raise RuntimeError(f"{text}\n(all of it: {log})")

@@ -165,11 +165,12 @@ class _Watcher(Observer, TrainerCallback):
         """The reference's log-probabilities come once, before training, from the weights that the stage starts from."""
         self.cost = trainer.cost
         self._clock.cost = trainer.cost
-        _ = trainer.engine  # chosen now: what the comparison of the engines needs is no method's own memory
-        return_freed_memory()
-        reset_peak()
         if METHODS[self.spec.method].has_reference and self.spec.number == len(METHODS[self.spec.method].stages) - 1:
             add_reference(trainer, self.cost)
+        # Chosen now, with the reference at hand: what the comparison of the engines needs is no method's own memory.
+        _ = trainer.engine
+        return_freed_memory()
+        reset_peak()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:
