@@ -142,18 +142,19 @@ def _evaluations(facts: dict[str, Any]) -> str:
             return ""
         retention = found.get("retention", {}).get("result", {}).get("model")
         ifeval = found.get("ifeval", {}).get("result")
-        cells = ["", "", ""]
+        cells = [""] * 4
         if retention:
             cells = [
                 _plain(retention["perplexity"], ".2f"),
                 _plain(retention["answers"]["mean_tokens"], ".0f"),
                 _percent(retention["answers"]["repetition"]),
+                _percent(retention["answers"]["cut"]),
             ]
         if ifeval:
             cells += [_percent(ifeval[key]) for key in ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")]
             cells.append(str(ifeval["num_cut"]))
         rows.append([label, *cells])
-    head = ["", "perplexity of neutral text", "tokens of answers", "repetition"]
+    head = ["", "perplexity of neutral text", "tokens of answers", "repeated, %", "not ended, %"]
     if len(rows[0]) > len(head):
         head += ["IFEval prompts, strict", "instructions, strict", "prompts, loose", "instructions, loose", "answers cut"]
     return f"The first seed's runs, evaluated:\n\n{_table(head, rows)}"

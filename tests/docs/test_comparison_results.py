@@ -52,3 +52,14 @@ def test_every_method_had_the_same_rates_and_rows(facts: dict[str, Any]) -> None
 def test_no_path_of_a_machine_is_in_the_results() -> None:
     for path in RESULTS:
         assert not re.search(r'"/\w', path.read_text(encoding="utf-8"))
+
+
+def test_the_explainer_tells_the_same() -> None:
+    """docs/how-orpo-works.md has a short form of the table."""
+    page = (FOLDER.parents[1] / "docs" / "how-orpo-works.md").read_text(encoding="utf-8")
+    facts = json.loads((FOLDER / "results" / "rasbt.json").read_text(encoding="utf-8"))
+    for method in facts["methods"].values():
+        values = [method["summary"][name]["value"] for name in ("margin", "chosen_logp", "rejected_logp")]
+        cells = [f"{100 * method['summary']['accuracy']['value']:.1f} %", *(f"{value:+.3f}".replace("-", "−") for value in values)]
+        flops = sum(run["totals"]["flops"] for run in method["runs"]) / len(method["runs"])
+        assert f"| {' | '.join([method['label'], *cells, f'{flops / 1e12:.1f} TFLOP'])} |" in page

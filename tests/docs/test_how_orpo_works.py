@@ -17,8 +17,6 @@ from orpo.objective import ORPO, ResponseIndex, evaluate
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "how-orpo-works.md"
 FIGURE = DOCS / "figures" / "alignment-stages.svg"
-PENDING = {"../benchmarks/comparison/README.md"}
-"""Promised by the page and still being measured; empty this when it is there."""
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
 
@@ -102,7 +100,7 @@ def test_the_demos_figures_are_those_that_were_measured(page: str) -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page):
         path, _, anchor = target.partition("#")
-        if path.startswith("https://") or (path in PENDING and not (DOCS / path).exists()):
+        if path.startswith("https://"):
             continue
         assert (DOCS / path).exists(), target
         if anchor:
