@@ -25,4 +25,5 @@ hh)
 *) echo "rasbt or hh, not $which" >&2; exit 2 ;;
 esac
 .venv/bin/orpo compare "benchmarks/comparison/$which.yaml" "${options[@]}" "$@"
+mkdir -p benchmarks/comparison/results
 cp "$OUT/comparison.json" "benchmarks/comparison/results/$which.json"

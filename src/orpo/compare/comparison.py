@@ -446,7 +446,8 @@ def _evaluations(folder: Path) -> dict[str, Any]:
     """What `orpo eval` has left beside a run, by task; answers shown one by one stay in their files."""
     found = {}
     for path in sorted((folder / "eval").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        # What is shared with others need not say whose machine it was.
+        record = json.loads(path.read_text(encoding="utf-8").replace(f'"{Path.home()}/', '"~/'))
         if isinstance(record, dict) and isinstance(record.get("result"), dict):
             result = {name: value for name, value in record["result"].items() if name != "shown"}
             found[path.stem] = {**record, "result": result}
