@@ -127,6 +127,7 @@ def cost_by_length() -> list[dict[str, float]]:
 
 
 def _memory_point(vocabulary: int, pipe: Any) -> None:
+    from orpo.devices import peak_memory_bytes
     from orpo.engine.allocator import return_freed_memory
 
     stepper = Stepper(vocabulary)
@@ -136,27 +137,26 @@ def _memory_point(vocabulary: int, pipe: Any) -> None:
     _forget_peak()
     before = _resident_bytes()
     stepper.run(groups, MEMORY_BUDGET_BYTES)
+    peak = peak_memory_bytes(torch.device("cpu"))
     head = vocabulary * WIDTH
     # What belongs to the head itself: its gradient, from the output and from the input side of the tied weight.
-    pipe.send({"vocabulary": vocabulary, "step_gb": (_peak_bytes() - before) / 1e9, "head_gradients_gb": 2 * head * 2 / 1e9})
+    pipe.send(
+        {
+            "vocabulary": vocabulary,
+            "step_gb": (peak - before) / 1e9,
+            "head_gradients_gb": 2 * head * 2 / 1e9,
+        }
+    )
 
 
 def _resident_bytes() -> int:
-    return _status("VmRSS")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
 
 
 def _forget_peak() -> None:
     """Start the process's peak anew (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def memory_by_vocabulary() -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +105,35 @@ class OnDemand(TrainerCallback):
         self.wait()
 
 
+RANK = 16
+"""Of the adapter, on every linear layer but the head."""
+
+
 def matmul_floor(model: Any, *, is_full: bool, dtype: torch.dtype) -> Any:
     """A function: seconds that the matrix products of a step over so many tokens take alone, at the model's own shapes.
 
-    Forward and gradient of the input, and for full fine-tuning gradient of the weight, of every linear layer and of the head.
+    Of every linear layer and of the head, forward and gradient of the input; with full fine-tuning gradient of the weight, with LoRA all
+    three of the adapter's two layers instead. Products inside attention are not counted.
     """
-    shapes: dict[tuple[int, int], int] = {}
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.out_features * module.in_features > 64 * 64 * 8:
-            shapes[module.out_features, module.in_features] = shapes.get((module.out_features, module.in_features), 0) + 1
+    frozen: Counter[tuple[int, int]] = Counter()
+    trained: Counter[tuple[int, int]] = Counter()
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        shape = module.out_features, module.in_features
+        (trained if is_full else frozen)[shape] += 1
+        if not is_full and not name.endswith("lm_head"):
+            trained[RANK, module.in_features] += 1
+            trained[module.out_features, RANK] += 1
 
     def measure(num_tokens: int) -> float:
         total = 0.0
-        for (num_out, num_in), count in shapes.items():
+        for (num_out, num_in), count in (frozen + trained).items():
             weight, x = torch.randn(num_out, num_in, dtype=dtype), torch.randn(num_tokens, num_in, dtype=dtype)
             y = torch.randn(num_tokens, num_out, dtype=dtype)
             total += count * (_best(lambda: x @ weight.t()) + _best(lambda: y @ weight))  # noqa: B023
-            if is_full:
-                total += count * _best(lambda: y.t() @ x)  # noqa: B023
+            if num_trained := trained[num_out, num_in]:
+                total += num_trained * _best(lambda: y.t() @ x)  # noqa: B023
         return total
 
     return measure
@@ -166,7 +178,7 @@ def main() -> None:
     if case["method"] == "lora":
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft_config = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     build = _trl if side == "trl" else _orpo
     build(model, tokenizer, rows, options, peft_config, kind_of_rows(case["data"], case["made_up"]))
 

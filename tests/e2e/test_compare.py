@@ -16,8 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from orpo.cli import main
-from orpo.compare import CompareOptions, Split, compare, comparison, stage
-from orpo.errors import EXIT_GUARD, UserError
+from orpo.compare import CompareOptions, Split, compare, comparison, process, stage
+from orpo.errors import EXIT_GUARD, GuardStop, UserError
 from orpo.runconfig import RunConfig, resolve
 
 NUM_ROWS = 40
@@ -45,11 +45,11 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def run(command: list[str], log: Path) -> int:
-        assert command[1:3] == ["-c", comparison._STAGE]
+        assert command[1:3] == ["-c", process._STAGE]
         done.append(Path(command[3]).parent.name)
         return stage.main(command[3])
 
-    monkeypatch.setattr(comparison, "_run_process", run)
+    monkeypatch.setattr(process, "run_process", run)
     return done
 
 
@@ -68,7 +68,7 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
             done.append(Path(command[3]).parent.name)
             return stage.main(command[3])
 
-        patch.setattr(comparison, "_run_process", run)
+        patch.setattr(process, "run_process", run)
         options = CompareOptions(seeds=(1, 2), num_points=2, output=str(folder), **GRID)
         compare(config, options, _quiet)
     return folder, json.loads((folder / "comparison.json").read_text()), done
@@ -151,7 +151,7 @@ def test_a_stage_that_is_killed_from_outside_is_told_as_that(tmp_path: Path) -> 
     log = tmp_path / "log.txt"
     log.write_text("training     8 steps\n")
     with pytest.raises(UserError, match="killed from outside(.|\n)*8 steps(.|\n)*max_tokens_per_microbatch"):
-        comparison._raise_for(-signal.SIGKILL, "sft, trial", log)
+        process.raise_for(-signal.SIGKILL, "sft, trial", log)
 
 
 def test_curves_run_through_both_stages(finished: tuple[Path, dict[str, Any], list[str]]) -> None:
@@ -272,8 +272,8 @@ def test_a_stage_that_fails_says_why(config: RunConfig, monkeypatch: pytest.Monk
         log.write_text("step 3: the loss is nan\n")
         return EXIT_GUARD
 
-    monkeypatch.setattr(comparison, "_run_process", fail)
-    with pytest.raises(comparison.GuardStop, match="the loss is nan"):
+    monkeypatch.setattr(process, "run_process", fail)
+    with pytest.raises(GuardStop, match="the loss is nan"):
         compare(config, CompareOptions(output=str(tmp_path)), _quiet)
 
 
@@ -287,12 +287,12 @@ def _arguments(config: RunConfig, folder: Path) -> list[str]:
 def test_a_signal_stops_it_and_the_same_command_goes_on(config: RunConfig, tmp_path: Path) -> None:
     """In processes of their own, as users run it."""
     command = [sys.executable, "-m", "orpo", "compare", *_arguments(config, tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for(lambda: len(list(tmp_path.glob("runs/*/stage.json"))) == 1)  # the start is measured, SFT begins
     _wait_for(lambda: len(list(tmp_path.glob("runs/*/spec.json"))) == 2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM, errors
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/stage.json")}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr

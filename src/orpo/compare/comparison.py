@@ -5,12 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -21,9 +17,11 @@ import numpy as np
 
 from orpo.compare.data import ComparisonData, Split, load_comparison_data
 from orpo.compare.methods import DEFAULT_METHODS, Method, find_methods
+from orpo.compare.process import run_orpo_process, run_stage_process
+from orpo.compare.records import curve, evaluations, weights
 from orpo.compare.results import Scored, Scores, compare_methods, judge_claims, sweep_table
 from orpo.compare.stage import FORMAT, RESULT, StageSpec
-from orpo.errors import EXIT_GUARD, EXIT_USER, GuardStop, SignalStop, UserError
+from orpo.errors import UserError
 from orpo.evaluate.pairs import paired_difference, summarise
 from orpo.redact import redact
 from orpo.runconfig import as_facts
@@ -35,10 +33,6 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 FILE = "comparison.json"
 _SHORT = {"learning_rate": "lr", "orpo_alpha": "alpha"}
-# Not `-m orpo.compare.stage`: the package imports that module, and runpy warns of a second copy.
-_STAGE = "import sys; from orpo.compare.stage import main; sys.exit(main(sys.argv[1]))"
-NUM_LOG_LINES = 12
-"""Lines of a stage's log that are shown when it fails."""
 SWEEP_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates of a sweep, as multiples of the configuration's."""
 SWEEP_STRENGTHS = {"orpo": (0.05, 0.2, 0.5, 1.0, 2.0), "sft+dpo": (0.01, 0.05, 0.1, 0.3, 1.0)}
@@ -251,7 +245,7 @@ class _Comparison:
             options = chosen[name]
             spec = self._spec(name, index, options, seed, start, is_trial=is_trial)
             done.append((spec, self._stage(spec)))
-            start = _weights(Path(spec.folder))
+            start = weights(Path(spec.folder))
         return _Run(method, chosen[method.name], seed, tuple(done))
 
     def _spec(self, method: str, number: int, options: dict[str, float], seed: int, start: str, *, is_trial: bool) -> StageSpec:
@@ -297,8 +291,7 @@ class _Comparison:
         path = folder / "spec.json"
         spec.write(path)
         began_s = time.monotonic()
-        code = _run_process([sys.executable, "-c", _STAGE, str(path)], folder / "log.txt")
-        _raise_for(code, what, folder / "log.txt")
+        run_stage_process(path, what, folder / "log.txt")
         self.tell(f"done         {what}: {time.monotonic() - began_s:.0f} s")
 
     def _drop_weights(self) -> None:
@@ -322,8 +315,7 @@ class _Comparison:
             log = folder / "eval.log"
             folder.mkdir(parents=True, exist_ok=True)
             began_s = time.monotonic()
-            code = _run_process([sys.executable, "-m", "orpo", "eval", *target, *words, *([] if name == "start" else ["--no_before"])], log)
-            _raise_for(code, f"orpo eval of {name}", log)
+            run_orpo_process(["eval", *target, *words, *([] if name == "start" else ["--no_before"])], f"orpo eval of {name}", log)
             self.tell(f"evaluated    {name}: {arguments} ({time.monotonic() - began_s:.0f} s)")
 
     def _target_word(self, word: str) -> str:
@@ -352,7 +344,7 @@ class _Comparison:
             "status": status,
             "methods": {method.name: self._method_facts(method, chosen or {}) for method in self.methods},
         }
-        facts["start"] = {**facts["start"], "evaluations": _evaluations(self.folder / "start")}
+        facts["start"] = {**facts["start"], "evaluations": evaluations(self.folder / "start")}
         most = max(map(len, self.runs.values()), default=0)
         scored = {method.name: self._scored(method.name) for method in self.methods if most and len(self.runs.get(method.name, [])) == most}
         labels = {method.name: method.label for method in self.methods}
@@ -409,8 +401,8 @@ class _Comparison:
             "totals": totals,
             "test": self._summary(run, "test"),
             "change": paired_difference(self.data.test, self.start_scores["test"], scores).to_dict(),
-            "curve": list(_curve(run)),
-            "evaluations": _evaluations(run.folder),
+            "curve": list(curve(run.stages)),
+            "evaluations": evaluations(run.folder),
         }
 
 
@@ -420,85 +412,5 @@ def _verdict_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
     yield from itertools.combinations(ordered, 2)
 
 
-def _curve(run: _Run) -> Iterator[dict[str, Any]]:
-    """Validation log-probabilities along all stages, by tokens spent in training so far."""
-    spent = 0
-    for number, (spec, result) in enumerate(run.stages):
-        spent += result["cost"]["reference_tokens"]  # before the stage's first step
-        tokens = [0, *result["cost"]["tokens_at_step"]]
-        for line in (Path(spec.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            log = json.loads(line)
-            if "eval_logps/chosen" in log and log["step"] < len(tokens):
-                chosen, rejected = log["eval_logps/chosen"], log["eval_logps/rejected"]
-                yield {
-                    "stage": number,
-                    "step": log["step"],
-                    "tokens": spent + tokens[log["step"]],
-                    "chosen_logp": chosen,
-                    "rejected_logp": rejected,
-                    "margin": chosen - rejected,
-                    "accuracy": log["eval_rewards/accuracies"],
-                }
-        spent += tokens[-1]
-
-
-def _evaluations(folder: Path) -> dict[str, Any]:
-    """What `orpo eval` has left beside a run, by task; answers shown one by one stay in their files."""
-    found = {}
-    for path in sorted((folder / "eval").glob("*.json")):
-        # What is shared with others need not say whose machine it was.
-        record = json.loads(path.read_text(encoding="utf-8").replace(f'"{Path.home()}/', '"~/'))
-        if isinstance(record, dict) and isinstance(record.get("result"), dict):
-            result = {name: value for name, value in record["result"].items() if name != "shown"}
-            found[path.stem] = {**record, "result": result}
-    return found
-
-
-def _weights(folder: Path) -> str:
-    from orpo.runner import final_weights
-
-    return str(final_weights(folder) or folder / "model")
-
-
 def _words(options: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in options.items())
-
-
-def _run_process(command: list[str], log: Path) -> int:
-    """Run to its end with its output in a file; a signal to this process reaches it, and is waited for."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
-    }
-    with log.open("ab") as output:
-        # A group of its own: Ctrl-C reaches this process alone, which then asks the stage to stop, once.
-        process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, process_group=0
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise
-
-
-def _raise_for(code: int, what: str, log: Path) -> None:
-    """The error that a stage ended with, as this process's own."""
-    if code == 0:
-        return
-    tail = "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-NUM_LOG_LINES:])
-    text = f"{what} ended with exit code {code}:\n{tail}"
-    if code == EXIT_GUARD:
-        raise GuardStop(text)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise SignalStop(code - 128, text)
-    if code == EXIT_USER:
-        raise UserError(text, where=str(log))
-    if code == -signal.SIGKILL:
-        raise UserError(
-            f"{what} was killed from outside, as Linux does with a process that takes more memory than there is:\n{tail}",
-            where=str(log),
-            mend="lower max_tokens_per_microbatch (it changes no result), or max_length; the same command goes on from there",
-        )
-    raise RuntimeError(f"{text}\n(all of it: {log})")
