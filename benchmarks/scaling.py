@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -218,19 +219,21 @@ def draw(points: list[dict[str, float]], path: Path) -> None:
         "measured": [point["ms_per_token"] for point in points],
         "without the attention function's own time": [point["ms_per_token_without_attention"] for point in points],
     }
-    top = 1.15 * max(max(values) for values in series.values())
+    highest = max(max(values) for values in series.values())
+    tick = next(size for size in (0.25, 0.5, 1, 2, 5, 10, 20) if 5 * size >= highest)
+    num_ticks = math.ceil(highest / tick)
+    top = num_ticks * tick
     x = [70 + 520 * index / (len(lengths) - 1) for index in range(len(lengths))]
 
     def y(value: float) -> float:
-        return 300 - 250 * value / top
+        return 300 - 220 * value / top
 
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-family="sans-serif" font-size="12">']
     parts.append('<rect width="640" height="360" fill="white"/>')
     parts.append('<text x="70" y="24" font-size="14">Milliseconds per token, forward and backward</text>')
-    for tick in range(5):
-        value = top * tick / 4
+    for value in (tick * number for number in range(num_ticks + 1)):
         parts.append(f'<line x1="70" x2="590" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="62" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+        parts.append(f'<text x="62" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
     for position, length in zip(x, lengths, strict=True):
         parts.append(f'<text x="{position:.1f}" y="318" text-anchor="middle">{length}</text>')
     parts.append('<text x="330" y="340" text-anchor="middle">tokens of the prompt (two answers of 48 tokens)</text>')

@@ -120,14 +120,14 @@ def run(case: Case, num_steps: int) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| case | TRL pairs/s | orpo pairs/s | throughput | step by step, median (min–max) | TRL GB | orpo GB | memory | matmul share |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | steps | TRL pairs/s | orpo pairs/s | throughput | per step (min–max) | TRL GB | orpo GB | memory | matmul share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         case = Case(*(result[name] for name in Case.__dataclass_fields__))
         ratio, share = result["ratio"], result["matmul_share"]
         lines.append(
-            f"| {case} | {result['pairs_per_second']['trl']:.2f} | {result['pairs_per_second']['orpo']:.2f} "
+            f"| {case} | {result['num_steps']} | {result['pairs_per_second']['trl']:.2f} | {result['pairs_per_second']['orpo']:.2f} "
             f"| {result['throughput_ratio']:.2f} × | {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f}) "
             f"| {result['peak_gb']['trl']:.1f} "
             f"| {result['peak_gb']['orpo']:.1f} | {result['memory_ratio']:.2f} × | {share['median']:.0%} |"

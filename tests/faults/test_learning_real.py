@@ -70,3 +70,18 @@ def test_weights_that_get_no_gradient(smollm2_folder: Path, tmp_path: Path) -> N
 
 def test_an_odds_ratio_term_that_is_negligible(smollm2_folder: Path, tmp_path: Path) -> None:
     assert codes(train(tmp_path, smollm2_folder, orpo_alpha=1e-4)) == {"odds_ratio_negligible"}
+
+
+def test_a_next_token_loss_that_is_negligible(smollm2_folder: Path, tmp_path: Path) -> None:
+    """A rate so small that nothing else happens in these steps."""
+    assert codes(train(tmp_path, smollm2_folder, orpo_alpha=1e5, learning_rate=1e-7)) == {"nll_negligible"}
+
+
+def test_a_healthy_run_is_left_in_peace(smollm2_folder: Path, tmp_path: Path) -> None:
+    assert codes(train(tmp_path, smollm2_folder, max_steps=30)) == set()
+
+
+def test_chosen_answers_that_collapse(smollm2_folder: Path, tmp_path: Path) -> None:
+    """A weight that leaves the next-token loss little say, at ten times the rate: the rejected answers take the chosen ones with them."""
+    found = codes(train(tmp_path, smollm2_folder, orpo_alpha=50.0, learning_rate=5e-4, max_steps=40))
+    assert "chosen_collapse" in found

@@ -63,6 +63,17 @@ def test_rows_are_made_up_where_there_are_none(scripts: Any, monkeypatch: pytest
         assert worker.kind_of_rows(data, made_up=False) == "made up"
 
 
+def test_the_floor_counts_every_product_of_a_step(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of seven linear ones, and the head: three products each where they are trained, two where frozen."""
+    import torch
+
+    _, worker, _ = scripts
+    model = build_tiny_model("llama", vocab_size=384, num_layers=2)
+    monkeypatch.setattr(worker, "_best", lambda product: float(product() is not None))
+    assert worker.matmul_floor(model, is_full=True, dtype=torch.float32)(5) == 15 * 3
+    assert worker.matmul_floor(model, is_full=False, dtype=torch.float32)(5) == 15 * 2 + 14 * 2 * 3
+
+
 def test_the_figure_is_drawn_from_the_points(scripts: Any, tmp_path: Path) -> None:
     *_, scaling = scripts
     points = [{"prompt_tokens": size, "ms_per_token": 2.0 + size / 1000, "ms_per_token_without_attention": 2.0} for size in scaling.PROMPTS]
