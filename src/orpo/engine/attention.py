@@ -7,7 +7,7 @@ sees it too. Without a layout (generation, the padded engine) the call is ordina
 Three ways to compute the same thing, chosen by what the call needs:
 
 - `_BlockAttention`: batched matrix products per block of queries, CPU; docs/performance.md says what it gains.
-- scaled-dot-product attention per segment: every device.
+- scaled-dot-product attention per segment: every device. On CUDA `orpo.engine.kernels` has two for the whole row, off by default.
 - plain mathematics per segment: soft caps and attention sinks, which the other two do not have.
 
 Shape suffixes: H query heads, K key heads, G query heads per key head, T packed tokens, S rows of a segment or block (in a block times
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orpo.engine.kernels import kernel_for, run_kernel
 from orpo.engine.layout import PackedLayout, Segment
 
 NAME = "orpo_shared"
@@ -78,6 +79,8 @@ def shared_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if softcap is None and sinks_H is None and query.device.type in BLOCK_DEVICES:
         return _BlockAttention.apply(query, key, value, shared_layout, scale, sliding_window), None
+    if (kernel := kernel_for(query, softcap, sinks_H)) is not None:
+        return run_kernel(kernel, query, key, value, shared_layout, scale, sliding_window, softcap), None
     outputs_HSE = []
     for segment in shared_layout.segments:
         query_HSE = query[:, :, segment.start : segment.end]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
+from orpo.engine.kernels import wanted_kernel
 from orpo.engine.layout import PreferenceBatch, collate
 from orpo.engine.result import StepResult
 from orpo.errors import UserError
@@ -107,8 +108,9 @@ def choose(
         budget_bytes: for the shared engine.
 
     Raises:
-        UserError: "shared" was asked for and does not hold for this model.
+        UserError: "shared" was asked for and does not hold for this model, or an attention kernel that there is not.
     """
+    wanted_kernel()  # a wrong name is the user's to mend, not a reason to fall back
     if requested == "padded":
         return Engine("padded", "asked for")
     core = shared.unwrap(model)
