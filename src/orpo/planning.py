@@ -7,7 +7,10 @@ autograd saves tensors through, so that the count holds for any architecture.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from orpo.config import ORPOConfig
+    from orpo.data.types import TokenGroup
     from orpo.runconfig import RunConfig
+    from orpo.steps import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ _MATMUL_SHARE = 0.5
 _CPU_RUNTIME_BYTES = 525 * 2**20
 """Python and the libraries in a training process, before a model is loaded (measured: torch 2.13, transformers 5.23). On a GPU they are
 not in the device's memory."""
+_EPOCHS_LOOKED_AT = 3
+"""Every epoch is cut into other steps; the largest of a few is near the largest of all."""
 _CHECKPOINTS_AT_ONCE = 3
 """Two stay whatever the limit, one is written before the oldest goes."""
 
@@ -117,7 +124,7 @@ def make_plan(
     args: ORPOConfig,
     *,
     row_tokens: float | None = None,
-    longest_row_tokens: int | None = None,
+    largest_microbatch_tokens: int | None = None,
     num_rows: int | None = None,
     flops: float | None = None,
 ) -> Plan:
@@ -126,7 +133,7 @@ def make_plan(
     Args:
         config, args: its configuration.
         row_tokens: mean packed tokens of a row; unset: as long as max_length allows.
-        longest_row_tokens: those of the longest row.
+        largest_microbatch_tokens: packed tokens of the largest micro-batch; unset: as large as the limits allow.
         num_rows: rows to train on; without them and without max_steps the number of steps is unknown.
         flops: speed of matrix products in the dtype of the run.
 
@@ -137,8 +144,7 @@ def make_plan(
     shape = model_shape(config, dtype)
     most = 2 * (args.max_length or 4096)
     row = min(row_tokens or most, most)
-    longest = min(longest_row_tokens or most, most)
-    microbatch = max(longest, min(args.microbatch_tokens, round(args.per_device_train_batch_size * row)))
+    microbatch = largest_microbatch_tokens or max(most, min(args.microbatch_tokens, round(args.per_device_train_batch_size * row)))
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     tokens_per_step = round(rows_per_step * row)
     num_steps: int | None = args.max_steps if args.max_steps > 0 else None
@@ -170,6 +176,30 @@ def make_plan(
         num_steps=num_steps,
         seconds_per_step=seconds,
     )
+
+
+def packed_lengths(groups: Sequence[TokenGroup], args: ORPOConfig) -> dict[str, Any]:
+    """`row_tokens` and `largest_microbatch_tokens` of these rows, for `make_plan`: of the very steps that a run over them would take."""
+    from orpo.steps import StepSampler
+
+    sampler = StepSampler(
+        groups,
+        rows_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        max_rows=args.per_device_train_batch_size,
+        max_tokens=args.microbatch_tokens,
+        nll_scope=args.nll_scope,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        world_size=args.world_size,
+    )
+
+    def steps() -> Iterator[list[StepPlan]]:
+        for epoch in range(_EPOCHS_LOOKED_AT if args.max_steps > 0 else min(math.ceil(args.num_train_epochs), _EPOCHS_LOOKED_AT)):
+            sampler.set_epoch(epoch)
+            yield from sampler
+
+    seen = itertools.islice(steps(), args.max_steps if args.max_steps > 0 else None)
+    largest = max(int(sampler.sizes[list(batch)].sum()) for plans in seen for plan in plans for batch in plan.microbatches)
+    return {"row_tokens": float(sampler.sizes.mean()), "largest_microbatch_tokens": largest}
 
 
 def _flops_per_weight(config: RunConfig, args: ORPOConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from orpo import ORPOTrainer
 from orpo.cli import main
 from orpo.cli.demo import verdict
+from orpo.runconfig import resolve
+from orpo.rundata import prepare_data
 from orpo.runfolder import COMPLETE, RunFolder
 
 
@@ -153,6 +157,31 @@ class TestPlan:
         assert plan["seconds_per_step"] > 0
         assert self.plan(tmp_path, options, capsys, "--no_data")["tokens_per_step"] == 4 * 2 * 1024
 
+    @pytest.mark.parametrize(
+        ("extra", "num_steps"),
+        [
+            ({"max_steps": -1, "num_train_epochs": 2}, 4),
+            ({"max_steps": 1}, 1),
+            ({"max_steps": 3}, 3),
+            ({"max_tokens_per_microbatch": 1}, 4),
+        ],
+    )
+    def test_the_largest_micro_batch_is_that_of_the_run(
+        self, tmp_path: Path, options: dict[str, Any], extra: dict[str, Any], num_steps: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [{"prompt": "Why?", "chosen": "so " * number**2, "rejected": "No."} for number in range(1, 13)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changed = {**options, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, **extra}
+        plan = self.plan(tmp_path, changed, capsys)
+        config = resolve(config_file(tmp_path, changed))
+        args = config.training_args()
+        trainer = ORPOTrainer(config["model_name_or_path"], args, train_dataset=prepare_data(config, args, lambda line: None).train)
+        found = []
+        for epoch in range(2):
+            trainer.train_sampler.set_epoch(epoch)
+            found += [[batch.num_tokens for batch in step.microbatches] for step in trainer.get_train_dataloader()]
+        assert plan["tokens_per_microbatch"] == max(itertools.chain(*found[:num_steps]))
+
     def test_memory_follows_dtype_and_rows(self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         fp32, bf16 = (self.plan(tmp_path, {**options, "bf16": bf16}, capsys) for bf16 in (False, True))
         assert fp32["gradients_bytes"] == 2 * bf16["gradients_bytes"] == 4 * fp32["num_parameters"]
@@ -167,8 +196,6 @@ class TestPlan:
     ) -> None:
         from peft import get_peft_model
         from transformers import AutoModelForCausalLM
-
-        from orpo.runconfig import resolve
 
         for extra in ({}, {"lora_target_modules": ["q_proj", "down_proj"]}, {"lora_r": 3, "lora_modules_to_save": ["lm_head"]}):
             changed = {**options, "use_peft": True, **extra}

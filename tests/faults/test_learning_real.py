@@ -81,7 +81,7 @@ def test_a_healthy_run_is_left_in_peace(smollm2_folder: Path, tmp_path: Path) ->
     assert codes(train(tmp_path, smollm2_folder, max_steps=30)) == set()
 
 
-def test_chosen_answers_that_collapse(smollm2_folder: Path, tmp_path: Path) -> None:
-    """A weight that leaves the next-token loss little say, at ten times the rate: the rejected answers take the chosen ones with them."""
-    found = codes(train(tmp_path, smollm2_folder, orpo_alpha=50.0, learning_rate=5e-4, max_steps=40))
-    assert "chosen_collapse" in found
+def test_chosen_answers_that_collapse_and_do_not_end(smollm2_folder: Path, tmp_path: Path) -> None:
+    """A weight that leaves the next-token loss little say, at six times the rate: the rejected answers take the chosen ones with them."""
+    found = codes(train(tmp_path, smollm2_folder, orpo_alpha=50.0, learning_rate=3e-4, max_steps=24))
+    assert found == {"chosen_collapse", "length_drift"}

@@ -180,12 +180,11 @@ def _check_data(config: RunConfig, args: ORPOConfig, report: Report) -> RunData:
 
 
 def _plan(config: RunConfig, args: ORPOConfig, data: RunData | None) -> Plan:
-    from orpo.planning import make_plan
+    from orpo.planning import make_plan, packed_lengths
 
     if data is None:
         return make_plan(config, args)
-    tokens = [group.num_tokens for group in data.train]
-    return make_plan(config, args, row_tokens=sum(tokens) / len(tokens), longest_row_tokens=max(tokens), num_rows=len(tokens))
+    return make_plan(config, args, num_rows=len(data.train), **packed_lengths(data.train, args))
 
 
 def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: Report) -> None:

@@ -62,6 +62,7 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
     from orpo.data.formats import stream_preferences
     from orpo.errors import DataError
     from orpo.models import load_tokenizer
+    from orpo.planning import packed_lengths
     from orpo.trainer_setup import make_encoder
 
     column_map = args.column_map if isinstance(args.column_map, dict) else None
@@ -74,12 +75,7 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
     groups, _ = prepare_groups(first[:SAMPLE_ROWS], make_encoder(tokenizer, args))
     if not groups:
         return {}
-    tokens = [group.num_tokens for group in groups]
-    return {
-        "row_tokens": sum(tokens) / len(tokens),
-        "longest_row_tokens": max(tokens),
-        "num_rows": len(groups) if len(first) <= SAMPLE_ROWS else None,
-    }
+    return {**packed_lengths(groups, args), "num_rows": len(groups) if len(first) <= SAMPLE_ROWS else None}
 
 
 def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool) -> list[str]:
