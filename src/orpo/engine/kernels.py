@@ -59,7 +59,7 @@ def flex(
     """One FlexAttention call, shape (1, H, T, E). On a CPU it has no backward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    call = _compiled_flex() if query.is_cuda else flex_attention
+    call: Any = _compiled_flex() if query.is_cuda else flex_attention
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
@@ -109,7 +109,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scal
     from torch.nn.attention.varlen import varlen_attn
 
     rows_K, cumulative_q, cumulative_k, max_q, max_k = _sequences(layout, query.device)
-    output_THE = varlen_attn(
+    output_THE: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1).index_select(0, rows_K),
         value[0].transpose(0, 1).index_select(0, rows_K),
@@ -121,7 +121,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scal
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output_THE[None]  # type: ignore[index]
+    return output_THE[None]
 
 
 def _sequences(layout: PackedLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
