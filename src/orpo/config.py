@@ -184,7 +184,7 @@ class ORPOConfig(TrainingArguments):
     def problems(self) -> list[UserError]:
         """Every value that cannot be right, each with where, what was expected and the mend; empty if all is well."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return check_values(values)
+        return check_values(values, field_types())
 
 
 def fresh_run_dir(root: str = "runs") -> str:
@@ -231,7 +231,7 @@ def _init_with_compat(self: ORPOConfig, *args: Any, **kwargs: Any) -> None:
         del options[name]
         problems.append(UserError(f"ORPOConfig has no option {name!r}", where=name, mend=did_you_mean(name, known)))
     if problems:
-        problems += check_values({**field_defaults(), **options})
+        problems += check_values({**field_defaults(), **options}, known)
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)

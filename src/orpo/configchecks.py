@@ -81,13 +81,14 @@ def _enum_choices() -> dict[str, tuple[str, ...]]:
     return {**choices, "objective": OBJECTIVES, "engine": ENGINES}
 
 
-def check_values(values: dict[str, Any]) -> list[UserError]:
+def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
     """Every problem among the values of an `ORPOConfig`; also used for a configuration that is not yet one.
 
     Args:
         values: field name -> value; fields that are absent are not checked.
+        hints: field name -> type annotation.
     """
-    problems = _type_problems(values)
+    problems = _type_problems(values, hints)
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
     problems += _choice_problems(usable) + _range_problems(usable)
@@ -96,10 +97,7 @@ def check_values(values: dict[str, Any]) -> list[UserError]:
     return problems + compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
 
 
-def _type_problems(values: dict[str, Any]) -> list[UserError]:
-    from orpo.config import field_types
-
-    hints = field_types()
+def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
     problems = []
     for name, value in values.items():
         hint = hints.get(name)

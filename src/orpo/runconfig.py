@@ -166,7 +166,7 @@ def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_brok
 
     trainer = {key: value for key, value in values.items() if key in field_types()}
     own = {key: value for key, value in values.items() if key not in trainer}
-    problems = check_values(trainer) + compat.refusals(own) + _run_problems(values, has_broken_keys=has_broken_keys)
+    problems = check_values(trainer, field_types()) + compat.refusals(own) + _run_problems(values, has_broken_keys=has_broken_keys)
     for problem in problems:
         origin = origins.get(problem.where or "", "default")
         if origin != "default" and origin != f"--{problem.where}":
