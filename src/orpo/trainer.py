@@ -123,6 +123,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         _refuse(data_collator=data_collator, compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         if not isinstance(args, ORPOConfig):
             raise UserError(f"args is a {type(args).__name__}", where="args", expected="an orpo.ORPOConfig")
+        limit_kernel_cache()  # not in train(): who scores or generates with this trainer before it must not come first
         args.ensure_output_dir()
         if args.n_gpu > 1:
             # Or transformers would wrap the model in DataParallel, which cuts along a batch dimension that packed rows do not have.
@@ -294,11 +295,8 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-            is_on_cpu = self.args.device.type == "cpu"
-            if is_on_cpu:
-                limit_kernel_cache()
             engine = self.engine  # chosen before the model is wrapped
-            if is_on_cpu:
+            if self.args.device.type == "cpu":
                 return_freed_memory()  # that of the choice
                 keep_freed_memory()
                 if engine.name == "shared":

@@ -274,6 +274,31 @@ def test_the_tensors_that_stand_still_are_named() -> None:
     assert "0.bias, 1.weight" in proof.findings[0].message
 
 
+@pytest.mark.parametrize(("num_steps", "codes"), [(1, []), (2, []), (3, ["unmoved_weights"])])
+def test_a_part_that_stands_still_is_told_only_after_steps_enough_for_factors_that_start_at_zero(num_steps: int, codes: list[str]) -> None:
+    proof, model = ProofOfLearning(), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    proof.begin(model)
+    for step in range(1, num_steps + 1):
+        model[0].weight.data[0] += 1e-7
+        proof.end_step(step, model, learning_rate=0.1, grad_norm=1.0)
+    proof.close_window(num_steps, model)
+    assert _codes(proof) == codes
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 4])
+def test_a_short_run_of_an_adapter_is_no_cause_for_alarm(max_steps: int, tmp_path: Path) -> None:
+    """B of LoRA starts at zero, so that A cannot move in the first step that has a rate."""
+    from peft import LoraConfig
+
+    from randomgroups import random_groups
+    from trainerruns import make_trainer
+
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, random_groups(8), arguments={"peft_config": lora}, max_steps=max_steps, warmup_steps=1)
+    trainer.train()
+    assert [code for code in _codes(trainer.learning) if code == "unmoved_weights"] == []
+
+
 def test_steps_at_a_rate_of_zero_do_not_count() -> None:
     proof = ProofOfLearning()
     _train(proof, move=[], grad_norm=0.0, rate=0.0, steps=9)

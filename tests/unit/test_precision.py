@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orpo import ORPOTrainer
 from orpo.data.types import TokenGroup
@@ -334,6 +335,34 @@ def test_a_limit_of_the_kernel_cache_that_the_user_has_set_stays(monkeypatch: py
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     limit_kernel_cache()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+class _FirstProduct(TorchDispatchMode):
+    """Notes the limit of the kernel cache as it stands at the first bf16 product, which is when the library reads it."""
+
+    limit: str | None = "no product"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_product = func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "_addmm_activation", "linear")
+        if is_product and args[-1].dtype == torch.bfloat16 and self.limit == "no product":
+            self.limit = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("what", ["train", "score", "evaluate"])
+def test_the_kernel_cache_is_limited_before_the_first_product(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes first: training, the trainer's own evaluation, or a scoring of a model without a trainer (demo and compare)."""
+    from orpo.evaluate.pairs import score_groups
+
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    rows, model = random_groups(4), build_tiny_model("llama", num_layers=1)
+    with _FirstProduct() as first:
+        if what == "score":
+            score_groups(model, rows, compute_dtype=torch.bfloat16)
+        else:
+            trainer = make_trainer(tmp_path, rows, model=model, arguments={"eval_dataset": rows}, bf16=True, max_steps=1)
+            getattr(trainer, what)()
+    assert first.limit == "256"
 
 
 # --- fifty steps beside float32 ----------------------------------------------------------------------------------------------------------

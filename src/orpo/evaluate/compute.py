@@ -22,6 +22,9 @@ def inference(model: nn.Module, compute_dtype: torch.dtype | None = None) -> Ite
     """
     import torch
 
+    from orpo.engine.allocator import limit_kernel_cache
+
+    limit_kernel_cache()  # a scoring, or the demo's answers, may hold the process's first bf16 product
     is_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:

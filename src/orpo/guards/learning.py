@@ -23,6 +23,9 @@ END_DROP_NATS = 2.0
 """The end of a chosen answer has become this much less likely: generated answers will run on."""
 LENGTH_FACTOR = 2.0
 """Generated answers have drifted when they are this many times longer or shorter than at first."""
+_MIN_STEPS_OF_A_PART = 3
+"""Steps before a part of the weights can be said to stand still: a factor that starts at zero (B of LoRA, a gate) keeps the gradient of
+what it multiplies at exactly zero in the first step, and a second such factor around it in the next."""
 _NUM_FIRST = 3
 _SMOOTHING = 0.9
 
@@ -118,7 +121,7 @@ class ProofOfLearning:
             # Not a stop: a bf16 weight with an fp32 master may stand still through a long warm-up.
             cause = "though the gradient is not zero: are updates rounded away?" if self._grad_norms else "and the gradient is not known:"
             self._tell("unmoved_weights", step, f"nothing has learned yet, {cause} {few}")
-        elif still:
+        elif still and self._num_steps >= _MIN_STEPS_OF_A_PART:
             self._tell("unmoved_weights", step, few)
         self._before = {}
 
