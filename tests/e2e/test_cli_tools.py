@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ import yaml
 from orpo import ORPOTrainer
 from orpo.cli import main
 from orpo.cli.demo import verdict
+from orpo.planning import model_shape
 from orpo.runconfig import resolve
 from orpo.rundata import prepare_data
 from orpo.runfolder import COMPLETE, RunFolder
+from tinymodels import ARCHITECTURES
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,78 @@ class TestCheck:
         assert "max_stps" in found["configuration"]["detail"]
         assert "learning_rate" in found["configuration"]["detail"]
         assert found["step"]["status"] == "skipped"
+
+
+EVALUATING = {"eval_fraction": 0.3, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+CHECKED_AND_TRAINED = {
+    "by step": EVALUATING,
+    "by epoch": {"eval_fraction": 0.3, "eval_strategy": "epoch", "save_strategy": "epoch"},
+    "best model": {**EVALUATING, "load_best_model_at_end": True, "metric_for_best_model": "rewards/accuracies"},
+    "only better": {**EVALUATING, "save_strategy": "best", "load_best_model_at_end": True},
+    "at the start": {**EVALUATING, "eval_on_start": True},
+    "from another file": {"eval_dataset_name": "HELD_OUT", "eval_strategy": "steps", "eval_steps": 2},
+    "held out, not evaluated on the way": {"eval_fraction": 0.3},
+}
+
+
+class TestCheckAndTrain:
+    @pytest.mark.parametrize("added", CHECKED_AND_TRAINED.values(), ids=CHECKED_AND_TRAINED)
+    def test_what_is_called_ready_runs(
+        self, tmp_path: Path, options: dict[str, Any], added: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        held_out = tmp_path / "held-out.jsonl"
+        held_out.write_text("".join(json.dumps({"prompt": f"Q{n}?", "chosen": f"Yes, {n}.", "rejected": "No."}) + "\n" for n in range(4)))
+        given = {key: str(held_out) if value == "HELD_OUT" else value for key, value in added.items()}
+        path = config_file(tmp_path, {**options, "per_device_train_batch_size": 2, **given})
+        assert main(["check", path]) == 0, capsys.readouterr()
+        assert not (tmp_path / "run").exists()
+        assert main(["train", path]) == 0, capsys.readouterr()
+
+    @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+    def test_every_recipe_works_with_one_file_of_rows(
+        self, path: Path, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(150)]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["--dataset_name", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+        if "load_in_4bit: true" in path.read_text():
+            flags += ["--load_in_4bit=false", "--use_peft"]
+        code = main(["check", str(path), "--model_name_or_path", str(model_folder), *flags])
+        shown = capsys.readouterr()
+        assert code == 0, shown
+        assert re.search(r"data +\d+ of 150 rows to train on, [1-9]\d* held out", shown.err + shown.out)
+        assert not (tmp_path / "run").exists()
+
+    def test_the_trial_step_is_nobody_else_s_business(
+        self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No repository is created and no tracker opened: transformers' trainer does both when it is built."""
+        asked: list[str] = []
+        monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *args, **kwargs: asked.append("hub"))
+        monkeypatch.setattr(
+            "transformers.trainer.get_reporting_integration_callbacks", lambda names: [asked.append(name) for name in names]
+        )
+        assert main(["check", config_file(tmp_path, {**options, "push_to_hub": True, "hub_model_id": "a/b", "report_to": "all"})]) == 0
+        assert asked == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_architecture_can_be_planned(name: str, tmp_path: Path, tiny_model_factory) -> None:
+    model = tiny_model_factory(name)
+    model.config.save_pretrained(tmp_path)
+    shape = model_shape(resolve(None, ["--model_name_or_path", str(tmp_path), "--dataset_name", "orpo-demo"]), "float32")
+    assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.activation_bytes_per_token > shape.layer_input_bytes_per_token > 0
+
+
+def test_a_model_whose_layer_types_follow_from_its_size_is_checked(
+    tmp_path: Path, options: dict[str, Any], tiny_model_factory, tiny_tokenizer_factory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tiny_tokenizer_factory()
+    tiny_model_factory("mamba", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    path = config_file(tmp_path, {**options, "model_name_or_path": str(tmp_path / "mamba")})
+    assert main(["check", path]) == 0, capsys.readouterr()
 
 
 class TestPlan:

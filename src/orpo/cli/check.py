@@ -7,6 +7,7 @@ backward on the longest rows. Nothing of the run is created. Exit code 0: it wou
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import shutil
 import tempfile
@@ -215,6 +216,18 @@ def _check_memory(args: ORPOConfig, plan: Plan, report: Report) -> None:
     report.add("memory", WARNING if is_tight else OK, detail, estimate_bytes=plan.memory_bytes, free_bytes=free)
 
 
+def _for_a_trial(args: ORPOConfig, scratch: str) -> ORPOConfig:
+    """The options of one step that nobody hears of: transformers' trainer creates the hub repository, opens the trackers and asks for
+    evaluation rows when it is built."""
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+    trial = copy.copy(args)
+    trial.output_dir, trial.gradient_accumulation_steps = scratch, 1
+    trial.eval_strategy, trial.save_strategy, trial.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
+    trial.do_eval, trial.report_to, trial.push_to_hub = False, [], False
+    return trial
+
+
 def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Report) -> None:
     """One real step on the longest rows, forward and backward, in a folder that is removed again."""
     import torch
@@ -226,7 +239,7 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Repo
     longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
     loaded = load_run_model(config, args, data)
     with tempfile.TemporaryDirectory(prefix="orpo-check-") as scratch:
-        args.output_dir, args.gradient_accumulation_steps = scratch, 1
+        args = _for_a_trial(args, scratch)
         trainer = build_trainer(config, args, replace(data, train=longest, held_out=None), loaded.model, [])
         try:
             engine = trainer.engine.name

@@ -22,7 +22,8 @@ NAME = "demo"
 HELP = "fine-tune a small model on the packaged pairs and show what changed"
 TAKES_KEYS = True
 
-# recipes/demo.yaml is the same; a test holds them together. Small models need λ near 1 and a larger rate than the paper's.
+# recipes/demo.yaml is the same but for the rows held out; a test holds them together. Small models need λ near 1 and a larger rate than
+# the paper's.
 DEMO_OPTIONS: dict[str, Any] = {
     "model_name_or_path": "smollm2-135m-instruct",
     "dataset_name": DEMO_DATA,
