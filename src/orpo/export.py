@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.adapters import is_adapted, merge
+from orpo.checkpoint.replace import recover_folder, replaced_folder
 from orpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def export_gguf(
 @contextmanager
 def _staged_folder(target: Path, *, is_overwriting: bool) -> Iterator[Path]:
     """A folder to write into, which takes the target's place once the block is through, and leaves nothing behind where it is not."""
+    recover_folder(target)
     is_taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
     if is_taken and not (is_overwriting and target.is_dir() and not target.is_symlink() and _is_export(target)):
         raise UserError(
@@ -126,25 +127,10 @@ def _staged_folder(target: Path, *, is_overwriting: bool) -> Iterator[Path]:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        with replaced_folder(target) as staging:
+            yield staging
     except OSError as error:
         raise _unwritable(target, error) from error
-    staging, aside = room / "new", room / "old"
-    staging.mkdir()
-    try:
-        yield staging
-        for place in [*staging.rglob("*"), staging]:
-            _sync(place)
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(staging, target)
-        _sync(target.parent)
-    except OSError as error:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        raise _unwritable(target, error) from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def _is_export(folder: Path) -> bool:

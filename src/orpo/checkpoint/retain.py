@@ -13,6 +13,7 @@ from pathlib import Path
 from orpo.checkpoint import _fs
 from orpo.checkpoint.manifest import MANIFEST_NAME, is_verified, read_manifest, verify
 from orpo.checkpoint.ranks import ALONE, Ranks
+from orpo.checkpoint.replace import recover_folder
 from orpo.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
                 _fs.sync_dir(run_dir)
         for path, _ in _set_aside(run_dir, "removed"):
             remove_owned(path)
+        for name in ("model", "adapter"):
+            recover_folder(run_dir / name)
         for path in [path for path in _entries(run_dir) if _TEMPORARY.fullmatch(path.name) and _fs.is_plain_dir(path)]:
             _fs.remove_tree(path)
     ranks.gather(None)
