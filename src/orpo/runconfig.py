@@ -94,7 +94,7 @@ class RunConfig:
 
     def train_source(self) -> Any:
         """What to train on, as `orpo.data.sources.as_sources` takes it."""
-        return _with_config(_demo_path(self["dataset_name"], self["dataset_train_split"] or "train"), self["dataset_config"])
+        return _with_config(self["dataset_name"], self["dataset_config"])
 
     def eval_source(self) -> tuple[Any, str | None] | None:
         """(source, split) to evaluate on, or None; `eval_fraction` is another matter."""
@@ -102,17 +102,15 @@ class RunConfig:
         if name is None:
             return None
         split = self["dataset_test_split"]
-        return _with_config(_demo_path(name, split or "test"), self["dataset_config"]), split
+        return _with_config(name if split else _demo_test(name), self["dataset_config"]), split
 
 
-def _demo_path(name: Any, split: str) -> Any:
+def _demo_test(name: Any) -> Any:
+    """The test rows of the packaged data, where it is named to evaluate on and no split is."""
     if isinstance(name, list):
-        return [_demo_path(item, split) for item in name]
-    if isinstance(name, dict) and name.get("path") == DEMO_DATA:
-        return {**name, "path": _demo_path(DEMO_DATA, str(name.get("split") or split)), "split": None}
-    if name != DEMO_DATA:
-        return name
-    return str(Path(__file__).parent / "data" / "demo" / f"{'train' if split == 'train' else 'test'}.jsonl")
+        return [_demo_test(item) for item in name]
+    item = {"path": name} if isinstance(name, str) else name
+    return {"split": "test", **item} if item.get("path") == DEMO_DATA else name
 
 
 def _with_config(source: Any, config: str | None) -> Any:

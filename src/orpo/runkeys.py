@@ -25,7 +25,9 @@ class RunKeys:
         default=None, metadata={"help": f"Files, folder or hub id, or a list of them; {DEMO_DATA} is the packaged demo data."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub data set."})
-    dataset_train_split: str | None = field(default=None, metadata={"help": "Split to train on; unset: train, or the only one."})
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on, or train[:90%] of it; unset: train, or the only one."}
+    )
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     eval_dataset_name: str | list[Any] | None = field(default=None, metadata={"help": "Data to evaluate on, from another place."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Share of the training data, by prompt, held out for evaluation."})

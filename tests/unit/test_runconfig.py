@@ -245,10 +245,9 @@ class TestMeaning:
 
     def test_the_packaged_data(self, write) -> None:
         config = resolve(write(f"model_name_or_path: m\ndataset_name: {DEMO_DATA}\ndataset_test_split: test\n"))
-        source = config.eval_source()
-        assert source is not None
-        assert Path(config.train_source()).name == "train.jsonl"
-        assert (Path(source[0]).name, Path(source[0]).is_absolute()) == ("test.jsonl", True)
+        assert (config.train_source(), config.eval_source()) == (DEMO_DATA, (DEMO_DATA, "test"))
+        elsewhere = resolve(write(MINIMAL + f"eval_dataset_name: [{DEMO_DATA}, held.jsonl]\n"))
+        assert elsewhere.eval_source() == ([{"path": DEMO_DATA, "split": "test"}, "held.jsonl"], None)
 
     def test_notes_on_options_without_effect(self, write) -> None:
         config = resolve(write(MINIMAL + "attn_implementation: flash_attention_2\nlogging_dir: logs\n"))

@@ -132,7 +132,7 @@ def test_a_folder_without_split_names_is_read_whole(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ROWS[:2])
     assert [row for _, row in read_source(str(tmp_path))] == ROWS
     assert [row for _, row in read_source(str(tmp_path / "*.jsonl"))] == ROWS
-    with pytest.raises(DataError, match="name no split"):
+    with pytest.raises(DataError, match="nothing here names a split"):
         read_source(tmp_path, "test")
 
 

@@ -60,7 +60,7 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
 
     from orpo.data.collate import prepare_groups
     from orpo.data.formats import stream_preferences
-    from orpo.errors import DataError
+    from orpo.data.sources import AbsentDataError
     from orpo.models import load_tokenizer
     from orpo.planning import packed_lengths
     from orpo.trainer_setup import make_encoder
@@ -69,7 +69,9 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
     try:
         rows = stream_preferences(config.train_source(), split=config["dataset_train_split"], column_map=column_map, pairs=args.pairs)
         first = list(islice(rows, SAMPLE_ROWS + 1))
-    except DataError:
+        if (evaluation := config.eval_source()) is not None:  # which is not counted, but a split that is not there is told
+            stream_preferences(evaluation[0], split=evaluation[1], column_map=column_map, pairs=args.pairs)
+    except AbsentDataError:
         return {}
     tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
     groups, _ = prepare_groups(first[:SAMPLE_ROWS], make_encoder(tokenizer, args))

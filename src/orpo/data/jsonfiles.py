@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from orpo.data.splits import SPLIT_NAMES, pick_split, require_only_split, split_of_name
 from orpo.data.types import Dropped, Where
 from orpo.errors import DataError
 
@@ -28,6 +29,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _IN_STRING = re.compile(r'["\\]')
 _OUTSIDE_STRING = re.compile(r'["\[\]{},]')
 _WRAPPERS = ("data", "rows", "examples", "instances", "items", "train")
+_SPLIT_WORDS = frozenset(word for words in SPLIT_NAMES.values() for word in words)
 _LONGEST_ATOM = 16
 """Characters within which a cut literal, number sign or escape may end; a decoding error further from the end is a real one."""
 _NUMBER_TAIL = 2
@@ -293,16 +295,22 @@ def _read_document(open_file: Opener, name: str) -> Any:
 
 
 def rows_of_document(value: Any, split: str | None, name: str) -> tuple[str | None, list[Any]]:
-    """(split taken, rows) of one JSON value: a list of rows, named splits, a wrapper around a list, columns, or one row."""
-    if isinstance(value, list):
-        return None, value
+    """(split taken, rows) of one JSON value: a list of rows, named splits, a wrapper around a list, columns, or one row.
+
+    Raises:
+        DataError: it has no such split, or several and none is asked for.
+    """
     if not isinstance(value, dict) or not value:
-        return None, [value]
-    if split is not None and isinstance(value.get(split), list):
-        return split, value[split]
+        require_only_split(split, name, split_of_name(name))
+        return None, value if isinstance(value, list) else [value]
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
     of_rows = [key for key, item in lists.items() if item and all(isinstance(row, dict) and not _is_message(row) for row in item)]
+    if split is not None and (split in of_rows or lists.get(split) == []):
+        return split, value[split]
     if len(of_rows) == 1 and (len(value) == 1 or of_rows[0] in _WRAPPERS):
+        if of_rows[0] in _SPLIT_WORDS:
+            return of_rows[0], value[pick_split(of_rows, split, name)]
+        require_only_split(split, name, split_of_name(name))
         return of_rows[0], value[of_rows[0]]
     if len(of_rows) == len(value) > 1:
         if "train" in value and split is None:
@@ -313,6 +321,7 @@ def rows_of_document(value: Any, split: str | None, name: str) -> tuple[str | No
             expected="one of them named as the split" if split is None else f"a list named {split!r}",
             mend=f"choose one with the split option, for instance {of_rows[0]!r}",
         )
+    require_only_split(split, name, split_of_name(name))
     columns = list(value.values())
     if len(lists) == len(value) and len({len(item) for item in columns}) == 1 and not any(_is_message(x) for item in columns for x in item):
         return None, [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
@@ -330,6 +339,8 @@ def read_json(open_file: Opener, name: str, max_row_bytes: int, split: str | Non
         DataError: empty file, broken JSON or invalid UTF-8 (file:line:column), or several lists and no split that names one.
     """
     layout = _layout(open_file, name, max_row_bytes)
+    if layout != "document":
+        require_only_split(split, name, split_of_name(name))
     if layout == "lines":
         yield from read_json_lines(open_file, name, max_row_bytes)
     elif layout == "array":

@@ -7,13 +7,14 @@ import glob
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from orpo.data import jsonfiles, tables
 from orpo.data.jsonfiles import RawRow
+from orpo.data.splits import did_you_mean, pick_split, read_split, require_only_split, split_of_file, split_of_name
 from orpo.data.types import Where
 from orpo.errors import DataError
 from orpo.runkeys import DEMO_DATA
@@ -21,13 +22,12 @@ from orpo.runkeys import DEMO_DATA
 MAX_ROW_BYTES = 16 << 20
 """A row above this is dropped as `row_too_large`, without being held in memory."""
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation", "heldout"),
-    "validation": ("validation", "valid", "val", "dev"),
-}
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".pq", ".arrow", ".feather")
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+
+
+class AbsentDataError(DataError):
+    """The data is not at hand: no such path, or the hub does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Source:
 
     Args:
         path: file, folder, glob, hub id, `datasets` object, or a list of rows.
-        split: which split to take; None takes the only one, or `train`.
+        split: which split to take, or which part of it (`train[:100]`, `test[10%:50%]`); None takes the only one, or `train`.
         weight: share of this source in a mix (see `orpo.data.formats.stream_preferences`); None: all of it.
         column_map: our column names to this source's.
         name: the hub data set's configuration.
@@ -96,12 +96,6 @@ def _one_source(item: Any, split: str | None, column_map: Mapping[str, str] | No
     return Source(**{"split": split, "column_map": column_map, **item})
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" where a known name is near, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def read_source(
     spec: Any,
     split: str | None = None,
@@ -119,7 +113,8 @@ def read_source(
     Args:
         spec: a file (json, jsonl, csv, tsv, parquet, arrow, or any of these with .gz), folder, glob, hub id, `orpo-demo`, `Source`, a
             `datasets` object, a table, or any iterable of rows.
-        split: which split of a folder, data-set dictionary or hub id; None takes the only one, or `train`.
+        split: which split of a folder, data-set dictionary or hub id; None takes the only one, or `train`. A slice takes a part of its
+            rows: `train[:100]`, `train[10%:50%]`, `[-10:]`.
         max_row_bytes: rows above this are given as `Dropped("row_too_large", …)`.
 
     Yields:
@@ -130,11 +125,22 @@ def read_source(
     """
     if isinstance(spec, Source):
         name, revision, split, spec = spec.name, spec.revision, spec.split or split, spec.path
+    taken, part = read_split(split, str(spec) if isinstance(spec, (str, Path)) else "the data set")
+    if part is None:
+        return _open_place(spec, taken, streaming, max_row_bytes, name, revision)
+    if isinstance(spec, Iterator):  # to be read twice
+        spec = list(spec)
+    return part.take(lambda: _open_place(spec, taken, streaming, max_row_bytes, name, revision))
+
+
+def _open_place(
+    spec: Any, split: str | None, streaming: bool, max_row_bytes: int, name: str | None, revision: str | None
+) -> Iterator[RawRow]:
     if not isinstance(spec, (str, Path)):
         return _read_object(spec, split, max_row_bytes)
     path = Path(spec).expanduser()
     if str(spec) == DEMO_DATA and not path.exists():
-        path = Path(__file__).parent / "demo"
+        return _read_folder(Path(__file__).parent / "demo", split, max_row_bytes, label=DEMO_DATA)
     if path.is_file():
         return _read_file(path, split, max_row_bytes)
     if path.is_dir():
@@ -144,7 +150,7 @@ def read_source(
         files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file() and _format_of(Path(found)))
         if not files:
             raise DataError("no file matches", where=text, expected=f"files ending in {', '.join(_FORMATS)}", mend="check the pattern")
-        return _read_files(files, split, max_row_bytes)
+        return _read_matches(files, split, max_row_bytes, text)
     if _format_of(path) or not _HUB_ID.fullmatch(text) or text.startswith("."):
         raise _not_found(path)
     return _read_hub(text, split, streaming=streaming, name=name, revision=revision, max_row_bytes=max_row_bytes)
@@ -155,11 +161,11 @@ def _format_of(path: Path) -> str:
     return ending if ending in _FORMATS else ""
 
 
-def _not_found(path: Path) -> DataError:
+def _not_found(path: Path) -> AbsentDataError:
     folder = path.parent
     near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], n=1) if folder.is_dir() else []
     hint = f"did you mean {folder / near[0]}?" if near else "check the path; a relative one starts at the current folder"
-    return DataError("no such file or folder", where=str(path), expected="a file, a folder or a data set's hub id", mend=hint)
+    return AbsentDataError("no such file or folder", where=str(path), expected="a file, a folder or a data set's hub id", mend=hint)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -175,6 +181,8 @@ def _read_file(path: Path, split: str | None, max_row_bytes: int) -> Iterator[Ra
             expected=f"one of {', '.join(_FORMATS)}, the text formats also with .gz",
             mend="rename the file to its real format, or convert it",
         )
+    if kind != ".json":  # which may hold splits by name
+        require_only_split(split, name, split_of_name(name))
     if kind in {".parquet", ".pq"}:
         return tables.read_parquet(path, name, max_row_bytes)
     if kind in {".arrow", ".feather"}:
@@ -206,17 +214,19 @@ def _read_files(files: list[Path], split: str | None, max_row_bytes: int) -> Ite
         yield from _read_file(path, split, max_row_bytes)
 
 
-def split_of_file(path: Path, folder: Path) -> str | None:
-    """The split that a file's name, or the folder it lies in, announces: `train-00000-of-00002.parquet`, `test/part.jsonl`."""
-    for part in (path.name, *reversed(path.relative_to(folder).parts[:-1])):
-        words = re.split(r"[^a-z]+", part.lower())
-        for split, names in SPLIT_NAMES.items():
-            if any(word in names for word in words):
-                return split
-    return None
+def _read_matches(files: list[Path], split: str | None, max_row_bytes: int, pattern: str) -> Iterator[RawRow]:
+    """The files that a pattern matches: all of them, or those that announce the split asked for."""
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        found.setdefault(split_of_file(path, path.parent) or "", []).append(path)
+    names = [name for name in found if name]
+    if split is None or not names or (split == "train" and "train" not in names):
+        return _read_files(files, split, max_row_bytes)
+    return _read_files(found[pick_split(names, split, pattern)], None, max_row_bytes)
 
 
-def _read_folder(folder: Path, split: str | None, max_row_bytes: int) -> Iterator[RawRow]:
+def _read_folder(folder: Path, split: str | None, max_row_bytes: int, label: str | None = None) -> Iterator[RawRow]:
+    label = label or str(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         import datasets
 
@@ -224,7 +234,7 @@ def _read_folder(folder: Path, split: str | None, max_row_bytes: int) -> Iterato
             saved = datasets.load_from_disk(str(folder))
         except Exception as error:
             raise DataError(f"not a readable saved data set: {error}", where=str(folder), mend="save it again with save_to_disk") from None
-        return _read_object(saved, split, max_row_bytes, label=str(folder))
+        return _read_object(saved, split, max_row_bytes, label=label)
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -242,36 +252,10 @@ def _read_folder(folder: Path, split: str | None, max_row_bytes: int) -> Iterato
     for path in files:
         found.setdefault(split_of_file(path, folder) or "", []).append(path)
     if set(found) == {""}:
-        if split not in {None, "train"}:
-            raise _no_split(str(folder), split, [])
+        require_only_split(split, label)
         return _read_files(files, None, max_row_bytes)
     by_name = {key or "train": paths for key, paths in found.items() if key or "train" not in found}
-    return _read_files(by_name[pick_split(by_name, split, str(folder))], None, max_row_bytes)
-
-
-def _no_split(where: str, split: str | None, names: list[str]) -> DataError:
-    have = f"it has {', '.join(names)}" if names else "its files name no split"
-    what = f"no split {split!r}: {have}" if split else f"several splits and none named 'train': {', '.join(names)}"
-    if not names:
-        return DataError(what, where=where, mend="leave the split out; eval_fraction or eval_dataset_name hold rows out")
-    return DataError(what, where=where, expected="the name of one of its splits", mend=f"choose one{did_you_mean(split or '', names)}")
-
-
-def pick_split(splits: Iterable[str], split: str | None, where: str) -> str:
-    """The split asked for (`dev` finds `validation`, say), else the only one, else `train`.
-
-    Raises:
-        DataError: there is no such split, or no way to choose.
-    """
-    names = list(splits)
-    if split is None:
-        wanted = names[0] if len(names) == 1 else "train"
-    else:
-        same = next((group for group in SPLIT_NAMES.values() if split in group), ())
-        wanted = split if split in names else next((name for name in names if name in same), split)
-    if wanted not in names:
-        raise _no_split(where, split, names)
-    return wanted
+    return _read_files(by_name[pick_split(by_name, split, label)], None, max_row_bytes)
 
 
 def _read_object(data: Any, split: str | None, max_row_bytes: int, label: str = "the data set") -> Iterator[RawRow]:
@@ -281,7 +265,9 @@ def _read_object(data: Any, split: str | None, max_row_bytes: int, label: str = 
             return _read_object(data[pick_split(data, split, label)], None, max_row_bytes, label)
         taken, rows = jsonfiles.rows_of_document(dict(data), split, label)
         return ((Where(f"{label}[{taken}]" if taken else label, row), value) for row, value in enumerate(rows))
-    if hasattr(data, "with_format") and hasattr(data, "features"):  # datasets.Dataset, IterableDataset: plain Python values
+    is_of_datasets = hasattr(data, "with_format") and hasattr(data, "features")  # Dataset, IterableDataset
+    require_only_split(split, label, announced=str(data.split) if is_of_datasets and data.split else None)
+    if is_of_datasets:  # plain Python values
         data = data.with_format(None)
     elif hasattr(data, "to_batches"):  # pyarrow.Table
         return tables.read_batches(iter(data.to_batches(max_chunksize=1024)), label, max_row_bytes)
@@ -310,7 +296,7 @@ def _read_hub(
         data = datasets.load_dataset(hub_id, name, split=None, revision=revision, streaming=streaming)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
+        raise AbsentDataError(
             f"neither a file or folder here nor a data set that could be loaded from the hub: {first_line}",
             where=hub_id,
             expected="a path that exists, or a data set's hub id and a connection",

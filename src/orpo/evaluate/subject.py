@@ -207,8 +207,8 @@ def read_rows(source: Any, split: str | None, config: RunConfig | None) -> list[
     from orpo.data.formats import load_preferences
     from orpo.runkeys import DEMO_DATA
 
-    if source == DEMO_DATA:
-        source, split = Path(__file__).parents[1] / "data" / "demo" / f"{'train' if split == 'train' else 'test'}.jsonl", None
+    if source == DEMO_DATA and split is None:
+        split = "test"
     options = {"column_map": config["column_map"], "pairs": config["pairs"]} if config is not None else {}
     preferences, dropped, _ = load_preferences(source, split=split, **{name: value for name, value in options.items() if value is not None})
     return [*preferences, *dropped]

@@ -77,7 +77,7 @@ def evaluation_prompts(source: Any, **options: Any) -> Iterator[str]:
         if not isinstance(source, (str, Path)):
             raise
         try:
-            yield from benchmark_prompts([source])
+            yield from benchmark_prompts([source], options.get("split"))
         except DataError:
             raise error from None
         return
@@ -86,7 +86,7 @@ def evaluation_prompts(source: Any, **options: Any) -> Iterator[str]:
             yield plain_text(item.prompt)
 
 
-def benchmark_prompts(paths: Sequence[Any]) -> Iterator[str]:
+def benchmark_prompts(paths: Sequence[Any], split: str | None = None) -> Iterator[str]:
     """The prompts in benchmark files: text files with one per line, or rows with a prompt column, a list of turns, or plain strings.
 
     Raises:
@@ -94,7 +94,7 @@ def benchmark_prompts(paths: Sequence[Any]) -> Iterator[str]:
     """
     for path in paths:
         num_found = 0
-        rows: Iterable[Any] = _lines(Path(path)) if str(path).endswith(".txt") else (value for _, value in read_source(path))
+        rows: Iterable[Any] = _lines(Path(path)) if str(path).endswith(".txt") else (value for _, value in read_source(path, split))
         for row in rows:
             for prompt in _prompts_of(row):
                 num_found += 1
