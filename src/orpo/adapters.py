@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,25 @@ def adapt(
         raise UserError(f"the adapter does not fit the model: {error}", where="peft_config") from error
 
 
+def text_layers_only(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """The adapter's configuration kept off the vision and audio towers of a multimodal model, which rows of text never reach.
+
+    Layers that are excluded by name, or chosen by a regular expression, stay as they were chosen.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    is_expression = isinstance(targets, str) and targets != ALL_LINEAR
+    if is_expression or getattr(peft_config, "exclude_modules", True) or model.config.get_text_config() is model.config:
+        return peft_config
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    if not name:
+        return peft_config
+    wanted = copy.copy(peft_config)
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
+    wanted.exclude_modules = rf"(?!{re.escape(name)}\.)(?!{re.escape(head)}$).*"
+    return wanted
+
+
 def is_adapted(model: Any) -> bool:
     """Whether the model carries a PEFT adapter."""
     import sys
@@ -101,15 +121,36 @@ def merge(model: Any, *, is_in_place: bool = False) -> PreTrainedModel:
         return model
     base = model.get_base_model()
     if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False) or getattr(base, "hf_quantizer", None):
+        is_stored_quantized = bool(getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False))
         raise UserError(
             "an adapter cannot be merged into a quantized model without rounding it away",
-            mend="load the adapter's folder again without load_in_4bit or load_in_8bit, then merge",
+            where=base.name_or_path or None,
+            mend="export the adapter itself (--to adapter), which is used together with its base: the base is stored quantized"
+            if is_stored_quantized
+            else "load the adapter's folder again without load_in_4bit or load_in_8bit, then merge",
         )
     target = model if is_in_place else copy.deepcopy(model)
+    _untie_adapted(target.get_base_model())
     try:
         return target.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise UserError(f"the adapter's weights are not finite: {error}", mend="use an earlier checkpoint") from error
+
+
+def _untie_adapted(base: PreTrainedModel) -> None:
+    """Give a tied output head weights of its own, where an adapter changes it or the embeddings: the update of one is not the other's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if not any(isinstance(module, BaseTunerLayer) for module in (head, embeddings)):
+        return
+    head, embeddings = (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in (head, embeddings))
+    if head is None or head.weight is not embeddings.weight:
+        return
+    head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
+    for config in {id(config): config for config in (base.config, base.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
 
 
 def adapter_base(source: ModelSource) -> tuple[str, str | None]:
@@ -145,7 +186,7 @@ def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: b
         )
     try:
         shapes = _tensor_shapes(weights)
-        _grow_embeddings(model, shapes)
+        _grow_embeddings(model, shapes, _trained_tokens(read_json(Path(source.location) / "adapter_config.json")))
         adapted = PeftModel.from_pretrained(model, source.location, is_trainable=is_trainable)
     except Exception as error:  # PEFT raises as many kinds as transformers
         raise explain_failure(error, source, part="adapter") from error
@@ -159,6 +200,14 @@ def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: b
     return adapted
 
 
+def set_generation(model: PeftModel, folder: Path) -> None:
+    """Let the model end its answers where the adapter's folder says; its base may know nothing of the end of a turn."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.get_base_model().generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
@@ -166,13 +215,22 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
-def _grow_embeddings(model: PreTrainedModel, shapes: dict[str, list[int]]) -> None:
-    """Give the base as many rows as the embeddings that came with the adapter, where tokens were added before training."""
+def _grow_embeddings(model: PreTrainedModel, shapes: dict[str, list[int]], trained_tokens: set[int]) -> None:
+    """Give the base as many rows as the embeddings, or the single rows, that came with the adapter: tokens were added before training."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    rows = shapes.get(f"base_model.model.{name}.weight", [embeddings.weight.shape[0]])[0]
-    if rows != embeddings.weight.shape[0]:
+    own = embeddings.weight.shape[0]
+    needed = max(own, max(trained_tokens, default=-1) + 1)
+    rows = shapes.get(f"base_model.model.{name}.weight", [needed])[0]
+    if rows != own:
         model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's own rows replace them all
+
+
+def _trained_tokens(config: Any) -> set[int]:
+    """Ids whose rows an adapter's configuration says it holds."""
+    given = config.get("trainable_token_indices") if isinstance(config, dict) else None
+    lists = given.values() if isinstance(given, dict) else [given or []]
+    return {int(token) for ids in lists for token in ids}
 
 
 def _module_names(model: PreTrainedModel) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,9 @@ class _Vocabulary:
     has_space_prefix: bool
 
 
-def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, dtype: str, name: str) -> None:
+def write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, dtype: str, name: str, stop_token_ids: Sequence[int] = ()
+) -> None:
     """Write a model of the Llama family with its tokenizer; see `orpo.export.export_gguf`."""
     try:
         from gguf import GGUFWriter
@@ -80,13 +82,14 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     try:
         _add_configuration(writer, model.config, name=name, is_half=dtype == "float16")
         _add_tokenizer(writer, tokenizer, vocabulary)
-        for gguf_name, tensor in _tensors(model):
+        _add_end_of_turn(writer, tokenizer, stop_token_ids)
+        for gguf_name, tensor in tensors_of(model):
             kind = _file_dtype(tensor, matrix_dtype)
             writer.add_tensor_info(gguf_name, tuple(tensor.shape), kind, tensor.numel() * kind.itemsize)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for gguf_name, tensor in _tensors(model):  # one at a time: the whole model in another dtype would need its memory again
+        for gguf_name, tensor in tensors_of(model):  # one at a time: the whole model in another dtype would need its memory again
             writer.write_tensor_data(_values(gguf_name, tensor, model.config, _file_dtype(tensor, matrix_dtype)))
     finally:
         writer.close()
@@ -139,7 +142,7 @@ def _add_configuration(writer: GGUFWriter, config: Any, *, name: str, is_half: b
     writer.add_vocab_size(config.vocab_size)
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor once under GGUF's name; a tied output head is left out, as readers expect."""
     is_tied = model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
@@ -206,6 +209,16 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab
     writer.add_add_space_prefix(vocabulary.has_space_prefix)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _add_end_of_turn(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+    """The first id at which an answer ends and that is not the end of a text; readers then stop at both."""
+    others = [token_id for token_id in dict.fromkeys(stop_token_ids) if token_id != tokenizer.eos_token_id]
+    if others:
+        writer.add_eot_token_id(others[0])
+    if len(others) > 1:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(others[1:])))
+        logger.warning("GGUF has room for one end of a turn; readers may not stop at %s", names)
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, num_rows: int) -> _Vocabulary:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orpo.adapters import adapt, adapter_base, is_adapted, load_adapter, merge
+from orpo.adapters import adapt, adapter_base, is_adapted, load_adapter, merge, set_generation
 from orpo.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf, load_gguf
 from orpo.devices import bf16_is_fast, choose_device, cpu_flags
 from orpo.errors import UserError
@@ -411,6 +411,7 @@ def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: b
     _check_remote_code(base, base_options)
     loaded = _load_gguf(base, base_options) if base.kind == "gguf" else _load_plain(base, base_options)
     model = load_adapter(loaded.model, source, is_trainable=is_trainable)
+    set_generation(model, Path(source.location))
     tokenizer, notes = loaded.tokenizer, loaded.facts.notes
     if (Path(source.location) / "tokenizer_config.json").is_file():
         tokenizer, _ = _tokenizer_of(source, None, options.trust_remote_code)

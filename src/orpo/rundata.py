@@ -51,6 +51,7 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     """
     from orpo.data.collate import find_overlap
     from orpo.models import load_tokenizer
+    from orpo.planning import read_model_config
     from orpo.trainer_setup import make_encoder
 
     # Sources are opened before the tokenizer is fetched: a missing column is told in the first second. Their rows pass through as a
@@ -60,7 +61,8 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     held_out_source = config.eval_source()
     held_out_rows = None if held_out_source is None else prompts.watch(_open_rows(config, args, *held_out_source))
     tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
-    encoder = make_encoder(tokenizer, args)
+    model_config = None if args.max_length else read_model_config(config)
+    encoder = make_encoder(tokenizer, args, model_config=model_config)
     train, train_report = _tokenise(train_rows, encoder, args, "train rows", tell)
     held_out, held_out_report = None, None
     if held_out_rows is not None:

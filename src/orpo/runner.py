@@ -111,7 +111,7 @@ def build_trainer(
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=data.tokenizer,
-            peft_config=config.peft_config(),
+            peft_config=_peft_config(config, data, model),
             callbacks=callbacks,
             objective=objective,
         )
@@ -124,6 +124,13 @@ def build_trainer(
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
+
+
+def _peft_config(config: RunConfig, data: RunData, model: Any) -> Any:
+    from orpo.newtokens import with_new_tokens
+
+    wanted = config.peft_config()
+    return wanted and with_new_tokens(wanted, model, data.tokenizer.convert_tokens_to_ids(list(data.encoder.new_tokens)))
 
 
 class Observer:
@@ -367,7 +374,7 @@ def save_final_weights(trainer: ORPOTrainer, data: RunData) -> None:
         trainer.save_model(str(folder / name))  # collective: no rank has the weights alone
     elif trainer.args.should_save:
         if name == "adapter":
-            export_adapter(model, data.tokenizer, folder / name, is_overwriting=True)
+            export_adapter(model, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids, is_overwriting=True)
         else:
             export_merged(model, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids, is_overwriting=True)
 

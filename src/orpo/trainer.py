@@ -33,6 +33,7 @@ from orpo.guards import NonFiniteGuard, ProofOfLearning, SignalGuard, first_caus
 from orpo.guards.callbacks import LearningCallback, SignalCallback
 from orpo.metrics import MetricSums, all_reduce_sum, means
 from orpo.metricscallback import MetricsCallback
+from orpo.newtokens import check_rows
 from orpo.objective import METRICS, ORPO, Objective
 from orpo.runfolder import RunFolder, make_run_folder
 from orpo.steps import StepBatch, StepDataset, StepSampler, only_item
@@ -140,7 +141,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         tokenizer = resolve_tokenizer(processing_class, tokenizer, own_tokenizer, loaded)
         if train_dataset is None:
             raise UserError("train_dataset is missing", where="ORPOTrainer")
-        train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True)
+        train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True, model=loaded)
         eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
         self.encoder = encoder
         self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
@@ -157,6 +158,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_rows(self.model, tokenizer, train_groups, eval_groups)
         self.tolerate_trackers()
         self.ranks = current_ranks()
         self.sums = MetricSums(self.args.device)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from orpo.adapters import text_layers_only
 from orpo.config import ORPOConfig
 from orpo.data.types import Preference, TokenGroup
 from orpo.errors import UserError
+from orpo.newtokens import num_positions, with_new_tokens
 from orpo.objective import DPO, ORPO, SFT, Objective, SimPO
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def resolve_tokenizer(processing_class: Any, tokenizer: Any, own: Any, model: An
 
 
 def as_groups(
-    rows: Any, tokenizer: Any, args: ORPOConfig, *, encoder: TemplateEncoder | None = None, is_training: bool = False
+    rows: Any, tokenizer: Any, args: ORPOConfig, *, encoder: TemplateEncoder | None = None, is_training: bool = False, model: Any = None
 ) -> tuple[list[TokenGroup], DataReport | None, TemplateEncoder | None]:
     """Token groups from whatever the rows are; (groups, report, encoder), the last two None where groups were given as such.
 
@@ -85,7 +87,7 @@ def as_groups(
     from orpo.data.formats import load_preferences
 
     if encoder is None:
-        encoder = make_encoder(tokenizer, args)
+        encoder = make_encoder(tokenizer, args, model_config=getattr(model, "config", None))
     if isinstance(rows, Sequence) and not isinstance(rows, str) and rows and isinstance(rows[0], Preference):
         items: list[Any] = list(rows)
     else:
@@ -123,14 +125,14 @@ def as_eval_groups(
     return groups, report
 
 
-def make_encoder(tokenizer: Any, args: ORPOConfig) -> TemplateEncoder:
-    """The encoder that the options describe."""
+def make_encoder(tokenizer: Any, args: ORPOConfig, *, model_config: Any = None) -> TemplateEncoder:
+    """The encoder that the options describe. Without a `max_length` the smaller of the tokenizer's and the model's limit counts."""
     from orpo.data.template import TemplateEncoder
 
     return TemplateEncoder(
         tokenizer,
         chat_template=args.chat_template,
-        max_length=args.max_length or _longest(tokenizer),
+        max_length=args.max_length or _longest(tokenizer, model_config),
         max_prompt_length=args.max_prompt_length,
         truncation=args.truncation,
         special_tokens_in_text=args.special_tokens_in_text,
@@ -138,10 +140,11 @@ def make_encoder(tokenizer: Any, args: ORPOConfig) -> TemplateEncoder:
     )
 
 
-def _longest(tokenizer: Any) -> int:
-    """What the tokenizer says the model takes; tokenizers that do not know say 1e30."""
+def _longest(tokenizer: Any, model_config: Any) -> int:
+    """What tokenizer and model take, as far as they say it; tokenizers that do not know say 1e30."""
     limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
-    return limit if 0 < limit < 10**7 else 10**7
+    limits = [limit if 0 < limit < 10**7 else 10**7, num_positions(model_config) if model_config is not None else None]
+    return min(limit for limit in limits if limit is not None)
 
 
 def _is_groups(rows: Any) -> bool:
@@ -167,6 +170,8 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         )
     if encoder is not None and encoder.new_tokens:
         _grow_embeddings(model, tokenizer)
+        if peft_config is not None:
+            peft_config = with_new_tokens(peft_config, model, tokenizer.convert_tokens_to_ids(list(encoder.new_tokens)))
     if peft_config is not None:
         model = _with_adapter(model, args, peft_config)
     elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
@@ -193,7 +198,7 @@ def _with_adapter(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    return get_peft_model(model, peft_config)
+    return get_peft_model(model, text_layers_only(peft_config, model))
 
 
 def _grow_embeddings(model: Any, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,8 @@ def test_a_signal_at_every_file_operation_leaves_one_whole_export(tmp_path: Path
         with monkeypatch.context() as patch:
             for name in names:
                 patch.setattr(_fs, name, interrupted(getattr(_fs, name), moment))
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 _write(run / "model", NEW)
-            except KeyboardInterrupt:
-                pass
         assert _read(run / "model") in (OLD, NEW), f"operation {moment}"
         recover_folder(run / "model")
         assert not list(run.glob(".replaced-*"))

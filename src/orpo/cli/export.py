@@ -61,13 +61,19 @@ def export(ready: Ready, args: argparse.Namespace) -> Path:
 
     model, tokenizer = ready.loaded.model, ready.loaded.tokenizer
     target = args.out or default_target(args.model, args.to)
+    stops = ready.encoder.terminator_ids
     if args.to == "adapter":
-        return export_adapter(model, tokenizer, target, is_overwriting=args.overwrite)
+        return export_adapter(model, tokenizer, target, stop_token_ids=stops, is_overwriting=args.overwrite)
     if args.to == "gguf":
         return export_gguf(
-            model, tokenizer, target, dtype=args.dtype or "float16", name=Path(args.model).name, is_overwriting=args.overwrite
+            model,
+            tokenizer,
+            target,
+            dtype=args.dtype or "float16",
+            name=Path(args.model).name,
+            stop_token_ids=stops,
+            is_overwriting=args.overwrite,
         )
-    stops = ready.encoder.terminator_ids
     return export_merged(model, tokenizer, target, dtype=args.dtype, stop_token_ids=stops, is_overwriting=args.overwrite)
 
 
