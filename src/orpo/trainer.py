@@ -72,6 +72,8 @@ class _EpochCallback(TrainerCallback):
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
             control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+        if state.global_step >= state.max_steps:  # what came after the last regular log, which may be all there was
+            control.should_log |= args.logging_strategy == IntervalStrategy.STEPS
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_log = control.should_evaluate = control.should_save = False

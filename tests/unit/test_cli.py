@@ -14,6 +14,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.text import Text
 
 import orpo.cli
 from orpo.cli import command_modules, main, parse
@@ -160,7 +164,7 @@ class TestRecipes:
 
 
 class TestProgress:
-    def report(self, is_terminal: bool = False):
+    def report(self, is_terminal: bool = False, width: int = 200):
         from io import StringIO
 
         from rich.console import Console
@@ -168,7 +172,7 @@ class TestProgress:
         from orpo.cli.progress import ProgressReport
 
         stream = StringIO()
-        return ProgressReport(Console(file=stream, force_terminal=is_terminal, width=200, highlight=False)), stream
+        return ProgressReport(Console(file=stream, force_terminal=is_terminal, width=width, highlight=False)), stream
 
     def state(self, step: int) -> SimpleNamespace:
         return SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=10)
@@ -178,7 +182,9 @@ class TestProgress:
         "nll_loss": 2.0,
         "log_odds_ratio": -0.5,
         "rewards/accuracies": 0.75,
-        "rewards/margins": 0.01,
+        "rewards/margins": 0.001,
+        "logps/chosen": -1.99,
+        "logps/rejected": -2.0,
         "tokens_per_second": 1234.5,
         "learning_rate": 1e-5,
     }
@@ -188,7 +194,7 @@ class TestProgress:
         report, stream = self.report(is_terminal)
         report.on_train_begin(None, self.state(0), None)
         for step in range(1, 11):
-            report.on_step_end(None, self.state(step), None)
+            report.on_step_end(None, self.state(step), SimpleNamespace(should_log=False))
         report.on_log(None, self.state(5), None, logs=self.LOGS)
         report.on_log(None, self.state(10), None, logs={"eval_loss": 2.25, "eval_rewards/accuracies": 0.5})
         report.on_save(None, self.state(10), None)
@@ -196,6 +202,46 @@ class TestProgress:
         shown = stream.getvalue()
         for part in ("loss 2.500", "nll 2.000", "odds 0.500", "acc 75%", "margin +0.010", "tok/s 1,23", "evaluation: loss 2.250  acc 50%"):
             assert part in shown
+
+    @pytest.mark.parametrize("width", [60, 80, 100, 130])
+    def test_the_bar_s_line_fits_and_shows_what_matters_most(self, width: int) -> None:
+        """Step, bar, time left and loss at any width; the others as there is room. Every log stays as a line of its own above it."""
+        report, stream = self.report(is_terminal=True, width=width)
+        report.on_train_begin(None, self.state(0), None)
+        lines = []
+        for step in (1, 10):
+            report.on_step_end(None, self.state(step), SimpleNamespace(should_log=True))
+            report.on_log(None, self.state(step), None, logs=self.LOGS)
+            (task,) = report._progress.tasks
+            report._progress.update(task.id, left="12 h 05 min left")
+            lines.append(report._progress.columns[0].render(task).plain)
+        report.close()
+        for step, line in zip((1, 10), lines, strict=True):
+            assert cell_len(line) <= width
+            for part in (f"step {step}/10", "━━━━━━━━━━", "12 h 05 min left", "loss 2.500"):
+                assert part in line
+            assert ("margin +0.010" in line, "tok/s" in line) == (width >= 80, width >= 100), line
+        shown = [line.rstrip() for line in Text.from_ansi(stream.getvalue()).plain.splitlines()]
+        assert all(cell_len(line) <= width for line in shown)
+        for step in (1, 10):
+            assert any(line.startswith(f"step {step}/10  loss 2.500  nll 2.000  odds 0.500  acc 75%") for line in shown)
+
+    def test_a_log_says_early_that_the_run_moves(self) -> None:
+        report, stream = self.report()
+        report.on_train_begin(None, self.state(0), None)
+        for step in (1, 2):
+            report.on_step_end(None, self.state(step), SimpleNamespace(should_log=False))
+        (line,) = stream.getvalue().splitlines()
+        assert line.startswith("step 1/10  ")
+        assert line.endswith(" left")
+
+    def test_the_margin_is_in_nats_per_token_whatever_the_weight_of_its_term(self) -> None:
+        from orpo.cli.progress import describe_log
+
+        for alpha in (0.1, 1.0):
+            logs = {"rewards/margins": alpha * 0.5, "logps/chosen": -1.0, "logps/rejected": -1.5}
+            assert describe_log(logs) == "margin +0.500"
+            assert describe_log({f"eval_{name}": value for name, value in logs.items()}, "eval_") == "margin +0.500"
 
     def test_a_non_finite_loss_is_shown(self) -> None:
         report, stream = self.report()
@@ -221,6 +267,76 @@ class TestProgress:
 
 
 class TestConsole:
+    @pytest.mark.parametrize("width", [20, 60, 80, 100, 130])
+    @given(words=st.lists(st.text("ab/界-", min_size=1, max_size=30), max_size=30), blanks=st.integers(1, 3), label=st.booleans())
+    def test_lines_are_broken_between_words_alone(self, width: int, words: list[str], blanks: int, label: bool) -> None:
+        from orpo.cli.console import pieces_of
+
+        line = ("folder       " if label else "") + (" " * blanks).join(words)
+        pieces = pieces_of(line, width)
+        assert " ".join(pieces).split() == line.split()
+        for piece in pieces:
+            assert cell_len(piece) <= width or min(len(piece.split()), len(piece[13:].split())) <= 1, piece
+
+    @pytest.mark.parametrize("width", [60, 80, 100, 130])
+    def test_a_label_s_text_goes_on_below_itself_and_values_stay_with_their_names(self, width: int) -> None:
+        from orpo.cli.console import pieces_of
+
+        first, *others = pieces_of("model        " + "134.5 M parameters and more " * 9, width)
+        assert first.startswith("model        134.5")
+        assert all(line.startswith(" " * 13) and line[13] != " " for line in others)
+        names = "loss 2.500  nll 2.000  odds 0.500  acc 75%  margin +0.010  tok/s 1,235"
+        for line in pieces_of(f"step 10  evaluation: {names}", width):
+            assert len(line) <= width
+        assert all(any(name in line for line in pieces_of(f"step 10/20  {names}", width)) for name in names.split("  "))
+
+    def test_without_a_terminal_a_line_stays_whole_and_in_one_it_is_broken(self) -> None:
+        from io import StringIO
+
+        from rich.console import Console
+
+        from orpo.cli.console import say
+
+        text = "a path /tmp/" + "x" * 90 + " :warning: and [b]no markup[/b] " + "word " * 60
+        for is_terminal in (False, True):
+            stream = StringIO()
+            say(Console(file=stream, force_terminal=is_terminal, width=60, highlight=False), text)
+            lines = stream.getvalue().splitlines()
+            assert (len(lines) == 1) != is_terminal
+            assert " ".join(line.strip() for line in lines) == text.strip()
+
+    def test_messages_of_the_library_pass_above_a_bar_that_is_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A handler that wrote to the stream would write into the bar's line, and leave a copy of the bar behind."""
+        import logging
+        from io import StringIO
+
+        from orpo.cli import configure_logging
+        from orpo.cli.console import stderr_console
+        from orpo.cli.progress import ProgressReport
+
+        class Terminal(StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        monkeypatch.setattr("sys.stderr", stream := Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "60")
+        logger = logging.getLogger("orpo")
+        before = logger.handlers[:], logger.level, logger.propagate
+        configure_logging()
+        report = ProgressReport(stderr_console())
+        try:
+            report.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=10), None)
+            stream.truncate(0)
+            logger.warning("step 3: %s", "the loss is far above its start " * 4)
+        finally:
+            report.close()
+            logger.handlers[:], logger.level, logger.propagate = before
+        erased, _, after = stream.getvalue().partition("warning: step 3: the loss is far above its start")
+        assert erased.endswith("\x1b[2K")  # the bar's line was taken away first
+        assert after.count("step 0/10") >= 1  # and drawn again below
+        assert all(cell_len(line) <= 60 for line in Text.from_ansi(stream.getvalue()).plain.splitlines())
+
     @pytest.mark.parametrize(
         ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**42, "4096.0 GiB")]
     )

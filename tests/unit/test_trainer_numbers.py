@@ -139,14 +139,23 @@ def test_logged_values_are_the_means_of_what_was_trained(cut: tuple[int, int], t
     order = trainer.train_sampler.order()
     steps = [own_numbers(groups, order[start : start + 4], 0.3) for start in (0, 4, 8)]
     logs = [entry for entry in trainer.state.log_history if "nll_loss" in entry]
-    # transformers logs every second step; the third is in the summary of the end alone.
-    expected = {name: sum(metrics[name] for _, metrics in steps[:2]) for name in METRICS}
-    assert len(logs) == 1
-    assert logs[0]["loss"] == pytest.approx((steps[0][0] + steps[1][0]) / 2, rel=1e-5)
-    for name, value in means(expected, orpo_alpha=0.3).items():
-        assert logs[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert [log["step"] for log in logs] == [2, 3], "every second step, and what is left at the end"
+    for log, part in zip(logs, (steps[:2], steps[2:]), strict=True):
+        expected = {name: sum(metrics[name] for _, metrics in part) for name in METRICS}
+        assert log["loss"] == pytest.approx(sum(loss for loss, _ in part) / len(part), rel=1e-5)
+        for name, value in means(expected, orpo_alpha=0.3).items():
+            assert log[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     summary = trainer.state.log_history[-1]
     assert summary["train_loss"] == pytest.approx(sum(loss for loss, _ in steps) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, [3]), ({"logging_steps": 2}, [2, 3]), ({"logging_strategy": "no"}, [])])
+def test_a_run_shorter_than_its_logging_steps_logs_at_its_end(
+    options: dict[str, Any], steps: list[int], tmp_path: Path, groups: list[TokenGroup]
+) -> None:
+    trainer = make_trainer(tmp_path, groups, **{"max_steps": 3, "logging_steps": 10, **options})
+    trainer.train()
+    assert [log["step"] for log in trainer.state.log_history if "nll_loss" in log] == steps
 
 
 def test_the_ends_of_chosen_answers_are_logged(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded_exit(command: str, run: Callable[[], int]) -> int:
     """Run a command; every way out has its exit code and leaves a message without a secret in it."""
+    from orpo.cli.console import say_on_stderr
     from orpo.redact import redact_text
 
     try:
@@ -99,7 +100,7 @@ def guarded_exit(command: str, run: Callable[[], int]) -> int:
             code = int(run())
         sys.stdout.flush()
     except OrpoError as error:
-        print(f"orpo {command}: {redact_text(str(error))}", file=sys.stderr)
+        say_on_stderr(f"orpo {command}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\norpo {command}: interrupted", file=sys.stderr)
@@ -133,7 +134,9 @@ def _sigterm_raises() -> Iterator[None]:
 
 def configure_logging() -> None:
     """Messages of the library to stderr, one line each; those of others only when something is wrong."""
-    handler = logging.StreamHandler(sys.stderr)
+    from orpo.cli.console import ConsoleHandler
+
+    handler = ConsoleHandler()
     handler.setFormatter(_Plain())
     root = logging.getLogger("orpo")
     root.handlers[:] = [handler]

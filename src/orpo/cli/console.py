@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
+import re
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -13,15 +16,25 @@ from orpo.redact import redact, redact_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+LABEL_CELLS = 13
+"""Width of the labels that lines begin with (`folder       …`); what does not fit on such a line goes on below its text."""
+
 
 def stderr_console() -> Console:
-    """A rich console on stderr; plain text at full width where stderr is no terminal (a log keeps its lines whole).
+    """The rich console on stderr; plain text at full width where stderr is no terminal (a log keeps its lines whole).
 
     Under a launcher of several processes all but the first are silent.
     """
+    # While a bar is up, sys.stderr is rich's stand-in: another console would write through it into the bar's own line.
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return _console_on(stream, os.environ.get("RANK", "0") != "0")
+
+
+@functools.lru_cache(maxsize=1)
+def _console_on(stream: Any, is_quiet: bool) -> Console:
+    """One console for a stream, since a bar keeps free only the lines of the console it was made on."""
     from rich.console import Console
 
-    is_quiet = os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True, highlight=False, quiet=is_quiet)
     return console if console.is_terminal else Console(stderr=True, highlight=False, quiet=is_quiet, width=200)
 
@@ -37,8 +50,56 @@ def report_console(*, is_json: bool) -> Console:
 
 
 def say(console: Console, text: str = "") -> None:
-    """One line as it is: no markup is read in it, it is never broken, and it cannot steer the terminal."""
-    console.print(printable(redact_text(text)), markup=False, soft_wrap=True)
+    """One line as it is: no markup is read in it and it cannot steer the terminal, which breaks it between words; a log never does."""
+    shown = printable(redact_text(text))
+    if console.is_terminal:
+        shown = "\n".join(piece for line in shown.split("\n") for piece in pieces_of(line, console.width))
+    console.print(shown, markup=False, emoji=False, soft_wrap=True)
+
+
+def say_on_stderr(text: str) -> None:
+    """A warning or an error, of whichever process: above a bar that is up, and broken between words, as `say` does."""
+    console = stderr_console()
+    if console.quiet:
+        print(printable(redact_text(text)), file=sys.stderr)
+    else:
+        say(console, text)
+
+
+def pieces_of(line: str, width: int) -> list[str]:
+    """A line in pieces of at most `width` cells, cut between words; where fields stand two blanks apart, between those.
+
+    A word that is longer than a line (a path) stays whole: the terminal goes on in the next line, and it can be copied.
+    """
+    from rich.cells import cell_len
+
+    if cell_len(line) <= width:
+        return [line]
+    is_labelled = width >= 3 * LABEL_CELLS and line[:LABEL_CELLS].endswith("  ") and not line[LABEL_CELLS].isspace()
+    start = LABEL_CELLS if is_labelled else len(line) - len(line.lstrip())
+    indent = " " * (start if 0 < start <= width // 3 else 2)
+    fields = re.split(" {2,}", line[start:])
+    has_fields = len(fields) > 2 and all(cell_len(indent + field) <= width for field in fields)
+    words, joint = (fields, "  ") if has_fields else (line[start:].split(" "), " ")
+    pieces, piece, is_empty = [], line[:start], True
+    for word in words:
+        longer = piece + ("" if is_empty else joint) + word
+        if is_empty or cell_len(longer) <= width:
+            piece, is_empty = longer, is_empty and not word
+        else:
+            pieces.append(piece.rstrip())
+            piece, is_empty = indent + word, not word
+    return [*pieces, piece]
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records through `say_on_stderr`, so that they neither break a bar nor are broken in mid-word."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            say_on_stderr(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 def printable(text: str) -> str:
@@ -56,7 +117,7 @@ def show_warnings_plainly() -> None:
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
-            print(f"warning: {redact_text(str(message))}", file=sys.stderr)
+            say_on_stderr(f"warning: {message}")
 
     warnings.showwarning = show  # type: ignore[assignment]
 

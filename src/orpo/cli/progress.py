@@ -6,7 +6,8 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import Progress, ProgressColumn, Task, TaskID
+from rich.text import Text
 from transformers import TrainerCallback
 
 from orpo.cli.console import human_seconds, say
@@ -15,32 +16,67 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-# (logged name, name on screen, format)
+# (value, name on screen, format)
 _SHOWN = (
     ("loss", "loss", ".3f"),
     ("nll_loss", "nll", ".3f"),
     ("odds_ratio_loss", "odds", ".3f"),
     ("rewards/accuracies", "acc", ".0%"),
-    ("rewards/margins", "margin", "+.3f"),
+    ("margin", "margin", "+.3f"),
     ("tokens_per_second", "tok/s", ",.0f"),
 )
+_IN_BAR = ("loss", "acc", "margin", "tok/s")
+_BAR_CELLS = (10, 24)
+"""Fewest and most cells of the bar itself."""
 
 
 def describe_log(logs: dict[str, Any], prefix: str = "") -> str:
     """`loss 2.105  nll 1.981  odds 0.124  acc 62%  margin +0.021  tok/s 1,204` from a logged object.
 
-    The odds-ratio part is the logged mean of log sigma(log OR), with its sign turned: what λ multiplies in the loss.
+    The odds-ratio part is the logged mean of log sigma(log OR), with its sign turned: what lambda multiplies in the loss. The margin is
+    the chosen answers' mean log-probability minus the rejected ones', nats per token, as everywhere; the logged `rewards/margins` is that
+    times `orpo_alpha`.
     """
+    return "  ".join(_named_values(logs, prefix).values())
+
+
+def _named_values(logs: dict[str, Any], prefix: str = "") -> dict[str, str]:
     values = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
     if "log_odds_ratio" in values:
         values["odds_ratio_loss"] = -values["log_odds_ratio"]
-    parts = []
+    if "logps/chosen" in values and "logps/rejected" in values:
+        values["margin"] = values["logps/chosen"] - values["logps/rejected"]
+    parts = {}
     for name, label, style in _SHOWN:
         value = values.get(name)
         if isinstance(value, (int, float)):
             # NaN has no percent; it is shown as it is, since hiding it is how runs die unseen.
-            parts.append(f"{label} {format(value, style) if math.isfinite(value) else value}")
-    return "  ".join(parts)
+            parts[label] = f"{label} {format(value, style) if math.isfinite(value) else value}"
+    return parts
+
+
+class _Line(ProgressColumn):
+    """Step, bar, time left and as many of the newest values as the terminal is wide enough for, in this order of importance."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def render(self, task: Task) -> Text:
+        total = max(int(task.total or 0), 1)
+        fewest, most = _BAR_CELLS
+        head = f"step {task.completed:.0f}/{total}  "
+        room = self.console.width - len(head) - fewest
+        tail = ""
+        for part in (task.fields["left"], *task.fields["values"]):
+            if part and len(tail) + 2 + len(part) <= room:
+                tail += f"  {part}"
+        cells = max(min(most, fewest + room - len(tail)), 0)
+        done = round(cells * min(task.completed / total, 1))
+        is_plain = self.console.color_system is None
+        sign = "-" if self.console.options.ascii_only else "━"
+        rest = (" " if is_plain else sign) * (cells - done)
+        return Text.assemble(head, (sign * done, "bar.complete"), (rest, "bar.back"), tail, no_wrap=True)
 
 
 class ProgressReport(TrainerCallback):
@@ -58,21 +94,14 @@ class ProgressReport(TrainerCallback):
             return
         self._started_s, self._first_step = time.monotonic(), state.global_step
         if self.console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.fields[shown]}"),
-            )
-            self._progress = Progress(*columns, console=self.console, transient=False)
-            self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, left="", shown="")
+            self._progress = Progress(_Line(self.console), console=self.console, transient=False)
+            self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, left="", values=())
             self._progress.start()
 
     def time_left(self, state: TrainerState) -> str:
-        """`3 min 20 s left`, from the speed since this process began; empty before its first step."""
+        """`3 min 20 s left`, from the speed since this process began; empty before its first step and after the last."""
         done = state.global_step - self._first_step
-        if done <= 0:
+        if done <= 0 or state.global_step >= state.max_steps:
             return ""
         seconds = (time.monotonic() - self._started_s) / done * (state.max_steps - state.global_step)
         return f"{human_seconds(seconds)} left"
@@ -80,6 +109,9 @@ class ProgressReport(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, left=self.time_left(state))
+        elif state.is_world_process_zero and state.global_step == self._first_step + 1 and not control.should_log:
+            # The first values may be long in coming: that it moves, and how fast, is worth a line in a log.
+            self._say(f"step {state.global_step}/{state.max_steps}  {self.time_left(state)}")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
@@ -89,13 +121,15 @@ class ProgressReport(TrainerCallback):
         if any(name.startswith("eval_") for name in logs):
             self._say(f"step {state.global_step}  evaluation: {describe_log(logs, 'eval_')}")
             return
-        shown = describe_log(logs)
-        if not shown or "train_runtime" in logs:
+        values = _named_values(logs)
+        if not values or "train_runtime" in logs:
             return
+        line = f"step {state.global_step}/{state.max_steps}  {'  '.join(values.values())}"
         if self._progress is not None:
-            self._progress.update(self._task, shown=shown, left=self.time_left(state))
+            self._progress.update(self._task, left=self.time_left(state), values=[values[name] for name in _IN_BAR if name in values])
+            self._say(line)  # above the bar, where it stays
         else:
-            self._say(f"step {state.global_step}/{state.max_steps}  {shown}  {self.time_left(state)}".rstrip())
+            self._say(f"{line}  {self.time_left(state)}".rstrip())
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
