@@ -59,6 +59,10 @@ _UNCHECKED_TYPES = frozenset(
     {"fsdp", "fsdp_config", "debug", "report_to", "deepspeed", "accelerator_config", "include_num_input_tokens_seen"}
 )
 
+_HIGHEST_USUAL_RATE = 1e-2
+# Whose step is the gradient times the rate, or which set their own scale; Adam and its kin move every weight by about the rate itself.
+_OPTIMIZERS_OF_LARGE_RATES = ("sgd", "adagrad", "lomo", "adafactor", "rmsprop")
+
 # Those that transformers can be asked about whether they are there.
 _TRACKERS_WITH_A_PACKAGE = frozenset(
     {"clearml", "codecarbon", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"}
@@ -219,6 +223,17 @@ def is_pinned(values: dict[str, Any]) -> bool:
     kwargs = values.get("model_init_kwargs")
     revision = values.get("model_revision") or (kwargs.get("revision") if isinstance(kwargs, dict) else None)
     return revision not in (None, "", "main")
+
+
+def value_notes(values: dict[str, Any]) -> list[str]:
+    """What is allowed and yet hardly meant, one line each."""
+    rate, optimizer = values.get("learning_rate"), str(_name_of(values.get("optim")))
+    if rate is None or rate <= _HIGHEST_USUAL_RATE or any(name in optimizer for name in _OPTIMIZERS_OF_LARGE_RATES):
+        return []
+    return [
+        f"learning_rate {rate:g} is far above what fine-tuning stands (about 1e-6 to 1e-3): expect it to destroy the weights within a few "
+        "steps; 8e-6 is the default, small models and adapters take 5e-5 to 5e-4"
+    ]
 
 
 def did_you_mean(word: Any, choices: typing.Iterable[str]) -> str | None:

@@ -7,12 +7,17 @@ of log OR itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from orpo.objective import METRICS
+
+if TYPE_CHECKING:
+    from orpo.engine.layout import PreferenceBatch
+    from orpo.steps import StepBatch
 
 _EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends")
 """Added up beside `METRICS`: step losses, steps, packed tokens and rows, terminators of chosen answers and their log-probabilities."""
@@ -25,10 +30,12 @@ class MetricSums:
         self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
         self.busy_s = 0.0
         self._started_s: float | None = None
+        self._step = torch.zeros_like(self.values[: len(METRICS)])
 
     def start(self) -> None:
         """A step begins: time runs until `stop`, so evaluation and saving are not counted against throughput."""
         self._started_s = time.perf_counter()
+        self._step.zero_()
 
     def stop(self) -> None:
         """A step has ended."""
@@ -39,6 +46,7 @@ class MetricSums:
     def add(self, sums: Tensor, *, num_tokens: int, end_logps: Tensor | None = None) -> None:
         """A micro-batch's sums, in the order of `METRICS`, its packed tokens, and its chosen terminators' log-probabilities."""
         self.values[: len(METRICS)] += sums.to(self.values)
+        self._step += sums.to(self.values)
         self.values[len(METRICS) + 2] += num_tokens
         if end_logps is not None:
             self.values[len(METRICS) + 4] += end_logps.to(self.values).sum()
@@ -49,6 +57,11 @@ class MetricSums:
         self.values[len(METRICS)] += loss.to(self.values)
         self.values[len(METRICS) + 1] += 1
         self.values[len(METRICS) + 3] += num_rows
+
+    def step_nll(self) -> float | None:
+        """Mean next-token loss of this rank's tokens in the newest step, nats; None where it had none."""
+        num_tokens, nll_sum = self._step[[METRICS.index("num_nll_tokens"), METRICS.index("nll_sum")]].tolist()
+        return nll_sum / num_tokens if num_tokens else None
 
     def take(self, *, orpo_alpha: float, reduce: Callable[[Tensor], Tensor], world_size: int = 1) -> dict[str, float]:
         """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
@@ -109,3 +122,23 @@ def all_reduce_sum(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def end_logps(batch: PreferenceBatch, logp_N: Tensor) -> Tensor:
+    """Log-probabilities of the terminators of the chosen answers: when they fall, generated answers run on."""
+    response_N = batch.index.response_N
+    is_last_N = torch.ones_like(response_N, dtype=torch.bool)
+    is_last_N[:-1] = response_N[1:] != response_N[:-1]
+    is_ended_R = torch.tensor([ended for group in batch.groups for ended in group.is_ended])
+    is_chosen_R = torch.zeros_like(is_ended_R)
+    is_chosen_R[batch.index.chosen_B] = True
+    end_N = is_last_N & (response_N >= 0) & (is_ended_R & is_chosen_R)[response_N.clamp(min=0)]
+    return logp_N.detach()[end_N.to(logp_N.device)]
+
+
+def response_sums(inputs: StepBatch, logps: list[Tensor]) -> Iterator[float]:
+    """Summed log-probability of each response of the step, in order; computed only if the guard asks."""
+    for batch, logp_N in zip(inputs.microbatches, logps, strict=True):
+        response_N = batch.index.response_N.to(logp_N.device)
+        for response in range(len(batch.index.num_tokens_R)):
+            yield float(logp_N[response_N == response].sum())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo import compat
+from orpo.configchecks import check_values, value_notes
 from orpo.configinput import Given, read_file, read_flags, translate_layer
 from orpo.errors import UserError, UserErrors
 from orpo.runkeys import DEMO_DATA, key_defaults
@@ -155,12 +156,12 @@ def resolve(
     if problems:
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
+    notes += value_notes(values)
     return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
 
 
 def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool) -> list[UserError]:
     from orpo.config import field_types
-    from orpo.configchecks import check_values
 
     trainer = {key: value for key, value in values.items() if key in field_types()}
     own = {key: value for key, value in values.items() if key not in trainer}

@@ -10,12 +10,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from orpo.data.types import TokenGroup
 from orpo.engine.layout import PreferenceBatch, collate, num_nll_tokens
+
+if TYPE_CHECKING:
+    from orpo.trainer import ORPOTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +189,32 @@ def without_weight(batch: PreferenceBatch) -> PreferenceBatch:
 def only_item(items: list[StepBatch]) -> StepBatch:
     """Collate function of a loader whose sampler asks for one step at a time."""
     return items[0]
+
+
+class EpochCallback(TrainerCallback):
+    """Epochs, told from the step counter alone, so that a run resumed at any step does what the uninterrupted one does.
+
+    The sampler gets the epoch's shuffle. What transformers does at the end of an epoch (log, evaluate, save) happens at the end of its last
+    step instead: between the two a checkpoint may be saved, and a run resumed from it begins with the next epoch.
+    """
+
+    def __init__(self, trainer: ORPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.make_up_evaluation()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        sampler = self.trainer.train_sampler
+        sampler.set_epoch(state.global_step // max(len(sampler), 1))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % max(len(self.trainer.train_sampler), 1) == 0 or state.global_step >= state.max_steps:
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+        if state.global_step >= state.max_steps:  # what came after the last regular log, which may be all there was
+            control.should_log |= args.logging_strategy == IntervalStrategy.STEPS
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_evaluate = control.should_save = False

@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from orpo.checkpoint import RunLock, current_ranks
 from orpo.config import ORPOConfig
@@ -29,16 +29,24 @@ from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
 from orpo.errors import UserError
-from orpo.guards import NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
-from orpo.guards.callbacks import LearningCallback, SignalCallback
-from orpo.metrics import MetricSums, all_reduce_sum, means
+from orpo.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
+from orpo.guards.callbacks import DivergenceCallback, LearningCallback, SignalCallback
+from orpo.metrics import MetricSums, all_reduce_sum, end_logps, means, response_sums
 from orpo.metricscallback import MetricsCallback
 from orpo.newtokens import check_rows
 from orpo.objective import METRICS, ORPO, Objective
 from orpo.runfolder import RunFolder, make_run_folder
-from orpo.steps import StepBatch, StepDataset, StepSampler, only_item
+from orpo.steps import EpochCallback, StepBatch, StepDataset, StepSampler, only_item
 from orpo.trainer_outside import OutsideMixin
-from orpo.trainer_setup import as_eval_groups, as_groups, prepared_model, resolve_model, resolve_objective, resolve_tokenizer
+from orpo.trainer_setup import (
+    as_eval_groups,
+    as_groups,
+    prepared_model,
+    refuse_arguments,
+    resolve_model,
+    resolve_objective,
+    resolve_tokenizer,
+)
 from orpo.trainer_state import CheckpointMixin
 
 if TYPE_CHECKING:
@@ -48,35 +56,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_PIECE = 32
 """Micro-batches of a rank that are packed at a time in evaluation: enough to even them out, little enough to hold in memory."""
-
-
-class _EpochCallback(TrainerCallback):
-    """Epochs, told from the step counter alone, so that a run resumed at any step does what the uninterrupted one does.
-
-    The sampler gets the epoch's shuffle. What transformers does at the end of an epoch (log, evaluate, save) happens at the end of its last
-    step instead: between the two a checkpoint may be saved, and a run resumed from it begins with the next epoch.
-    """
-
-    def __init__(self, trainer: ORPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.make_up_evaluation()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        sampler = self.trainer.train_sampler
-        sampler.set_epoch(state.global_step // max(len(sampler), 1))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % max(len(self.trainer.train_sampler), 1) == 0 or state.global_step >= state.max_steps:
-            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
-            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
-            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
-        if state.global_step >= state.max_steps:  # what came after the last regular log, which may be all there was
-            control.should_log |= args.logging_strategy == IntervalStrategy.STEPS
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log = control.should_evaluate = control.should_save = False
 
 
 class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
@@ -123,7 +102,9 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         objective: Objective | None = None,
     ) -> None:
         args = ORPOConfig() if args is None else args
-        _refuse(data_collator=data_collator, compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics)
+        refuse_arguments(
+            data_collator=data_collator, compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics
+        )
         if not isinstance(args, ORPOConfig):
             raise UserError(f"args is a {type(args).__name__}", where="args", expected="an orpo.ORPOConfig")
         limit_kernel_cache()  # not in train(): who scores or generates with this trainer before it must not come first
@@ -166,9 +147,11 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         self.sums = MetricSums(self.args.device)
         self.nonfinite = NonFiniteGuard(args.on_nonfinite, args.max_nonfinite_skips, ranks=self.ranks)
         self.run_folder = RunFolder(self.args.output_dir)
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(EpochCallback(self))
         self.learning = ProofOfLearning(has_two_terms=isinstance(self.objective, ORPO))
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
+        self.divergence = DivergenceGuard(len(tokenizer), learning_rate=args.learning_rate, ranks=self.ranks)
+        self.add_callback(DivergenceCallback(self.divergence, self.sums.step_nll))
         self.add_callback(MetricsCallback(self.run_folder.metrics))
         self.train_sampler = self._sampler(self.train_dataset, is_training=True)
 
@@ -354,7 +337,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
                 self.accelerator.backward(result.loss)
             loss += result.loss.detach()
             logps.append(result.logp_N)
-            self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=_end_logps(microbatch, result.logp_N))
+            self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=end_logps(microbatch, result.logp_N))
         if self._working is not None:
             self._release_gradients()
         self.sums.end_step(loss / self.args.world_size, inputs.num_rows / self.args.world_size)
@@ -391,7 +374,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             loss=loss,
             grad_norm=self._grad_norm,
             groups=inputs.groups,
-            logp_sums=_response_sums(inputs, logps),
+            logp_sums=response_sums(inputs, logps),
         )
         if not is_fine:
             model.zero_grad(set_to_none=True)
@@ -460,35 +443,3 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
     def _evaluate_microbatch(self, microbatch: PreferenceBatch) -> Any:
         with torch.no_grad(), self._computing():
             return self.engine.step(self.model, microbatch.to(self.args.device), self.objective)
-
-
-def _refuse(**given: Any) -> None:
-    """Arguments of TRL's trainer that have no meaning here."""
-    reasons = {
-        "data_collator": "rows are packed by the engine",
-        "compute_metrics": "it would need the logits of every position, which are never made; the metrics of the log are exact",
-        "preprocess_logits_for_metrics": "the logits are never made",
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(f"{name} is not supported: {reasons[name]}", where="ORPOTrainer", mend="leave it out")
-
-
-def _end_logps(batch: PreferenceBatch, logp_N: Tensor) -> Tensor:
-    """Log-probabilities of the terminators of the chosen answers: when they fall, generated answers run on."""
-    response_N = batch.index.response_N
-    is_last_N = torch.ones_like(response_N, dtype=torch.bool)
-    is_last_N[:-1] = response_N[1:] != response_N[:-1]
-    is_ended_R = torch.tensor([ended for group in batch.groups for ended in group.is_ended])
-    is_chosen_R = torch.zeros_like(is_ended_R)
-    is_chosen_R[batch.index.chosen_B] = True
-    end_N = is_last_N & (response_N >= 0) & (is_ended_R & is_chosen_R)[response_N.clamp(min=0)]
-    return logp_N.detach()[end_N.to(logp_N.device)]
-
-
-def _response_sums(inputs: StepBatch, logps: list[Tensor]) -> Iterator[float]:
-    """Summed log-probability of each response of the step, in order; computed only if the guard asks."""
-    for batch, logp_N in zip(inputs.microbatches, logps, strict=True):
-        response_N = batch.index.response_N.to(logp_N.device)
-        for response in range(len(batch.index.num_tokens_R)):
-            yield float(logp_N[response_N == response].sum())

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def refuse_arguments(**given: Any) -> None:
+    """Arguments of TRL's trainer that have no meaning here."""
+    reasons = {
+        "data_collator": "rows are packed by the engine",
+        "compute_metrics": "it would need the logits of every position, which are never made; the metrics of the log are exact",
+        "preprocess_logits_for_metrics": "the logits are never made",
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} is not supported: {reasons[name]}", where="ORPOTrainer", mend="leave it out")
+
+
 def resolve_objective(args: ORPOConfig) -> Objective:
     """The objective that the options name."""
     objectives: dict[str, Objective] = {"orpo": ORPO(args.orpo_alpha, args.orpo_beta), "sft": SFT(), "dpo": DPO(), "simpo": SimPO()}

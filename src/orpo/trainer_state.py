@@ -110,6 +110,7 @@ class CheckpointMixin(_Base):
                 "is_evaluation_due": self._evaluated_from is not None or self._signals.is_evaluation_due,
                 "nonfinite": self.nonfinite.state_dict(),
                 "learning": self.learning.state_dict(),
+                "divergence": self.divergence.state_dict(),
             }
             (folder / STATE_NAME).write_text(json.dumps(own))
 
@@ -251,6 +252,8 @@ class CheckpointMixin(_Base):
             self.sums.restore(sums[self.ranks.rank])
         self.nonfinite.load_state_dict(state["nonfinite"])
         self.learning.load_state_dict(state["learning"])
+        if "divergence" in state:  # checkpoints of version 0.1.0 have none
+            self.divergence.load_state_dict(state["divergence"])
         self._is_evaluation_due = state["is_evaluation_due"]
         if self.ranks.is_first and os.path.realpath(folder.parent) == os.path.realpath(self.args.output_dir):
             self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))

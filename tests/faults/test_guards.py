@@ -19,7 +19,8 @@ import orpo
 from orpo.checkpoint import Ranks
 from orpo.data.types import TokenGroup, Where
 from orpo.errors import GuardStop, SignalStop
-from orpo.guards import NonFiniteGuard, ProofOfLearning, SignalGuard
+from orpo.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard
+from orpo.guards.divergence import NUM_STOPPED
 
 NAN, INF = float("nan"), float("inf")
 
@@ -385,7 +386,7 @@ def test_drift_in_length_is_told() -> None:
 
 def test_the_trainer_gives_the_ends_of_chosen_answers_that_have_one() -> None:
     from orpo.engine.layout import collate
-    from orpo.trainer import _end_logps
+    from orpo.metrics import end_logps
 
     def ids(length: int) -> np.ndarray:
         return np.arange(3, 3 + length, dtype=np.int32)
@@ -400,7 +401,7 @@ def test_the_trainer_gives_the_ends_of_chosen_answers_that_have_one() -> None:
     batch = collate(rows, "sequence")
     logp_N = -torch.arange(1.0, 1.0 + len(batch.index.response_N))
     ends = [int((batch.index.response_N == response).nonzero().max()) for response in (0, 3)]
-    assert _end_logps(batch, logp_N).tolist() == [float(logp_N[end]) for end in ends]
+    assert end_logps(batch, logp_N).tolist() == [float(logp_N[end]) for end in ends]
 
 
 def test_collapse_is_found_across_a_resume() -> None:
@@ -409,3 +410,92 @@ def test_collapse_is_found_across_a_resume() -> None:
     resumed = ProofOfLearning()
     resumed.load_state_dict(proof.state_dict())
     assert _observe(resumed, "logps/chosen", [-4.0] * 10) == ["chosen_collapse"]
+
+
+# --- divergence (a loss that leaves what a language model can have)
+
+VOCABULARY = 1000
+GUESS = math.log(VOCABULARY)
+
+
+def _losses(guard: DivergenceGuard, losses: Sequence[float | None], *, is_ended: bool = False, first: int = 1) -> None:
+    for step, loss in enumerate(losses, start=first):
+        guard.end_step(step, loss, is_last=is_ended and step == first + len(losses) - 1)
+
+
+def _guard() -> DivergenceGuard:
+    return DivergenceGuard(VOCABULARY, learning_rate=5.0)
+
+
+@pytest.mark.parametrize("start", [0.3, 2.0, GUESS, 20.0])
+@pytest.mark.parametrize("num_sound", [1, 2, 10])
+def test_a_loss_that_stays_far_above_is_told_and_then_stops(start: float, num_sound: int, caplog: pytest.LogCaptureFixture) -> None:
+    guard, above = _guard(), max(2 * start, GUESS) * 1.01
+    _losses(guard, [start] * num_sound + [above] * 2)
+    assert caplog.text == ""
+    _losses(guard, [above], first=num_sound + 3)
+    assert f"step {num_sound + 3}: the next-token loss is" in caplog.text
+    with pytest.raises(GuardStop, match=rf"(?s)step {num_sound + NUM_STOPPED}: .*before step {num_sound} are sound") as caught:
+        _losses(guard, [above] * 100, first=num_sound + 4)
+    assert caught.value.exit_code == 3
+    assert "learning_rate (it is 5)" in str(caught.value)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [2.0] * 5 + [500.0] * 2 + [2.0] * 5,  # a spike
+        ([2.0] * 3 + [GUESS * 3] * 2) * 20,  # many of them
+        [2.0] * 3 + [GUESS * 0.99] * 200,  # far above the start: a collapse perhaps, but another guard's
+        [GUESS * 1.05] * 3 + [GUESS * 1.9] * 50,  # a model from scratch that finds it hard
+        [60.0] * 10 + [100.0] * 50,  # weights that were drawn too large
+        [0.01] * 3 + [5.0] * 50,  # rows that were known by heart, then others
+        [2.0, None, None, math.nan, 2.0],  # steps with nothing to learn from
+        [None] * 40,
+    ],
+)
+def test_spikes_scratch_and_hard_rows_are_no_divergence(losses: list[float | None], caplog: pytest.LogCaptureFixture) -> None:
+    _losses(_guard(), losses, is_ended=True)
+    assert caplog.text == ""
+
+
+def test_a_run_that_ends_above_is_not_done() -> None:
+    with pytest.raises(GuardStop, match="none were saved as the run's outcome"):
+        _losses(_guard(), [2.0, 800.0, 900.0, 800.0], is_ended=True)
+    _losses(_guard(), [2.0, 800.0, 900.0, 2.0], is_ended=True)
+
+
+def test_divergence_is_counted_across_a_resume() -> None:
+    guard, resumed = _guard(), _guard()
+    _losses(guard, [2.0] * 4 + [50.0] * 20)
+    resumed.load_state_dict(guard.state_dict())
+    with pytest.raises(GuardStop, match=f"step {4 + NUM_STOPPED}"):
+        _losses(resumed, [50.0] * 10, first=25)
+
+
+class _TwoRanks(Ranks):
+    """One of two ranks whose other has a loss of 3 nats per token."""
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        return [max(values[0], -3_000_000)]
+
+
+def test_one_rank_alone_does_not_stop_the_run() -> None:
+    guard = DivergenceGuard(VOCABULARY, learning_rate=1.0, ranks=_TwoRanks(0, 2))
+    _losses(guard, [2.0] * 3 + [500.0] * 60, is_ended=True)
+
+
+@pytest.mark.parametrize(("rate", "max_steps", "step"), [(5.0, 40, None), (5.0, 9, 9), (5e-3, 40, 0)])
+def test_a_real_run_at_a_rate_that_destroys_it_stops(rate: float, max_steps: int, step: int | None, tmp_path: Path) -> None:
+    """A rate that a tiny model trained from scratch stands is left alone; a short run stops at its end."""
+    from randomgroups import random_groups
+    from trainerruns import make_trainer
+
+    trainer = make_trainer(tmp_path, random_groups(16), max_steps=max_steps, learning_rate=rate, logging_steps=5)
+    if step == 0:
+        trainer.train()
+        return
+    with pytest.raises(GuardStop, match="The weights are destroyed" if step is None else f"step {step}: .*destroyed"):
+        trainer.train()
+    assert NUM_STOPPED <= trainer.state.global_step <= NUM_STOPPED + 5 or trainer.state.global_step == step

@@ -272,3 +272,18 @@ def test_a_resolved_run_is_a_value(write) -> None:
     assert isinstance(config, RunConfig)
     assert config.is_given("dataset_name")
     assert not config.is_given("seed")
+
+
+@pytest.mark.parametrize(
+    ("rate", "optimizer", "is_told"),
+    [
+        (5.0, "adamw_torch", True),
+        (0.02, "adamw_torch", True),
+        (0.01, "adamw_torch", False),
+        (8e-6, "adamw_torch", False),
+        (0.1, "sgd", False),
+    ],
+)
+def test_a_learning_rate_that_destroys_the_weights_is_told_beforehand(rate: float, optimizer: str, is_told: bool) -> None:
+    notes = resolve(None, ["--model_name_or_path", "m", "--dataset_name", "d", "--learning_rate", str(rate), "--optim", optimizer]).notes
+    assert any(note.startswith(f"learning_rate {rate:g} is far above") for note in notes) == is_told

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from orpo.checkpoint.retain import checkpoint_name
+from orpo.guards.divergence import DivergenceGuard
 from orpo.guards.learning import ProofOfLearning
 from orpo.guards.signals import SignalGuard
 
@@ -67,3 +68,13 @@ class LearningCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         self.proof.close_window(state.global_step, model)
+
+
+class DivergenceCallback(TrainerCallback):
+    """Feeds `DivergenceGuard`; `nll` gives the mean next-token loss of the step that has just been done."""
+
+    def __init__(self, guard: DivergenceGuard, nll: Callable[[], float | None]) -> None:
+        self.guard, self.nll = guard, nll
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.guard.end_step(state.global_step, self.nll(), is_last=state.global_step >= state.max_steps)

@@ -16,6 +16,8 @@ START_FACTOR = 2.0
 NUM_TOLD, NUM_STOPPED = 3, 25
 """Steps in a row above the bound after which a run is warned of, and stopped. Spikes of a sound run are shorter, and mostly far lower."""
 _NUM_FIRST = 3
+_UNIT, _MOST, _UNKNOWN = 1e-6, 1e9, -(2**62)
+"""Ranks agree on whole numbers: the loss in units of 1e-6 nats, up to a bound far above any that is reached."""
 
 ALONE = Ranks()
 
@@ -50,9 +52,11 @@ class DivergenceGuard:
         Raises:
             GuardStop: above the bound for `NUM_STOPPED` steps in a row, or in the last `NUM_TOLD` of the run; on every rank.
         """
-        lowest = -self._ranks.max([-math.inf if nll is None else -nll])[0]
-        if not math.isfinite(lowest):  # another guard's
+        is_known = nll is not None and math.isfinite(nll)  # what is not finite is another guard's
+        highest = self._ranks.max([-round(min(nll, _MOST) / _UNIT) if is_known else _UNKNOWN])[0]
+        if highest == _UNKNOWN:
             return
+        lowest = -highest * _UNIT
         if len(self._first) < _NUM_FIRST:
             self._first.append(lowest)
         # The lowest of the first ones: at a rate that is far too high the second step may be lost already.
@@ -66,9 +70,10 @@ class DivergenceGuard:
             f"it was {start:.3g} at first, and guessing among all tokens alike has {self.guess:.3g}"
         )
         if self._num_above >= NUM_STOPPED or is_last:
+            sound = f"checkpoints from before step {step - self._num_above} are sound"
             raise GuardStop(
                 f"{told}. The weights are destroyed; none were saved as the run's outcome.\n  to mend it: a lower learning_rate "
-                f"(it is {self._learning_rate:g}) and another output_dir; checkpoints from before step {step - self._num_above + 1} are sound"
+                f"(it is {self._learning_rate:g}) and another output_dir; {sound}"
             )
         if self._num_above == NUM_TOLD and self._ranks.is_first:
             logger.warning("%s. The run stops if it stays there; learning_rate is %g", told, self._learning_rate)
