@@ -57,9 +57,9 @@ class Stepper:
     """Forward and backward of a micro-batch, as a training step does them."""
 
     def __init__(self, vocabulary: int) -> None:
-        from orpo.engine.allocator import keep_freed_memory, limit_kernel_cache
         from orpo.engine.fused import fused_modules
         from orpo.engine.precision import WorkingWeights
+        from orpo.system.allocator import keep_freed_memory, limit_kernel_cache
 
         limit_kernel_cache()
         keep_freed_memory()
@@ -128,8 +128,8 @@ def cost_by_length() -> list[dict[str, float]]:
 
 
 def _memory_point(vocabulary: int, pipe: Any) -> None:
-    from orpo.devices import peak_memory_bytes
-    from orpo.engine.allocator import return_freed_memory
+    from orpo.system.allocator import return_freed_memory
+    from orpo.system.machine import peak_memory_bytes
 
     stepper = Stepper(vocabulary)
     groups = [random_group(vocabulary, 148, 40, 51) for _ in range(4)]
@@ -205,7 +205,7 @@ def _qa_groups() -> list[Any]:
     from orpo.data.formats import load_preferences
     from orpo.data.template import TemplateEncoder
     from orpo.data.types import TokenGroup
-    from orpo.models import load_tokenizer
+    from orpo.models.load import load_tokenizer
 
     preferences, _, _ = load_preferences(str(QA_FEEDBACK), pairs="all", max_rows=200)
     encoded = TemplateEncoder(load_tokenizer("smollm2-135m-instruct")).encode_many(preferences)

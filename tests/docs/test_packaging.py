@@ -67,8 +67,8 @@ def test_import_is_light() -> None:
 
 def test_public_names_come_from_the_package() -> None:
     assert run_python("from orpo import ORPOConfig, ORPOTrainer; print(ORPOConfig.__module__, ORPOTrainer.__module__)").split() == [
-        "orpo.config",
-        "orpo.trainer",
+        "orpo.config.options",
+        "orpo.training.trainer",
     ]
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orpo.data.audit import KINDS, run_audit
+from orpo.audit import KINDS, run_audit
 from orpo.data.formats import load_preferences
-from orpo.data.pairs import POLICIES, parse_policy
-from orpo.data.reasons import REASONS
+from orpo.data.rows.pairs import POLICIES, parse_policy
+from orpo.data.types import REASONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "preference-data.md"

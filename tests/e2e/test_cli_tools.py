@@ -17,10 +17,10 @@ import yaml
 from orpo import ORPOTrainer
 from orpo.cli import main
 from orpo.cli.demo import verdict
-from orpo.planning import model_shape
-from orpo.runconfig import resolve
-from orpo.rundata import prepare_data
-from orpo.runfolder import COMPLETE, RunFolder
+from orpo.run.config import resolve
+from orpo.run.data import prepare_data
+from orpo.run.folder import COMPLETE, RunFolder
+from orpo.training.planning import model_shape
 from tinymodels import ARCHITECTURES
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -128,7 +128,7 @@ class TestCheck:
     def test_too_little_memory_is_a_warning(
         self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("orpo.devices.memory_facts", lambda device: {"total_bytes": 2000, "free_bytes": 1000})
+        monkeypatch.setattr("orpo.system.machine.memory_facts", lambda device: {"total_bytes": 2000, "free_bytes": 1000})
         code, found = self.check(tmp_path, options, capsys, "--quick")
         assert (code, found["memory"]["status"]) == (0, "warning")
 
@@ -293,7 +293,7 @@ def test_activations_are_counted_as_autograd_counts_them(name: str, tmp_path: Pa
     """Against the tensors that a real forward pass on the CPU saves; the attention's own differ by kernel."""
     import torch
 
-    from orpo.planning import _activation_bytes
+    from orpo.training.planning import _activation_bytes
 
     model = tiny_model_factory(name, vocab_size=64, num_layers=4).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -362,12 +362,12 @@ class TestDemoAndAfter:
         asked: list[Any] = []
 
         def generate(model: Any, tokenizer: Any, encoder: Any, prompts: Any, **_: Any) -> list[Any]:
-            from orpo.evaluate.generate import Answer
+            from orpo.inference.generate import Answer
 
             asked.append([(message["role"], message["content"]) for message in prompts[0]])
             return [Answer(f"answer {len(asked)}", 2, "stop")]
 
-        monkeypatch.setattr("orpo.evaluate.generate.generate", generate)
+        monkeypatch.setattr("orpo.inference.generate.generate", generate)
         monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/reset\n\nthree\n/quit\nnever\n"))
         assert main(["chat", str(run_dir), "--system", "Be brief."]) == 0
         system = ("system", "Be brief.")

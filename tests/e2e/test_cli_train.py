@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from orpo.cli import main
-from orpo.runfolder import COMPLETE, STOPPED, RunFolder
+from orpo.run.folder import COMPLETE, STOPPED, RunFolder
 
 SOURCE = Path(__file__).parents[2] / "src"
 NUM_ROWS = 24

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from orpo.cli import main
 from orpo.compare import CompareOptions, Split, compare, comparison, process, stage
 from orpo.errors import EXIT_GUARD, GuardStop, UserError
-from orpo.runconfig import RunConfig, resolve
+from orpo.run.config import RunConfig, resolve
 
 NUM_ROWS = 40
 GRID: dict[str, Any] = {"learning_rates": (1e-3, 1e-2), "strengths": {"orpo": (0.5, 2.0), "simpo": (2.0,), "sft+dpo": (0.1, 1.0)}}

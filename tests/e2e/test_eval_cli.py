@@ -17,7 +17,7 @@ import pytest
 
 from judgeserver import Break, Say, judge_server
 from orpo.cli import main
-from orpo.evaluate.endpoint import EndpointJudge
+from orpo.evaluate.judging.endpoint import EndpointJudge
 
 SOURCE = Path(__file__).parents[2] / "src"
 QUICK = ["--judge_retries", "1", "--judge_timeout", "5", "--judge_workers", "1"]
@@ -109,7 +109,7 @@ def test_a_second_run_computes_nothing(trained, capsys, monkeypatch):
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("orpo.evaluate.pairtask.score_tokens", forbidden)
+    monkeypatch.setattr("orpo.evaluate.tasks.pairs.score_tokens", forbidden)
     monkeypatch.setattr("orpo.evaluate.answers.generate", forbidden)
     again = evaluate(capsys, *words)
     for task in ("pairs", "retention"):
@@ -256,7 +256,7 @@ def test_alpacaeval_with_a_model_and_a_file_of_references(trained, tmp_path, cap
 
 def test_ifeval_of_given_answers(shared_data, tmp_path, capsys):
     from orpo.errors import UserError
-    from orpo.evaluate import ifeval
+    from orpo.evaluate.tasks import ifeval
 
     try:
         ifeval.load_checkers()
@@ -279,9 +279,9 @@ def test_ifeval_of_given_answers(shared_data, tmp_path, capsys):
 def test_a_model_folder_is_evaluated_from_python(trained, shared_data, tmp_path, monkeypatch):
     """What a comparison calls: a folder, a task, a limit; the record comes back, lies in the output folder, and costs nothing again."""
     from orpo.errors import UserError
-    from orpo.evaluate import ifeval
     from orpo.evaluate.options import EvalOptions
     from orpo.evaluate.suite import Evaluation
+    from orpo.evaluate.tasks import ifeval
 
     try:
         ifeval.load_checkers()
@@ -311,7 +311,7 @@ def test_prompts_that_are_not_to_be_had_are_asked_for(trained, capsys, monkeypat
     def offline(*args: object, **kwargs: object) -> None:
         raise DataError("the hub cannot be reached", where="google/IFEval")
 
-    monkeypatch.setattr("orpo.evaluate.ifeval.read_items", offline)
+    monkeypatch.setattr("orpo.evaluate.tasks.ifeval.read_items", offline)
     assert main(["eval", str(trained), "--tasks", "ifeval"]) == 2
     assert "--ifeval_prompts FILE" in capsys.readouterr().err
 

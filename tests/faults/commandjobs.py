@@ -36,7 +36,7 @@ def _use_up_memory(step: int) -> None:
     """A real refusal of the system, met by torch's own allocator in the middle of a step."""
     import torch
 
-    from orpo.trainer import ORPOTrainer
+    from orpo.training.trainer import ORPOTrainer
 
     real = ORPOTrainer.training_step
 
@@ -62,7 +62,7 @@ def _die_before_the_weights_have_their_name() -> None:
 
 
 def _die_before_the_run_is_complete() -> None:
-    from orpo.runfolder import COMPLETE, RunFolder
+    from orpo.run.folder import COMPLETE, RunFolder
 
     real = RunFolder.write
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from orpo.checkpoint import _fs
+from orpo.system import files as fs
 
 Op = tuple[Any, ...]
 
@@ -30,7 +30,7 @@ class Recorder:
         self._known: dict[str, bytes | None] = {}
         self._known = self._tree()
         for name in ("make_dir", "write_file", "sync_file", "sync_dir", "rename", "unlink", "remove_dir"):
-            patch.setattr(_fs, name, self._wrap(name, getattr(_fs, name)))
+            patch.setattr(fs, name, self._wrap(name, getattr(fs, name)))
 
     def start(self) -> Disk:
         """The disk as it is now, all of it durable."""

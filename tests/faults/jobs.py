@@ -21,7 +21,7 @@ def import_all() -> None:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import orpo.trainer  # noqa: F401
+    import orpo.training.trainer  # noqa: F401
     import tinymodels  # noqa: F401
 
 
@@ -70,7 +70,7 @@ def train(
     """
     from orpo import ORPOConfig, ORPOTrainer
     from orpo.checkpoint import find_newest
-    from orpo.guards import SignalGuard
+    from orpo.training.guards import SignalGuard
     from tinymodels import build_tiny_model, build_tiny_tokenizer
 
     if kill_at is not None:
@@ -136,7 +136,7 @@ def die_at(number: int) -> None:
     """Kill this process with SIGKILL at its n-th operation of the checkpoint's file seam, or of the writing of weights and state."""
     import safetensors.torch
 
-    from orpo.checkpoint import _fs
+    from orpo.system import files as fs
 
     counter = 0
 
@@ -155,35 +155,35 @@ def die_at(number: int) -> None:
         return call
 
     for name in ("make_dir", "write_file", "sync_file", "sync_dir", "rename", "unlink", "remove_dir"):
-        setattr(_fs, name, counted(getattr(_fs, name), halfway=False))
+        setattr(fs, name, counted(getattr(fs, name), halfway=False))
     safetensors.torch.save_file = counted(safetensors.torch.save_file, halfway=True)
 
 
 def die_after(name: str) -> None:
     """Kill this process with SIGKILL right after a rename to a name."""
-    from orpo.checkpoint import _fs
+    from orpo.system import files as fs
 
-    real = _fs.rename
+    real = fs.rename
 
     def rename(source: Path, target: Path) -> None:
         real(source, target)
         if target.name == name:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _fs.rename = rename
+    fs.rename = rename
 
 
 def _slow(operation: str, seconds: float) -> None:
-    from orpo.checkpoint import _fs
+    from orpo.system import files as fs
 
-    real = getattr(_fs, operation)
+    real = getattr(fs, operation)
 
     def call(*arguments: Any) -> None:
         print("saving", flush=True)
         time.sleep(seconds)
         real(*arguments)
 
-    setattr(_fs, operation, call)
+    setattr(fs, operation, call)
 
 
 def _slow_evaluation(trainer: Any, seconds: float) -> None:
@@ -266,7 +266,7 @@ def _full_disk(trainer: Any) -> None:
     """What this rank saves finds no room, from the second save on."""
     import errno
 
-    import orpo.trainer_state as module
+    import orpo.training.saving as module
 
     real = module.save_rng
 
@@ -280,17 +280,17 @@ def _full_disk(trainer: Any) -> None:
 
 def _cannot_publish(trainer: Any) -> None:
     """This rank may make no name in the run's folder final."""
-    from orpo.checkpoint import _fs
+    from orpo.system import files as fs
 
     def refuse(*arguments: Any) -> None:
         raise AssertionError("only rank 0 publishes")
 
-    _fs.rename = _fs.write_file = refuse
+    fs.rename = fs.write_file = refuse
 
 
 def _late(trainer: Any) -> None:
     """This rank writes its part of a checkpoint late."""
-    import orpo.trainer_state as module
+    import orpo.training.saving as module
 
     real = module.save_rng
 

@@ -256,12 +256,12 @@ def test_full_disk_at_the_first_save_says_what_is_known(small_disk: Path) -> Non
 
 
 def test_disk_full_at_the_manifest_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orpo.checkpoint import _fs
+    from orpo.system import files as fs
 
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(_fs, "write_file", full)
+    monkeypatch.setattr(fs, "write_file", full)
     with pytest.raises(CheckpointError, match="no room"):
         _save(tmp_path, 1)
     assert _names(tmp_path) == []

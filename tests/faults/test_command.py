@@ -15,7 +15,7 @@ import yaml
 
 from faults.forked import Zygote
 from orpo.checkpoint import find_newest, read_manifest
-from orpo.runfolder import COMPLETE, FAILED, RUNNING, RunFolder
+from orpo.run.folder import COMPLETE, FAILED, RUNNING, RunFolder
 
 JOB = "faults.commandjobs:train"
 
@@ -99,7 +99,7 @@ def test_final_weights_are_on_the_disk_before_they_have_their_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_factory: Any, tiny_tokenizer: Any
 ) -> None:
     """Or a power cut could leave a run that is called complete with empty weights."""
-    from orpo.export import export_merged
+    from orpo.models.export import export_merged
 
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("which file a descriptor belongs to is told by /proc")

@@ -13,7 +13,7 @@ import pytest
 
 from orpo.cli import main
 from orpo.data.formats import load_preferences
-from orpo.data.sources import read_source
+from orpo.data.reading.sources import read_source
 from orpo.errors import EXIT_USER, DataError
 
 GOOD = {"prompt": "Q?", "chosen": "good", "rejected": "bad"}

@@ -19,8 +19,8 @@ import orpo
 from orpo.checkpoint import Ranks
 from orpo.data.types import TokenGroup, Where
 from orpo.errors import GuardStop, SignalStop
-from orpo.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard
-from orpo.guards.divergence import NUM_STOPPED
+from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard
+from orpo.training.guards.divergence import NUM_STOPPED
 
 NAN, INF = float("nan"), float("inf")
 
@@ -187,7 +187,7 @@ def test_other_threads_leave_the_handlers_alone() -> None:
 
 def _signalled(body: str, numbers: list[int], **environment: str) -> tuple[int, str]:
     """Exit code and stderr of a process that is sent signals, each after it has written a line."""
-    code = f"import time, os\nfrom orpo.guards.signals import SignalGuard\nwith SignalGuard() as guard, guard.hold():\n{body}"
+    code = f"import time, os\nfrom orpo.training.guards.signals import SignalGuard\nwith SignalGuard() as guard, guard.hold():\n{body}"
     path = str(Path(orpo.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -330,7 +330,7 @@ def test_a_run_shorter_than_the_window_is_judged_at_its_end() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_smallest_change_of_one_weight_is_seen(dtype: torch.dtype) -> None:
-    from orpo.guards.learning import weight_checksums
+    from orpo.training.guards.learning import weight_checksums
 
     model = torch.nn.Linear(50, 50).to(dtype)
     before = weight_checksums(model)
@@ -386,7 +386,7 @@ def test_drift_in_length_is_told() -> None:
 
 def test_the_trainer_gives_the_ends_of_chosen_answers_that_have_one() -> None:
     from orpo.engine.layout import collate
-    from orpo.metrics import end_logps
+    from orpo.training.metrics import end_logps
 
     def ids(length: int) -> np.ndarray:
         return np.arange(3, 3 + length, dtype=np.int32)

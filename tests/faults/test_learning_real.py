@@ -12,7 +12,7 @@ import pytest
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.data import demo
 from orpo.errors import GuardStop
-from orpo.models import load_model
+from orpo.models.load import load_model
 from trainerruns import QUIET
 
 pytestmark = pytest.mark.slow

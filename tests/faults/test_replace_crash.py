@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from faults.crashfs import Disk, Op, Recorder, build, crash_states
-from orpo.checkpoint import _fs, recover
-from orpo.checkpoint.replace import recover_folder, replaced_folder
+from orpo.checkpoint import recover
+from orpo.system import files as fs
+from orpo.system.replace import recover_folder, replaced_folder
 
 OLD, NEW = {"config.json": b"old", "weights": b"old weights"}, {"config.json": b"new", "weights": b"new weights", "tokenizer": b"new"}
 
@@ -76,7 +77,7 @@ def test_a_signal_at_every_file_operation_leaves_one_whole_export(tmp_path: Path
 
         with monkeypatch.context() as patch:
             for name in names:
-                patch.setattr(_fs, name, interrupted(getattr(_fs, name), moment))
+                patch.setattr(fs, name, interrupted(getattr(fs, name), moment))
             with contextlib.suppress(KeyboardInterrupt):
                 _write(run / "model", NEW)
         assert _read(run / "model") in (OLD, NEW), f"operation {moment}"

@@ -174,7 +174,7 @@ def test_out_of_memory_is_advice_with_figures(error: Exception) -> None:
 
     import torch
 
-    from orpo.runner import explain_out_of_memory
+    from orpo.training.runner import explain_out_of_memory
 
     args: Any = SimpleNamespace(device=torch.device("cpu"), microbatch_tokens=4096)
     advice = explain_out_of_memory(error, args)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chattemplates import CHATML, GEMMA, LLAMA3, MISTRAL, STYLES, TERMINATORS, build_tokenizer
-from orpo.data.collate import prepare_groups
+from orpo.data.dataset import prepare_groups
 from orpo.data.template import TemplateEncoder
 from orpo.data.types import Dropped, Preference, Text, TokenGroup, Where
 from orpo.errors import DataError

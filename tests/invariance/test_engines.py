@@ -24,8 +24,7 @@ from orpo.data.types import TokenGroup
 from orpo.engine import attention, head, padded, shared
 from orpo.engine.attention import QUERY_BLOCK
 from orpo.engine.choose import attention_implementation
-from orpo.engine.layout import PreferenceBatch, collate
-from orpo.engine.result import StepResult
+from orpo.engine.layout import PreferenceBatch, StepResult, collate
 from orpo.objective import ORPO
 from randomgroups import as_pairs, random_groups
 from tinymodels import ARCHITECTURES, build_tiny_model

@@ -15,8 +15,8 @@ from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.choose import attention_implementation
 from orpo.engine.layout import collate
-from orpo.metrics import means
 from orpo.objective import METRICS, ORPO
+from orpo.training.metrics import means
 from randomgroups import group
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 from trainerruns import QUIET, make_trainer, weights

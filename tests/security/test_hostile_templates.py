@@ -9,7 +9,7 @@ import time
 import pytest
 
 from chattemplates import CHATML, build_tokenizer
-from orpo.data import render
+from orpo.data.chat import render
 from orpo.data.template import TemplateEncoder
 from orpo.data.types import Preference, TokenGroup, Where
 from orpo.errors import EXIT_USER, DataError

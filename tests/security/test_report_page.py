@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from orpo.redact import HIDDEN, redact_words
 from orpo.report import write_report
 from orpo.report.card import MARK, card_text, escape, write_card
 from orpo.report.facts import read_run
+from orpo.system.redact import HIDDEN, redact_words
 from orpo.webpage import embedded_json, label, policy
 from reportfolders import make_comparison, make_run, run_facts, write_json
 

@@ -14,22 +14,22 @@ from __future__ import annotations
 
 from orpo.checkpoint.facts import MAY_CHANGE, Difference, compare_facts, require_same_facts
 from orpo.checkpoint.lock import RunLock
-from orpo.checkpoint.manifest import MANIFEST_NAME, Manifest, is_verified, read_manifest, verify
+from orpo.checkpoint.manifest import MANIFEST_NAME, Manifest, is_verified, read_manifest, require_safe_weights, verify
 from orpo.checkpoint.publish import PeerError, publish
-from orpo.checkpoint.ranks import ALONE, Ranks, TorchRanks, current_ranks
 from orpo.checkpoint.retain import checkpoint_name, find_newest, list_checkpoints, prune, recover, set_earlier_aside
-from orpo.checkpoint.state import load_state, save_state
-from orpo.checkpoint.training_state import (
+from orpo.checkpoint.state import (
     load_optimizer,
     load_rng,
     load_scaler,
     load_scheduler,
+    load_state,
     save_optimizer,
     save_rng,
     save_scaler,
     save_scheduler,
+    save_state,
 )
-from orpo.checkpoint.weights import require_safe_weights
+from orpo.system.ranks import ALONE, Ranks, TorchRanks, current_ranks
 
 __all__ = [
     "ALONE",

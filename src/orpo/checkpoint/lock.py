@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orpo.checkpoint.ranks import ALONE, Ranks
 from orpo.errors import UserError
+from orpo.system.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 

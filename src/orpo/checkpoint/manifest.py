@@ -13,11 +13,19 @@ import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from orpo.checkpoint import _fs
 from orpo.errors import CheckpointError
+from orpo.system import files as fs
+
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin", "model*.bin", "pytorch_model*.index.json")
+_READ_BY_LOADERS = (
+    *_PICKLED_WEIGHTS, "model*.safetensors", "adapter_model*.safetensors", "*.index.json", "config.json", "adapter_config.json",
+    "trainer_state.json",
+)  # fmt: skip
+"""Names that the loaders look for by themselves, some of them before the weights that were saved."""
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -137,7 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: none there, a link, or damaged.
     """
     path = folder / MANIFEST_NAME
-    if not _fs.is_plain_dir(folder):
+    if not fs.is_plain_dir(folder):
         raise CheckpointError("not a folder (a link is not followed)", where=str(folder))
     try:
         status = os.lstat(path)
@@ -213,7 +221,7 @@ def remember_verified(folder: Path, manifest: Manifest) -> None:
 def _shape_problem(folder: Path, name: str, entry: FileEntry) -> str | None:
     """What is wrong with a file before its content is read: absent, a link, in a linked folder, another size."""
     for parent in list(PurePosixPath(name).parents)[:-1]:
-        if not _fs.is_plain_dir(folder / parent):
+        if not fs.is_plain_dir(folder / parent):
             return f"{name}: {parent} is not a plain folder"
     try:
         status = os.lstat(folder / name)
@@ -232,3 +240,27 @@ def _signature(folder: Path, manifest: Manifest) -> Signature | None:
     except OSError:
         return None
     return tuple((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in stats)
+
+
+def require_safe_weights(folder: Path | str) -> None:
+    """Refuse a folder in which the loaders would open a pickle, or a file that the manifest does not name.
+
+    Args:
+        folder: a verified checkpoint of a model that is not sharded.
+
+    Raises:
+        CheckpointError: it holds such a file.
+    """
+    folder = Path(folder)
+    owned = {MANIFEST_NAME, *read_manifest(folder).files}
+    for path in sorted(fs.walk_files(folder)):
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatchcase(path.name, pattern) for pattern in _PICKLED_WEIGHTS):
+            problem = "weights as a pickle, which is never opened"
+        elif name not in owned and any(fnmatchcase(path.name, pattern) for pattern in _READ_BY_LOADERS):
+            problem = "a file that its manifest does not name and that would be loaded"
+        else:
+            continue
+        raise CheckpointError(
+            f"the checkpoint holds {problem}", where=str(path), mend="remove that file, or resume from another checkpoint"
+        )

@@ -17,11 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from orpo.checkpoint import _fs
 from orpo.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, checked_name, hash_files, read_manifest, remember_verified
-from orpo.checkpoint.ranks import ALONE, Ranks
 from orpo.checkpoint.retain import aside_name, checkpoint_name, list_checkpoints, remove_owned
 from orpo.errors import CheckpointError, OrpoError
+from orpo.system import files as fs
+from orpo.system.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _all_or_none(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
 
 def _make_staging(run_dir: Path, staging: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    _fs.make_dir(staging)
+    fs.make_dir(staging)
 
 
 def _write_own(own: Path, write: Callable[[Path], None], *, is_first: bool) -> dict[str, FileEntry]:
@@ -110,11 +110,11 @@ def _write_own(own: Path, write: Callable[[Path], None], *, is_first: bool) -> d
             raise CheckpointError(
                 "this rank does not see the folder that rank 0 made", where=str(own.parent), expected="a run folder shared by all ranks"
             )
-        _fs.make_dir(own)
+        fs.make_dir(own)
     write(own)
-    paths = [path for path in sorted(_fs.walk_files(own)) if not path.relative_to(own).parts[0].startswith(".rank-")]
+    paths = [path for path in sorted(fs.walk_files(own)) if not path.relative_to(own).parts[0].startswith(".rank-")]
     for path in paths:
-        _fs.sync_file(path)
+        fs.sync_file(path)
     names = [checked_name(path.relative_to(own).as_posix(), str(own)) for path in paths]
     return dict(zip(names, hash_files(paths), strict=True))
 
@@ -129,17 +129,17 @@ def _finish(run_dir: Path, staging: Path, step: int, written: list[dict[str, Fil
                 raise CheckpointError(f"ranks 0 to {rank} wrote {name!r} more than once", where=str(staging))
             files[name] = entry
             _make_parents(staging, name)
-            _fs.rename(own / name, staging / name)
-        for directory in list(_fs.walk_dirs(own)):
-            _fs.remove_dir(directory)
+            fs.rename(own / name, staging / name)
+        for directory in list(fs.walk_dirs(own)):
+            fs.remove_dir(directory)
     manifest = Manifest(step, world_size, files, facts, versions())
-    _fs.write_file(staging / MANIFEST_NAME, manifest.to_bytes())
-    for directory in list(_fs.walk_dirs(staging)):
-        _fs.sync_dir(directory)
+    fs.write_file(staging / MANIFEST_NAME, manifest.to_bytes())
+    for directory in list(fs.walk_dirs(staging)):
+        fs.sync_dir(directory)
     target = run_dir / checkpoint_name(step)
     replaced = _set_aside(target)
-    _fs.rename(staging, target)
-    _fs.sync_dir(run_dir)
+    fs.rename(staging, target)
+    fs.sync_dir(run_dir)
     remember_verified(target, manifest)
     if replaced is not None:
         remove_owned(replaced)
@@ -148,8 +148,8 @@ def _finish(run_dir: Path, staging: Path, step: int, written: list[dict[str, Fil
 
 def _make_parents(staging: Path, name: str) -> None:
     for parent in reversed(Path(name).parents[:-1]):
-        if not _fs.is_plain_dir(staging / parent):
-            _fs.make_dir(staging / parent)
+        if not fs.is_plain_dir(staging / parent):
+            fs.make_dir(staging / parent)
 
 
 def _set_aside(target: Path) -> Path | None:
@@ -162,17 +162,17 @@ def _set_aside(target: Path) -> Path | None:
     except CheckpointError:
         aside = target.with_name(f"{target.name}.foreign-{secrets.token_hex(4)}")
         logger.warning("%s is not one of our checkpoints; it was moved to %s", target, aside.name)
-    _fs.rename(target, aside)
-    _fs.sync_dir(target.parent)
+    fs.rename(target, aside)
+    fs.sync_dir(target.parent)
     return aside if aside.name.startswith(".") else None
 
 
 def _discard(staging: Path) -> int:
     """Remove the staging folder; the bytes that were in it. Never raises: the first error is the one to tell."""
     try:
-        num_bytes = sum(os.lstat(path).st_size for path in _fs.walk_files(staging))
-        if _fs.is_plain_dir(staging):
-            _fs.remove_tree(staging)
+        num_bytes = sum(os.lstat(path).st_size for path in fs.walk_files(staging))
+        if fs.is_plain_dir(staging):
+            fs.remove_tree(staging)
         return num_bytes
     except OSError as error:
         logger.warning("the staging folder %s could not be removed now (%s); the next start removes it", staging, error)

@@ -10,11 +10,11 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo.checkpoint import _fs
 from orpo.checkpoint.manifest import MANIFEST_NAME, is_verified, read_manifest, verify
-from orpo.checkpoint.ranks import ALONE, Ranks
-from orpo.checkpoint.replace import recover_folder
 from orpo.errors import CheckpointError
+from orpo.system import files as fs
+from orpo.system.ranks import ALONE, Ranks
+from orpo.system.replace import recover_folder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def aside_name(kind: str, name: str) -> str:
 def list_checkpoints(run_dir: Path | str) -> list[Path]:
     """Folders named `checkpoint-<step>`, newest first, verified or not; links are left out."""
     run_dir = Path(run_dir)
-    found = [(int(match[1]), path) for path in _entries(run_dir) if (match := _PUBLISHED.fullmatch(path.name)) and _fs.is_plain_dir(path)]
+    found = [(int(match[1]), path) for path in _entries(run_dir) if (match := _PUBLISHED.fullmatch(path.name)) and fs.is_plain_dir(path)]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -51,7 +51,7 @@ def _entries(run_dir: Path) -> list[Path]:
 def _set_aside(run_dir: Path, kind: str) -> list[tuple[Path, str]]:
     """Hidden folders of a kind, each with the name of the checkpoint it was, or was to be."""
     matches = [(path, _ASIDE.fullmatch(path.name)) for path in _entries(run_dir)]
-    return [(path, match[2]) for path, match in matches if match and match[1] == kind and _fs.is_plain_dir(path)]
+    return [(path, match[2]) for path, match in matches if match and match[1] == kind and fs.is_plain_dir(path)]
 
 
 def find_newest(run_dir: Path | str, *, ranks: Ranks = ALONE) -> Path | None:
@@ -85,19 +85,19 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
     if ranks.is_first:
         for path, _ in _set_aside(run_dir, "staging"):
             logger.info("removing %s, left by a run that was stopped while saving", path)
-            _fs.remove_tree(path)
+            fs.remove_tree(path)
         for path, name in _set_aside(run_dir, "replaced"):
             if os.path.lexists(run_dir / name):
                 remove_owned(path)
             else:
-                _fs.rename(path, run_dir / name)
-                _fs.sync_dir(run_dir)
+                fs.rename(path, run_dir / name)
+                fs.sync_dir(run_dir)
         for path, _ in _set_aside(run_dir, "removed"):
             remove_owned(path)
         for name in ("model", "adapter"):
             recover_folder(run_dir / name)
-        for path in [path for path in _entries(run_dir) if _TEMPORARY.fullmatch(path.name) and _fs.is_plain_dir(path)]:
-            _fs.remove_tree(path)
+        for path in [path for path in _entries(run_dir) if _TEMPORARY.fullmatch(path.name) and fs.is_plain_dir(path)]:
+            fs.remove_tree(path)
     ranks.gather(None)
 
 
@@ -115,16 +115,16 @@ def set_earlier_aside(run_dir: Path | str, *, with_files: Sequence[str] = ()) ->
     checkpoints, files = list_checkpoints(run_dir), [run_dir / name for name in with_files if _is_file_or_link(run_dir / name)]
     if not checkpoints:
         for path in files:
-            _fs.unlink(path)
+            fs.unlink(path)
         return None
     number = next(number for number in itertools.count(1) if not os.path.lexists(run_dir / f"earlier-{number}"))
     target = run_dir / f"earlier-{number}"
     logger.warning("%s holds an earlier run that is not resumed; its %d checkpoints are moved to %s", run_dir, len(checkpoints), target)
-    _fs.make_dir(target)
+    fs.make_dir(target)
     for path in [*files, *checkpoints]:
-        _fs.rename(path, target / path.name)
-    _fs.sync_dir(target)
-    _fs.sync_dir(run_dir)
+        fs.rename(path, target / path.name)
+    fs.sync_dir(target)
+    fs.sync_dir(run_dir)
     return target
 
 
@@ -170,8 +170,8 @@ def _remove(path: Path) -> bool:
         logger.warning("not removed: %s", error)
         return False
     aside = path.with_name(aside_name("removed", path.name))
-    _fs.rename(path, aside)
-    _fs.sync_dir(path.parent)
+    fs.rename(path, aside)
+    fs.sync_dir(path.parent)
     remove_owned(aside)
     return True
 
@@ -185,25 +185,25 @@ def remove_owned(aside: Path) -> None:
     try:
         owned = list(read_manifest(aside).files)
     except CheckpointError as error:
-        if any(_fs.walk_files(aside)):
+        if any(fs.walk_files(aside)):
             logger.warning("not removed: %s", error)
             return
     for name in owned:
-        if all(_fs.is_plain_dir(aside / parent) for parent in list(Path(name).parents)[:-1]) and _is_file_or_link(aside / name):
-            _fs.unlink(aside / name)
-    if any(path.name != MANIFEST_NAME or path.parent != aside for path in _fs.walk_files(aside)):
+        if all(fs.is_plain_dir(aside / parent) for parent in list(Path(name).parents)[:-1]) and _is_file_or_link(aside / name):
+            fs.unlink(aside / name)
+    if any(path.name != MANIFEST_NAME or path.parent != aside for path in fs.walk_files(aside)):
         _give_back(aside)
         return
-    for directory in [path for path in _fs.walk_dirs(aside) if path != aside]:
-        _fs.remove_dir(directory)
-    _fs.sync_dir(aside)  # the manifest goes last, or a power cut could leave files that nothing owns
+    for directory in [path for path in fs.walk_dirs(aside) if path != aside]:
+        fs.remove_dir(directory)
+    fs.sync_dir(aside)  # the manifest goes last, or a power cut could leave files that nothing owns
     if os.path.lexists(aside / MANIFEST_NAME):
-        _fs.unlink(aside / MANIFEST_NAME)
-    _fs.remove_dir(aside)
+        fs.unlink(aside / MANIFEST_NAME)
+    fs.remove_dir(aside)
 
 
 def _is_file_or_link(path: Path) -> bool:
-    return os.path.lexists(path) and not _fs.is_plain_dir(path)
+    return os.path.lexists(path) and not fs.is_plain_dir(path)
 
 
 def _give_back(aside: Path) -> None:
@@ -215,6 +215,6 @@ def _give_back(aside: Path) -> None:
         target = aside.with_name(f"{name}.foreign-{secrets.token_hex(4)}")
     logger.warning("%s holds files that are not the checkpoint's own; they are left in %s", name, target)
     if _is_file_or_link(aside / MANIFEST_NAME):
-        _fs.unlink(aside / MANIFEST_NAME)
-    _fs.rename(aside, target)
-    _fs.sync_dir(aside.parent)
+        fs.unlink(aside / MANIFEST_NAME)
+    fs.rename(aside, target)
+    fs.sync_dir(aside.parent)

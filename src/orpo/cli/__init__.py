@@ -11,18 +11,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import logging
-import os
 import pkgutil
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import ModuleType
 
-from orpo.errors import EXIT_BUG, EXIT_OK, EXIT_USER, OrpoError, SignalStop
+from orpo.errors import EXIT_OK, EXIT_USER
+from orpo.system.process import configure_logging, guarded_exit
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
 ORDER = ("demo", "train", "check", "audit", "preview", "eval", "compare", "chat", "report", "export", "plan", "doctor")
@@ -79,81 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed help or a usage error
         return int(stop.code or 0)
     if args.version:
-        import orpo
+        from orpo.system.machine import own_version
 
-        print(f"orpo {orpo.__version__}")
+        print(f"orpo {own_version()}")
         return EXIT_OK
     if args.command is None:
         build_parser(command_modules()).print_help(sys.stderr)
         return EXIT_USER
     configure_logging()
     return guarded_exit(args.command, lambda: args.module.run(args))
-
-
-def guarded_exit(command: str, run: Callable[[], int]) -> int:
-    """Run a command; every way out has its exit code and leaves a message without a secret in it."""
-    from orpo.cli.console import say_on_stderr
-    from orpo.redact import redact_text
-
-    try:
-        with _sigterm_raises():
-            code = int(run())
-        sys.stdout.flush()
-    except OrpoError as error:
-        say_on_stderr(f"orpo {command}: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\norpo {command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # `orpo … | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except Exception:
-        print(redact_text(traceback.format_exc()), file=sys.stderr)
-        print("This is a bug in orpo: please report it with the lines above.", file=sys.stderr)
-        return EXIT_BUG
-    return code
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds the command like Ctrl-C does, so that temporary files go and the exit code is 143; training has its own handler."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise SignalStop(signum, "stopped by SIGTERM")
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def configure_logging() -> None:
-    """Messages of the library to stderr, one line each; those of others only when something is wrong."""
-    from orpo.cli.console import ConsoleHandler
-
-    handler = ConsoleHandler()
-    handler.setFormatter(_Plain())
-    root = logging.getLogger("orpo")
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    root.propagate = False
-    # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains on import about kernels that only quantized models need
-
-
-class _Plain(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        from orpo.redact import redact_text
-
-        text = redact_text(record.getMessage())
-        if record.exc_info:
-            text += "\n" + redact_text(self.formatException(record.exc_info))
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"

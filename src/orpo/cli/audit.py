@@ -15,7 +15,7 @@ from orpo.cli.datasource import DataInput, add_data_arguments, read_data_argumen
 from orpo.errors import EXIT_OK, EXIT_USER, UserError
 
 if TYPE_CHECKING:
-    from orpo.data.audit import Audit, AuditOptions
+    from orpo.audit import Audit, AuditOptions
 
 NAME = "audit"
 HELP = "find what in a preference data set hurts, and write a cleaned one"
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit; exit code 2 with --strict where something was found."""
-    from orpo.cli.console import print_json, report_console, say
-    from orpo.data.audit import run_audit, write_clean
+    from orpo.audit import run_audit, write_clean
+    from orpo.system.console import print_json, report_console, say
 
     data = read_data_arguments(args)
     _check(args, data)
@@ -84,8 +84,8 @@ def _check(args: argparse.Namespace, data: DataInput) -> None:
 
 def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
     """The audit that the arguments ask for."""
-    from orpo.data.audit import AuditOptions
-    from orpo.data.audit.inspect import default_workers
+    from orpo.audit import AuditOptions
+    from orpo.audit.inspect import default_workers
 
     evaluation = (args.eval, args.eval_split) if args.eval is not None else data.evaluation or (None, None)
     options = AuditOptions(
@@ -101,7 +101,7 @@ def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
         data.model = args.tokenizer
     if data.model is None:
         return options
-    from orpo.cli.console import quiet_libraries
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     unlimited = data.make_encoder(max_length=_NO_LIMIT, max_prompt_length=None, truncation="drop")
@@ -111,7 +111,7 @@ def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
 
 def _with_model(options: AuditOptions, args: argparse.Namespace, data: DataInput) -> AuditOptions:
     """Scoring by the model as it stands, and cross-fitted where that is asked for."""
-    from orpo.data.audit.crossfit import fit_and_score_with, score_with
+    from orpo.evaluate.crossfit import fit_and_score_with, score_with
 
     if data.model is None or options.encoder is None:
         raise AssertionError("a model is scored with its own tokenizer")
@@ -122,7 +122,7 @@ def _with_model(options: AuditOptions, args: argparse.Namespace, data: DataInput
 
 
 def _write_page(audit: Audit, path: Path) -> None:
-    from orpo.data.audit.page import write_page
+    from orpo.audit.page import write_page
 
     try:
         write_page(audit, path)

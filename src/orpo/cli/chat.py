@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orpo.inference import Ready
+    from orpo.inference.ready import Ready
 
 NAME = "chat"
 HELP = "talk to a run or a model in the terminal"
@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one prompt, or prompts until the user has enough."""
-    from orpo.cli.console import printable, quiet_libraries, say, stderr_console
-    from orpo.inference import make_ready
+    from orpo.inference.ready import make_ready
+    from orpo.system.console import printable, say, stderr_console
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     console = stderr_console()
@@ -64,7 +65,7 @@ class Conversation:
 
     def answer(self, prompt: str) -> str:
         """The model's answer, which joins the conversation."""
-        from orpo.evaluate.generate import generate
+        from orpo.inference.generate import generate
 
         self.messages.append({"role": "user", "content": prompt})
         (answer,) = generate(
@@ -86,7 +87,7 @@ class Conversation:
 
 
 def _loop(conversation: Conversation, console: Console) -> int:
-    from orpo.cli.console import say
+    from orpo.system.console import say
 
     while True:
         try:
@@ -102,6 +103,6 @@ def _loop(conversation: Conversation, console: Console) -> int:
             conversation.reset()
             say(console, "(forgotten)")
         elif prompt:
-            from orpo.cli.console import printable
+            from orpo.system.console import printable
 
             print(printable(conversation.answer(prompt)), flush=True)

@@ -21,10 +21,10 @@ from orpo.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from orpo.config import ORPOConfig
-    from orpo.planning import Plan
-    from orpo.runconfig import RunConfig
-    from orpo.rundata import RunData
+    from orpo.config.options import ORPOConfig
+    from orpo.run.config import RunConfig
+    from orpo.run.data import RunData
+    from orpo.training.planning import Plan
 
 NAME = "check"
 HELP = "find what would go wrong in a run, before it is started"
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass
-class Finding:
+class CheckResult:
     """The outcome of one check: `status` is ok, warning, problem or skipped."""
 
     name: str
@@ -50,16 +50,16 @@ class Finding:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Report:
+class CheckReport:
     """Findings in order; a check that raises a user error is a problem, and those that depend on it are skipped."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
-        self.findings: list[Finding] = []
+        self.findings: list[CheckResult] = []
         self._tell = tell
 
     def add(self, name: str, status: str, detail: str, **facts: Any) -> None:
         """Record and show one finding."""
-        self.findings.append(Finding(name, status, detail, facts))
+        self.findings.append(CheckResult(name, status, detail, facts))
         self._tell(f"{status:<8} {name:<14} {detail}")
 
     def attempt(self, name: str, check: Callable[[], Any]) -> Any:
@@ -83,11 +83,12 @@ class Report:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be; 2 where there is a problem."""
-    from orpo.cli.console import print_json, quiet_libraries, report_console, say
+    from orpo.system.console import print_json, report_console, say
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     console = report_console(is_json=args.json)
-    report = Report(lambda line: say(console, line))
+    report = CheckReport(lambda line: say(console, line))
     check_all(args.keys, report, is_quick=args.quick)
     if args.json:
         print_json({"is_ok": report.is_ok, "findings": [asdict(finding) for finding in report.findings]})
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.is_ok else UserError.exit_code
 
 
-def check_all(keys: list[str], report: Report, *, is_quick: bool = False) -> None:
+def check_all(keys: list[str], report: CheckReport, *, is_quick: bool = False) -> None:
     """All checks in the order in which a run would meet the problems."""
     resolved = report.attempt("configuration", lambda: _check_configuration(keys, report))
     if resolved is None:
@@ -122,8 +123,8 @@ def check_all(keys: list[str], report: Report, *, is_quick: bool = False) -> Non
         report.attempt("step", lambda: _check_step(config, args, data, report))
 
 
-def _check_configuration(keys: list[str], report: Report) -> tuple[RunConfig, ORPOConfig]:
-    from orpo.runconfig import resolve
+def _check_configuration(keys: list[str], report: CheckReport) -> tuple[RunConfig, ORPOConfig]:
+    from orpo.run.config import resolve
 
     config = resolve(None, keys)
     args = config.training_args()
@@ -134,10 +135,10 @@ def _check_configuration(keys: list[str], report: Report) -> tuple[RunConfig, OR
     return config, args
 
 
-def _check_folder(config: RunConfig, report: Report) -> bool:
+def _check_folder(config: RunConfig, report: CheckReport) -> bool:
     """The folder, or the nearest one above it that is there, can be written."""
     from orpo.checkpoint import list_checkpoints
-    from orpo.runfolder import COMPLETE, RunFolder
+    from orpo.run.folder import COMPLETE, RunFolder
 
     folder = Path(config.output_dir).absolute()
     present = next(path for path in (folder, *folder.parents) if path.exists())
@@ -160,8 +161,8 @@ def _check_folder(config: RunConfig, report: Report) -> bool:
     return True
 
 
-def _check_data(config: RunConfig, args: ORPOConfig, report: Report) -> RunData:
-    from orpo.rundata import prepare_data
+def _check_data(config: RunConfig, args: ORPOConfig, report: CheckReport) -> RunData:
+    from orpo.run.data import prepare_data
 
     data = prepare_data(config, args, lambda line: None)
     facts = data.encoder.describe()
@@ -181,15 +182,15 @@ def _check_data(config: RunConfig, args: ORPOConfig, report: Report) -> RunData:
 
 
 def _plan(config: RunConfig, args: ORPOConfig, data: RunData | None) -> Plan:
-    from orpo.planning import make_plan, packed_lengths
+    from orpo.training.planning import make_plan, packed_lengths
 
     if data is None:
         return make_plan(config, args)
     return make_plan(config, args, num_rows=len(data.train), **packed_lengths(data.train, args))
 
 
-def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: Report) -> None:
-    from orpo.cli.console import human_bytes
+def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: CheckReport) -> None:
+    from orpo.system.console import human_bytes
 
     folder = Path(config.output_dir).absolute()
     present = next(path for path in (folder, *folder.parents) if path.exists())
@@ -202,9 +203,9 @@ def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: Report)
     report.add("disk", PROBLEM if needed > free else OK, detail, needed_bytes=needed, free_bytes=free)
 
 
-def _check_memory(args: ORPOConfig, plan: Plan, report: Report) -> None:
-    from orpo.cli.console import human_bytes
-    from orpo.devices import memory_facts
+def _check_memory(args: ORPOConfig, plan: Plan, report: CheckReport) -> None:
+    from orpo.system.console import human_bytes
+    from orpo.system.machine import memory_facts
 
     memory = memory_facts(args.device)
     free = memory["free_bytes"] or memory["total_bytes"]
@@ -228,13 +229,13 @@ def _for_a_trial(args: ORPOConfig, scratch: str) -> ORPOConfig:
     return trial
 
 
-def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Report) -> None:
+def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: CheckReport) -> None:
     """One real step on the longest rows, forward and backward, in a folder that is removed again."""
     import torch
 
-    from orpo.cli.console import human_bytes
-    from orpo.devices import peak_memory_bytes
-    from orpo.runner import build_trainer, explain_out_of_memory, load_run_model
+    from orpo.system.console import human_bytes
+    from orpo.system.machine import peak_memory_bytes
+    from orpo.training.runner import build_trainer, explain_out_of_memory, load_run_model
 
     longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
     loaded = load_run_model(config, args, data)

@@ -55,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare; exit code 0 whoever wins."""
-    from orpo.cli.console import print_json, quiet_libraries, report_console, say, stderr_console
     from orpo.compare import compare
-    from orpo.runconfig import resolve
+    from orpo.run.config import resolve
+    from orpo.system.console import print_json, report_console, say, stderr_console
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     config = resolve(None, args.keys)
@@ -136,7 +137,7 @@ def _number(estimate: dict[str, Any] | None, name: str) -> str:
 def _cost_table(facts: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    from orpo.cli.console import human_bytes, human_seconds
+    from orpo.system.console import human_bytes, human_seconds
 
     table = Table(title="cost of a run, all stages, mean over seeds")
     for name in ("", "answers forward", "answers backward", "tokens", "FLOPs", "training", "peak memory"):

@@ -67,7 +67,7 @@ class DataInput:
     def make_encoder(self, **replaced: Any) -> Any:
         """The encoder of training, with the model's tokenizer; `replaced` goes before the arguments."""
         from orpo.data.template import TemplateEncoder
-        from orpo.models import load_tokenizer
+        from orpo.models.load import load_tokenizer
 
         if self.model is None:
             raise UserError(
@@ -105,7 +105,7 @@ def read_data_arguments(args: argparse.Namespace) -> DataInput:
 
 
 def _of_configuration(args: argparse.Namespace) -> DataInput:
-    from orpo.runconfig import resolve
+    from orpo.run.config import resolve
 
     if len(args.data) > 1:
         raise UserError("a configuration and other data together", where=" ".join(args.data), expected="one CONFIG.yaml, or paths")

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo.runkeys import DEMO_DATA
+from orpo.data.reading.sources import DEMO_DATA
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orpo.rundata import RunData
-    from orpo.trainer import ORPOTrainer
+    from orpo.run.data import RunData
+    from orpo.training.trainer import ORPOTrainer
 
 NAME = "demo"
 HELP = "fine-tune a small model on the packaged pairs and show what changed"
@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, compare, and say what to try next."""
-    from orpo.cli.console import print_json, quiet_libraries, say, stderr_console
-    from orpo.runconfig import resolve
+    from orpo.run.config import resolve
+    from orpo.system.console import print_json, say, stderr_console
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     config = resolve(None, args.keys, base=DEMO_OPTIONS, name=NAME)
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     say(console, "ORPO demo: a support desk's house style, learned from pairs of a good and a plausible but wrong answer.")
     say(console, "One stage: next-token loss on the good answer, plus a term that raises its odds over the other one's.")
     from orpo.cli.progress import ProgressReport
-    from orpo.runner import run_training
+    from orpo.training.runner import run_training
 
     progress = ProgressReport(console)
     observer = make_observer(console)
@@ -85,13 +86,13 @@ def run(args: argparse.Namespace) -> int:
 
 def make_observer(console: Console) -> Any:
     """What looks at the model before and after training, and keeps the outcome in the run's folder."""
-    from orpo.cli.console import say
-    from orpo.evaluate.generate import generate
     from orpo.evaluate.pairs import paired_difference, score_groups, summarise
-    from orpo.runfolder import write_atomically
-    from orpo.runner import Observer
+    from orpo.inference.generate import generate
+    from orpo.system.console import say
+    from orpo.system.files import write_atomically
+    from orpo.training.runner import Observer
 
-    class Comparison(Observer):
+    class BeforeAfter(Observer):
         outcome: dict[str, Any] | None = None
 
         def look(self, trainer: ORPOTrainer, data: RunData, when: str) -> tuple[list[Any], list[str]]:
@@ -124,7 +125,7 @@ def make_observer(console: Console) -> Any:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, (json.dumps(self.outcome, indent=2, ensure_ascii=False) + "\n").encode())
 
-    return Comparison()
+    return BeforeAfter()
 
 
 def show_outcome(console: Console, outcome: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ def show_outcome(console: Console, outcome: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from orpo.cli.console import printable, say
+    from orpo.system.console import printable, say
 
     before, after, change = (outcome[name] for name in ("before", "after", "change"))
     table = Table(title=f"{before['num_pairs']} held-out pairs", title_justify="left", box=None, pad_edge=False)

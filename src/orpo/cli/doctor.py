@@ -67,8 +67,7 @@ def gather(*, is_quick: bool = False) -> dict[str, Any]:
     """Everything the command reports, as plain values."""
     import torch
 
-    from orpo.devices import bf16_is_fast, choose_device, memory_facts
-    from orpo.runfolder import describe_device, versions
+    from orpo.system.machine import bf16_is_fast, choose_device, describe_device, memory_facts, versions
 
     device = choose_device()
     speeds = {}
@@ -97,7 +96,7 @@ def _missing(modules: tuple[str, ...]) -> list[str]:
 
 
 def _bundled() -> dict[str, Any]:
-    from orpo.bundled import BUNDLED_ALIAS, find_bundled_gguf
+    from orpo.models.bundled import BUNDLED_ALIAS, find_bundled_gguf
 
     try:
         version: str | None = importlib.metadata.version(BUNDLED_WHEEL)
@@ -108,7 +107,7 @@ def _bundled() -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 always, since an incomplete machine is no error."""
-    from orpo.cli.console import human_bytes, print_json, report_console, say
+    from orpo.system.console import human_bytes, print_json, report_console, say
 
     facts = gather(is_quick=args.quick)
     if args.json:

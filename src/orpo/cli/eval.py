@@ -114,7 +114,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         UserError: a value is not what it should be.
     """
     from orpo.evaluate.options import EvalOptions, JudgeOptions
-    from orpo.evaluate.subject import Loading
+    from orpo.inference.ready import Loading
 
     judge = JudgeOptions(
         url=args.judge_url,
@@ -159,13 +159,14 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Do the tasks; exit code 2 where one could not be done, with the others' results in place."""
-    from orpo.cli.console import print_json, quiet_libraries, report_console, say, stderr_console
     from orpo.evaluate.suite import Evaluation
+    from orpo.system.console import print_json, report_console, say, stderr_console
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     options = options_of(args)
     console = stderr_console()
-    with _Bar(console) as progress:
+    with _EvalProgress(console) as progress:
         evaluation = Evaluation(options, tell=lambda line: say(console, line), progress=progress)
         records, errors = evaluation.run()
     report = report_console(is_json=args.json)
@@ -181,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Bar:
+class _EvalProgress:
     """A progress bar per part on a terminal, a line at its end elsewhere."""
 
     def __init__(self, console: Console) -> None:
@@ -205,7 +206,7 @@ class _Bar:
         """A part has got so far."""
         from rich.markup import escape
 
-        from orpo.cli.console import say
+        from orpo.system.console import say
 
         if self.progress is None:
             if done == total:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orpo.inference import Ready
+    from orpo.inference.ready import Ready
 
 NAME = "export"
 HELP = "write a run's weights as a merged model, an adapter, or a GGUF file"
@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export and say where to."""
-    from orpo.cli.console import human_bytes, print_json, quiet_libraries, report_console, say
-    from orpo.inference import make_ready
+    from orpo.inference.ready import make_ready
+    from orpo.system.console import human_bytes, print_json, report_console, say
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     ready = make_ready(args.model, revision=args.model_revision, dtype="auto", device="cpu")
@@ -57,7 +58,7 @@ def export(ready: Ready, args: argparse.Namespace) -> Path:
     Raises:
         UserError: no adapter to export, an architecture that GGUF has no name for, or a place that is taken.
     """
-    from orpo.export import export_adapter, export_gguf, export_merged
+    from orpo.models.export import export_adapter, export_gguf, export_merged
 
     model, tokenizer = ready.loaded.model, ready.loaded.tokenizer
     target = args.out or default_target(args.model, args.to)

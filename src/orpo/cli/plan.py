@@ -9,9 +9,9 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo.config import ORPOConfig
-    from orpo.planning import Plan
-    from orpo.runconfig import RunConfig
+    from orpo.config.options import ORPOConfig
+    from orpo.run.config import RunConfig
+    from orpo.training.planning import Plan
 
 NAME = "plan"
 HELP = "estimate memory, disk and time of a run from its configuration"
@@ -29,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the estimate."""
-    from orpo.cli.console import print_json, quiet_libraries, report_console, say
     from orpo.cli.doctor import matmul_flops
-    from orpo.devices import memory_facts
-    from orpo.planning import make_plan
-    from orpo.runconfig import resolve
+    from orpo.run.config import resolve
+    from orpo.system.console import print_json, report_console, say
+    from orpo.system.machine import memory_facts
+    from orpo.system.process import quiet_libraries
+    from orpo.training.planning import make_plan
 
     quiet_libraries()
     config = resolve(None, args.keys)
@@ -58,12 +59,12 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
     """Packed tokens of the first rows, and their number where that is all of them; empty where the data is not at hand."""
     from itertools import islice
 
-    from orpo.data.collate import prepare_groups
+    from orpo.data.dataset import prepare_groups
     from orpo.data.formats import stream_preferences
-    from orpo.data.sources import AbsentDataError
-    from orpo.models import load_tokenizer
-    from orpo.planning import packed_lengths
-    from orpo.trainer_setup import make_encoder
+    from orpo.data.reading.sources import AbsentDataError
+    from orpo.data.template import make_encoder
+    from orpo.models.load import load_tokenizer
+    from orpo.training.planning import packed_lengths
 
     column_map = args.column_map if isinstance(args.column_map, dict) else None
     try:
@@ -82,8 +83,8 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
 
 def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool) -> list[str]:
     """The estimate for a terminal."""
-    from orpo.cli.console import human_bytes, human_seconds
-    from orpo.devices import memory_facts
+    from orpo.system.console import human_bytes, human_seconds
+    from orpo.system.machine import memory_facts
 
     free = memory_facts(args.device)["free_bytes"]
     lines = [

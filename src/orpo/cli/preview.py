@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the rows."""
-    from orpo.cli.console import quiet_libraries, report_console, say
     from orpo.data.preview import view_row
+    from orpo.system.console import report_console, say
+    from orpo.system.process import quiet_libraries
 
     data = read_data_arguments(args)
     rows, lines = read_numbers(args.rows, "--rows"), read_numbers(args.lines, "--lines")
@@ -126,8 +127,8 @@ def show(console: Console, view: RowView) -> None:
     """One row: in colours on a terminal, else run by run."""
     from rich.text import Text
 
-    from orpo.cli.console import say
     from orpo.data.preview import plain_lines, runs, visible
+    from orpo.system.console import say
 
     say(console)
     if not console.is_terminal:

@@ -10,7 +10,7 @@ from rich.progress import Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 from transformers import TrainerCallback
 
-from orpo.cli.console import human_seconds, say
+from orpo.system.console import human_seconds, say
 
 if TYPE_CHECKING:
     from rich.console import Console

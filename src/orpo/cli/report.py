@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, and a run's card."""
-    from orpo.cli.console import report_console, say, stderr_console
     from orpo.report import write_report
+    from orpo.system.console import report_console, say, stderr_console
 
     report = write_report(args.folder, output=args.output, beside=args.beside, with_card=not args.no_card)
     console = stderr_console()

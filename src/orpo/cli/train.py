@@ -12,7 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orpo.runner import RunResult
+    from orpo.training.runner import RunResult
 
 NAME = "train"
 HELP = "fine-tune a model with ORPO from a YAML file and flags"
@@ -21,7 +21,7 @@ TAKES_KEYS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that are no keys of the configuration, and list the keys that are most often needed."""
-    from orpo.runkeys import RunKeys
+    from orpo.run.keys import RunKeys
 
     parser.usage = "orpo train [CONFIG.yaml] [--key value …]"
     keys = [
@@ -39,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit code 0 also where the run was complete already."""
-    from orpo.cli.console import quiet_libraries, say, stderr_console
-    from orpo.runconfig import resolve
+    from orpo.run.config import resolve
+    from orpo.system.console import say, stderr_console
+    from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     config = resolve(None, args.keys)
     console = stderr_console()
     from orpo.cli.progress import ProgressReport
-    from orpo.runner import run_training
+    from orpo.training.runner import run_training
 
     progress = ProgressReport(console)
     try:

@@ -18,17 +18,18 @@ import numpy as np
 from orpo.compare.data import ComparisonData, Split, load_comparison_data
 from orpo.compare.methods import DEFAULT_METHODS, Method, find_methods
 from orpo.compare.process import run_orpo_process, run_stage_process
-from orpo.compare.records import curve, evaluations, weights
-from orpo.compare.results import Scored, Scores, compare_methods, judge_claims, sweep_table
+from orpo.compare.results import Scored, Scores, compare_methods, curve, evaluations, judge_claims, sweep_table, weights
 from orpo.compare.stage import FORMAT, RESULT, StageSpec
 from orpo.errors import UserError
 from orpo.evaluate.pairs import paired_difference, summarise
-from orpo.redact import redact
-from orpo.runconfig import as_facts
-from orpo.runfolder import COMPLETE, RUNNING, describe_device, versions, write_atomically
+from orpo.run.config import as_facts
+from orpo.run.folder import COMPLETE, RUNNING
+from orpo.system.files import write_atomically
+from orpo.system.machine import describe_device, versions
+from orpo.system.redact import redact
 
 if TYPE_CHECKING:
-    from orpo.runconfig import RunConfig
+    from orpo.run.config import RunConfig
 
 Tell = Callable[[str], None]
 FILE = "comparison.json"
@@ -88,7 +89,7 @@ def compare(config: RunConfig, options: CompareOptions, tell: Tell = print) -> d
     """Compare methods; goes on with what an earlier call left.
 
     Args:
-        config: what is trained, from `orpo.runconfig.resolve`; its learning rate and strength are the grid's centre.
+        config: what is trained, from `orpo.run.config.resolve`; its learning rate and strength are the grid's centre.
         options: which methods, seeds and grids.
         tell: receives each line for the user.
 
@@ -109,7 +110,7 @@ def compare(config: RunConfig, options: CompareOptions, tell: Tell = print) -> d
 
 
 @dataclass(frozen=True)
-class _Run:
+class _MethodRun:
     """A method at given settings and seed: its stages, each with its result."""
 
     method: Method
@@ -134,8 +135,8 @@ class _Comparison:
         self.data: ComparisonData = load_comparison_data(config, config.training_args(), options.split, tell)
         self.fingerprint = self.data.to_dict()["fingerprint"]
         self.facts: dict[str, Any] = {}
-        self.trials: dict[str, list[tuple[dict[str, float], _Run]]] = {}
-        self.runs: dict[str, list[_Run]] = {}
+        self.trials: dict[str, list[tuple[dict[str, float], _MethodRun]]] = {}
+        self.runs: dict[str, list[_MethodRun]] = {}
         self.start_scores: dict[str, Scores] = {}
         self._summaries: dict[tuple[Path, str], dict[str, Any]] = {}
 
@@ -216,14 +217,14 @@ class _Comparison:
         wider = self._grid(method, is_swept=True) if self.options.sweep and method.name in SWEEP_STRENGTHS else []
         if len(grid) == 1 and not wider:
             return grid[0]
-        found: list[tuple[dict[str, float], _Run]] = []
+        found: list[tuple[dict[str, float], _MethodRun]] = []
         for options in [*grid, *(options for options in wider if options not in grid)]:
             run = self._train(method, {**chosen, method.name: options}, self.options.seeds[0], is_trial=True)
             found.append((options, run))
             self.trials[method.name] = found
             self._write()
 
-        def merit(trial: tuple[dict[str, float], _Run]) -> tuple[float, float]:
+        def merit(trial: tuple[dict[str, float], _MethodRun]) -> tuple[float, float]:
             summary = self._summary(trial[1], "validation")
             return summary["accuracy"]["value"], summary["log_odds_ratio"]["value"]
 
@@ -233,7 +234,7 @@ class _Comparison:
 
     # ---- stages ----------------------------------------------------------------------------------------------------------------------
 
-    def _train(self, method: Method, chosen: dict[str, dict[str, float]], seed: int, *, is_trial: bool) -> _Run:
+    def _train(self, method: Method, chosen: dict[str, dict[str, float]], seed: int, *, is_trial: bool) -> _MethodRun:
         """All stages of a method. With no bound on the rows of trials, a trial is the run of its seed."""
         is_trial = is_trial and self.options.split.tune_rows is not None
         start = self.config["model_name_or_path"]
@@ -246,7 +247,7 @@ class _Comparison:
             spec = self._spec(name, index, options, seed, start, is_trial=is_trial)
             done.append((spec, self._stage(spec)))
             start = weights(Path(spec.folder))
-        return _Run(method, chosen[method.name], seed, tuple(done))
+        return _MethodRun(method, chosen[method.name], seed, tuple(done))
 
     def _spec(self, method: str, number: int, options: dict[str, float], seed: int, start: str, *, is_trial: bool) -> StageSpec:
         spec = StageSpec(
@@ -378,7 +379,7 @@ class _Comparison:
             facts |= {"summary": scored.summary(), "change": scored.change().to_dict()}
         return facts
 
-    def _summary(self, run: _Run, part: str) -> dict[str, Any]:
+    def _summary(self, run: _MethodRun, part: str) -> dict[str, Any]:
         """Of a run's final weights; kept, since `comparison.json` is written after every trial."""
         key = (run.folder, part)
         if key not in self._summaries:
@@ -386,7 +387,7 @@ class _Comparison:
             self._summaries[key] = summarise(groups, run.scores(part)).to_dict()
         return self._summaries[key]
 
-    def _run_facts(self, run: _Run) -> dict[str, Any]:
+    def _run_facts(self, run: _MethodRun) -> dict[str, Any]:
         from orpo.compare.measure import total_cost
 
         stages = [{"objective": result["objective"], **result["cost"]} for _, result in run.stages]

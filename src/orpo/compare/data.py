@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orpo.rundata import Tell, prepare_data, split_by_prompt
+from orpo.run.data import Tell, prepare_data, split_by_prompt
 
 if TYPE_CHECKING:
-    from orpo.config import ORPOConfig
+    from orpo.config.options import ORPOConfig
     from orpo.data.types import TokenGroup
-    from orpo.runconfig import RunConfig
-    from orpo.rundata import RunData
+    from orpo.run.config import RunConfig
+    from orpo.run.data import RunData
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ComparisonData:
 
     def to_dict(self) -> dict[str, Any]:
         """For comparison.json."""
-        from orpo.data.collate import fingerprint
+        from orpo.data.dataset import fingerprint
 
         return {
             "num_train": len(self.train),

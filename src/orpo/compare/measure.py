@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from orpo.steps import StepBatch
-from orpo.trainer import ORPOTrainer
+from orpo.training.steps import StepBatch
+from orpo.training.trainer import ORPOTrainer
 
 
 @dataclass

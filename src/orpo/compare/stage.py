@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from orpo.compare.data import ComparisonData, Split, load_comparison_data
 from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, reset_peak
 from orpo.compare.methods import METHODS, build_objective, stage_rows
-from orpo.devices import peak_memory_bytes
-from orpo.engine.allocator import return_freed_memory
-from orpo.runfolder import write_atomically
-from orpo.runner import Observer, load_run_model, run_training
+from orpo.system.allocator import return_freed_memory
+from orpo.system.files import write_atomically
+from orpo.system.machine import peak_memory_bytes
+from orpo.training.runner import Observer, load_run_model, run_training
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from orpo.data.types import TokenGroup
-    from orpo.runconfig import RunConfig
-    from orpo.rundata import RunData
+    from orpo.run.config import RunConfig
+    from orpo.run.data import RunData
 
 RESULT = "stage.json"
 FORMAT = 1
@@ -79,7 +79,7 @@ class StageSpec:
 
     def run_config(self, **changes: Any) -> RunConfig:
         """The run's configuration: the comparison's, with what this stage sets itself."""
-        from orpo.runconfig import RunConfig
+        from orpo.run.config import RunConfig
 
         values = {key: item["value"] for key, item in self.configuration.items()}
         origins = {key: item["origin"] for key, item in self.configuration.items()}
@@ -113,7 +113,7 @@ def _write_result(spec: StageSpec, **facts: Any) -> None:
 def _measure_start(spec: StageSpec, config: RunConfig, data: ComparisonData) -> None:
     import torch
 
-    from orpo.weights import weights_sha256
+    from orpo.models.fingerprint import weights_sha256
 
     args = config.training_args()
     loaded = load_run_model(config, args, data.run)
@@ -222,7 +222,7 @@ def add_reference(trainer: Any, cost: Cost) -> None:
 def _score_tokens(model: Any, groups: Sequence[TokenGroup], compute_dtype: Any) -> list[tuple[np.ndarray, ...]]:
     import torch
 
-    from orpo.evaluate.scores import score_tokens
+    from orpo.inference.scores import score_tokens
 
     return score_tokens(model, groups, compute_dtype=None if compute_dtype == torch.float32 else compute_dtype)
 
@@ -238,14 +238,13 @@ def _scores(model: Any, data: ComparisonData, compute_dtype: Any, *, with_test: 
 
 def main(path: str) -> int:
     """Run a stage as its specification says; the exit code is the command line's for the same error."""
-    from orpo.cli import guarded_exit
+    from orpo.system.process import guarded_exit
 
     return guarded_exit("compare", lambda: _run(path))
 
 
 def _run(path: str) -> int:
-    from orpo.cli import configure_logging
-    from orpo.cli.console import quiet_libraries
+    from orpo.system.process import configure_logging, quiet_libraries
 
     configure_logging()
     quiet_libraries()

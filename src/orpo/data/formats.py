@@ -12,13 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from orpo.data.celltext import decode
-from orpo.data.messages import BadRow, is_empty_answer, is_empty_prompt, plain_text, type_name
-from orpo.data.reasons import REASONS
-from orpo.data.recognise import Shape, detect_shape, merge_rated_rows, rename
-from orpo.data.shapes import Draft
-from orpo.data.sources import MAX_ROW_BYTES, Source, as_sources, read_source
-from orpo.data.types import Dropped, Preference, Where
+from orpo.data.reading.sources import MAX_ROW_BYTES, Source, as_sources, read_source
+from orpo.data.rows.messages import BadRow, decode, is_empty_answer, is_empty_prompt, plain_text, type_name
+from orpo.data.rows.recognise import Shape, detect_shape, merge_rated_rows, rename
+from orpo.data.rows.shapes import Draft
+from orpo.data.types import REASONS, Dropped, Preference, Where
 from orpo.errors import DataError
 
 __all__ = ["Shape", "Source", "detect_shape", "load_preferences", "read_source", "stream_preferences", "to_preference"]

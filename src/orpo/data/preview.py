@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orpo.data.messages import as_messages
-from orpo.data.reasons import NOTES, REASONS
-from orpo.data.types import Dropped, Preference, Text, TokenGroup
+from orpo.data.rows.messages import as_messages
+from orpo.data.types import NOTES, REASONS, Dropped, Preference, Text, TokenGroup
 
 Role = Literal["template", "prompt", "chosen", "rejected", "eos"]
 ROLES: dict[Role, str] = {
@@ -49,7 +48,7 @@ class TokenView:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ShownSegment:
     """The prompt, or one response.
 
     Attributes:
@@ -74,7 +73,7 @@ class RowView:
     """
 
     place: str
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[ShownSegment, ...] = ()
     notes: tuple[str, ...] = ()
     dropped: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
@@ -115,12 +114,12 @@ def _view_group(preference: Preference, group: TokenGroup, tokenizer: Any, *, co
         TokenView(i, text, "prompt" if known else "template", counts_prompt and place > 0, False)
         for place, (i, text, known) in enumerate(zip(prompt_ids, pieces, is_content, strict=True))
     )
-    segments = [Segment("prompt", prompt, is_cut="prompt_trimmed" in group.notes)]
+    segments = [ShownSegment("prompt", prompt, is_cut="prompt_trimmed" in group.notes)]
     winners, losers = {i for i, _ in group.pairs}, {j for _, j in group.pairs}
     for index, ids in enumerate(group.response_ids):
         is_chosen = index in winners or not group.pairs
         segments.append(
-            Segment(
+            ShownSegment(
                 _name(index, group, winners, losers),
                 _answer(tokenizer, prompt_ids, ids.tolist(), preference.responses, group.is_ended[index], is_chosen, bool(group.pairs)),
                 is_cut=not group.is_ended[index],
@@ -244,7 +243,7 @@ def _num_found(whole: str, contents: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens that are alike in all that is shown."""
 
     tokens: tuple[TokenView, ...]
@@ -265,17 +264,17 @@ class Run:
         return "+".join(names) or "not counted"
 
 
-def runs(tokens: Sequence[TokenView]) -> Iterator[Run]:
+def runs(tokens: Sequence[TokenView]) -> Iterator[TokenRun]:
     """Tokens in runs of the same role and terms."""
     current: list[TokenView] = []
     for token in tokens:
         key = (token.role, token.counts_in_nll, token.counts_in_odds)
         if current and key != (current[0].role, current[0].counts_in_nll, current[0].counts_in_odds):
-            yield Run(tuple(current))
+            yield TokenRun(tuple(current))
             current = []
         current.append(token)
     if current:
-        yield Run(tuple(current))
+        yield TokenRun(tuple(current))
 
 
 def visible(text: str) -> str:

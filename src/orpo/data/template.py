@@ -6,7 +6,7 @@ What holds for every group that comes out (DESIGN.md guarantees 4 and 7, FAULTS 
   the template prints after it is left out. Rows with special-token text are the one exception, under `special_tokens_in_text: split`.
 - The prompt ids are a proved prefix of every response's ids, the same for all responses, and those that `prompt_ids` gives to generate
   from. Where the tokenizer merges across the boundary, the prompt is the longest common prefix, and the group says `boundary_merge`.
-- What does not fit the length contract (`orpo.data.truncate`) is dropped or trimmed by policy, with a reason or a note.
+- What does not fit the length contract (`orpo.data.chat.fit`) is dropped or trimmed by policy, with a reason or a note.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from orpo.data import truncate
-from orpo.data.choose import choose_template, unwrap_tokenizer
-from orpo.data.join import Ends, Joined, common_prefix, cut_answers, distinct, join, to_group
-from orpo.data.reasons import REASONS
-from orpo.data.render import ChatRenderer, TemplateFacts, TemplateFailed, added_token_texts, probe_template
-from orpo.data.special import ControlText, NotPlainError, content_text, is_unicode, strings_of
-from orpo.data.turns import ChatText, Draft, Marks, PlainText
-from orpo.data.types import Dropped, Message, Preference, Text, TokenGroup
+from orpo.data.chat import fit
+from orpo.data.chat.fit import Ends, Joined, common_prefix, cut_answers, distinct, join, to_group
+from orpo.data.chat.render import ChatRenderer, TemplateFacts, TemplateFailed, added_token_texts, probe_template
+from orpo.data.chat.selection import choose_template, unwrap_tokenizer
+from orpo.data.chat.special import ControlText, NotPlainError, content_text, is_unicode, strings_of
+from orpo.data.chat.turns import ChatText, Marks, PlainText, TurnDraft
+from orpo.data.types import REASONS, Dropped, Message, Preference, Text, TokenGroup
 from orpo.errors import DataError, OrpoError, UserError
 
 NUM_VERIFIED = 32
@@ -45,7 +44,7 @@ class TemplateEncoder:
             tokenizer's templates; or Jinja text.
         max_length: most tokens of a prompt and one response together.
         max_prompt_length: most tokens of a prompt, or None.
-        truncation: "drop", "keep_end" or "keep_start"; see `orpo.data.truncate`.
+        truncation: "drop", "keep_end" or "keep_start"; see `orpo.data.chat.fit`.
         special_tokens_in_text: "warn" trains rows with special-token text as they are, counted; "split" tokenises it as plain text.
         strict: raise at the first row that cannot be used.
         template_variables: further variables for the template, such as `{"enable_thinking": False}`.
@@ -108,7 +107,7 @@ class TemplateEncoder:
         """The same for many, their texts tokenised together (several times as fast); results in order."""
         results: list[TokenGroup | Dropped] = []
         drafts = [self._draft(preference) for preference in preferences]
-        batch = iter(self._ids([text for draft in drafts if isinstance(draft, Draft) and not draft.marks for text in draft.texts]))
+        batch = iter(self._ids([text for draft in drafts if isinstance(draft, TurnDraft) and not draft.marks for text in draft.texts]))
         for draft in drafts:
             if isinstance(draft, Dropped):
                 result: TokenGroup | Dropped = draft
@@ -202,7 +201,7 @@ class TemplateEncoder:
 
     # Texts to ids.
 
-    def _draft(self, preference: Preference) -> Draft | Dropped:
+    def _draft(self, preference: Preference) -> TurnDraft | Dropped:
         """The preference as texts; texts too long for any token count are dropped or shortened before they are tokenised."""
         most = self._most_text_chars
         prompt_chars, *answer_chars = [_num_chars(text) for text in (preference.prompt, *preference.responses)]
@@ -217,7 +216,7 @@ class TemplateEncoder:
             return _untrimmable(preference)
         short = self._shorten(preference.prompt)
         draft = self._texts.draft(replace(preference, prompt=short))
-        if isinstance(draft, Draft) and short != preference.prompt:
+        if isinstance(draft, TurnDraft) and short != preference.prompt:
             draft.notes.append("prompt_trimmed")
         return draft
 
@@ -249,7 +248,7 @@ class TemplateEncoder:
             backend.no_padding()
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _verify(self, draft: Draft, full_ids: list[list[int]]) -> None:
+    def _verify(self, draft: TurnDraft, full_ids: list[list[int]]) -> None:
         """Hold the first rows to transformers' own ids."""
         is_comparable = not draft.marks and not (self._is_eos_appended and self.facts and self.facts.after)
         if self._num_to_verify <= 0 or not is_comparable:
@@ -262,7 +261,7 @@ class TemplateEncoder:
 
     # Ids to a group.
 
-    def _settle(self, draft: Draft, ids: list[list[int]] | None) -> TokenGroup | Dropped:
+    def _settle(self, draft: TurnDraft, ids: list[list[int]] | None) -> TokenGroup | Dropped:
         """A group of a draft; its ids are made here where they could not be made in a batch."""
         try:
             return self._fit(draft, self._draft_ids(draft) if ids is None else ids)
@@ -271,10 +270,10 @@ class TemplateEncoder:
         except TemplateFailed as error:
             return Dropped("template_failed", draft.preference.where, f"the {self.template_name} says: {error}")
 
-    def _draft_ids(self, draft: Draft) -> list[list[int]]:
+    def _draft_ids(self, draft: TurnDraft) -> list[list[int]]:
         return [self._prefix_ids + ids for ids in self._encode_texts(draft.texts, draft.marks)]
 
-    def _fit(self, draft: Draft, ids: list[list[int]]) -> TokenGroup | Dropped:
+    def _fit(self, draft: TurnDraft, ids: list[list[int]]) -> TokenGroup | Dropped:
         joined = join(draft, ids, self._ends)
         if isinstance(joined, Dropped):
             return joined
@@ -284,7 +283,7 @@ class TemplateEncoder:
         fitted = self._fit_lengths(draft, joined)
         return fitted if isinstance(fitted, Dropped) else to_group(draft.preference, fitted)
 
-    def _fit_lengths(self, draft: Draft, joined: Joined) -> Joined | Dropped:
+    def _fit_lengths(self, draft: TurnDraft, joined: Joined) -> Joined | Dropped:
         """The length contract, decided once for the group."""
         num_prompt, longest = len(joined.prompt_ids), max(map(len, joined.responses))
         is_long_prompt = num_prompt >= self.max_length or num_prompt > (self.max_prompt_length or num_prompt)
@@ -295,7 +294,7 @@ class TemplateEncoder:
             return Dropped("prompt_too_long" if is_long_prompt else "too_long", draft.preference.where, detail)
         least = 1 + self._num_head_tokens(draft, joined)
         trimmed: Joined | Dropped = joined
-        for budget in truncate.prompt_budgets(num_prompt, longest, self.max_length, self.max_prompt_length, least):
+        for budget in fit.prompt_budgets(num_prompt, longest, self.max_length, self.max_prompt_length, least):
             trimmed = self._trim(draft, joined, budget) if budget < num_prompt else joined
             if isinstance(trimmed, Joined):
                 break
@@ -303,7 +302,7 @@ class TemplateEncoder:
             return trimmed
         return cut_answers(trimmed, self.max_length - len(trimmed.prompt_ids), self.terminator_id)
 
-    def _num_head_tokens(self, draft: Draft, joined: Joined) -> int:
+    def _num_head_tokens(self, draft: TurnDraft, joined: Joined) -> int:
         """Tokens of the template that stand between the prompt and what the answer says (an empty think block, say)."""
         before = self._texts.before_content(draft)
         if before is None:
@@ -311,7 +310,7 @@ class TemplateEncoder:
         ids = self._encode_texts([before], draft.marks)[0]
         return max(0, *(common_prefix([ids, joined.prompt_ids + response]) - len(joined.prompt_ids) for response in joined.responses))
 
-    def _trim(self, draft: Draft, joined: Joined, budget: int) -> Joined | Dropped:
+    def _trim(self, draft: TurnDraft, joined: Joined, budget: int) -> Joined | Dropped:
         """The same group with a prompt of at most `budget` tokens."""
         preference = draft.preference
         if isinstance(self._texts, PlainText):
@@ -327,7 +326,7 @@ class TemplateEncoder:
         def measure(messages: Sequence[Message]) -> int:
             return len(self._prompt_ids(tuple(messages), preference.tools))
 
-        messages = truncate.trim_messages(self._texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
+        messages = fit.trim_messages(self._texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
         if messages is None:
             return Dropped("prompt_too_long", preference.where, f"its headers alone need more than the {budget} tokens left for it")
         shorter = self._texts.draft(replace(preference, prompt=tuple(messages)))
@@ -359,8 +358,8 @@ def _check_options(max_length: int, max_prompt_length: int | None, truncation: s
     if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
         expected = f"1 to {max_length - 1} (max_length is {max_length})"
         raise UserError(f"max_prompt_length is {max_prompt_length}", where="max_prompt_length", expected=expected)
-    if truncation not in truncate.POLICIES:
-        raise UserError(f"truncation is {truncation!r}", where="truncation", expected=", ".join(truncate.POLICIES))
+    if truncation not in fit.POLICIES:
+        raise UserError(f"truncation is {truncation!r}", where="truncation", expected=", ".join(fit.POLICIES))
     if special_tokens_in_text not in ("warn", "split"):
         raise UserError(f"special_tokens_in_text is {special_tokens_in_text!r}", where="special_tokens_in_text", expected="warn, split")
 
@@ -372,3 +371,44 @@ def _untrimmable(preference: Preference) -> Dropped:
 
 def _num_chars(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(content_text(message)) for message in text)
+
+
+class EncodingOptions(Protocol):
+    """What `make_encoder` reads of a run's options, under the names that they have in `ORPOConfig`."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def max_prompt_length(self) -> int | None: ...
+    @property
+    def truncation(self) -> str: ...
+    @property
+    def special_tokens_in_text(self) -> str: ...
+    @property
+    def strict_data(self) -> bool: ...
+
+
+def make_encoder(tokenizer: Any, args: EncodingOptions, *, num_positions: int | None = None) -> TemplateEncoder:
+    """The encoder that the options describe. Without a `max_length` the smaller of the tokenizer's and the model's limit counts.
+
+    Args:
+        num_positions: the longest sequence that the model was made for; None where that is not known.
+    """
+    return TemplateEncoder(
+        tokenizer,
+        chat_template=args.chat_template,
+        max_length=args.max_length or _longest(tokenizer, num_positions),
+        max_prompt_length=args.max_prompt_length,
+        truncation=args.truncation,
+        special_tokens_in_text=args.special_tokens_in_text,
+        strict=args.strict_data,
+    )
+
+
+def _longest(tokenizer: Any, num_positions: int | None) -> int:
+    """What tokenizer and model take, as far as they say it; tokenizers that do not know say 1e30."""
+    limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
+    limits = [limit if 0 < limit < 10**7 else 10**7, num_positions]
+    return min(limit for limit in limits if limit is not None)

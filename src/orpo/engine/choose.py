@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.kernels import wanted_kernel
-from orpo.engine.layout import PreferenceBatch, collate
-from orpo.engine.result import StepResult
+from orpo.engine.layout import PreferenceBatch, StepResult, collate
 from orpo.errors import UserError
 from orpo.objective import Objective
 

@@ -240,3 +240,18 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
 
 def _long(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One micro-batch through an engine.
+
+    Attributes:
+        loss: float32 scalar with a graph to the model; this micro-batch's part of the optimizer step's loss.
+        logp_N: float32 token log-probabilities in the batch's order, detached.
+        sums: float64, the names of `orpo.objective.METRICS`.
+    """
+
+    loss: Tensor
+    logp_N: Tensor
+    sums: Tensor

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
-from orpo.engine.layout import PreferenceBatch
-from orpo.engine.result import StepResult
+from orpo.engine.layout import PreferenceBatch, StepResult
 from orpo.objective import Objective, evaluate
 
 

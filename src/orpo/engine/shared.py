@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from orpo.engine.attention import LAYOUT_KEYWORD
 from orpo.engine.head import HeadJob, LogitRule, head_loss
-from orpo.engine.layout import PreferenceBatch
-from orpo.engine.result import StepResult
+from orpo.engine.layout import PreferenceBatch, StepResult
 from orpo.objective import Objective
 
 DEFAULT_BUDGET_BYTES = 256 * 2**20

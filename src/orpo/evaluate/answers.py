@@ -6,19 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from orpo.evaluate.cache import Cache, content_key
-from orpo.evaluate.generate import BATCH_SIZE, Answer, count_occurrences, generate
+from orpo.evaluate.cache import Cache
+from orpo.inference.generate import BATCH_SIZE, Answer, count_occurrences, generate
+from orpo.models.fingerprint import content_key
 
 if TYPE_CHECKING:
     import torch
 
     from orpo.data.types import Text
-    from orpo.evaluate.subject import Subject
+    from orpo.inference.ready import Subject
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are generated; arguments of `orpo.evaluate.generate.generate`."""
+    """How answers are generated; arguments of `orpo.inference.generate.generate`."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0

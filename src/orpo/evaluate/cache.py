@@ -6,7 +6,6 @@ which is passed over; everything before it counts when the same command runs aga
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,12 +16,6 @@ from typing import Any
 from orpo.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
-def content_key(**parts: Any) -> str:
-    """sha256 over the parts as canonical JSON: equal exactly where all of them are."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Cache:

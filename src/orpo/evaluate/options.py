@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
-from orpo.evaluate.subject import Loading
+from orpo.inference.ready import Loading
 
 if TYPE_CHECKING:
-    from orpo.evaluate.judges import Judge
-    from orpo.evaluate.localjudge import RewardModel
+    from orpo.evaluate.judging.judges import Judge
+    from orpo.evaluate.judging.local import RewardModel
 
 TASKS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
 DEFAULT_TASKS = ("pairs", "retention")
@@ -61,7 +61,7 @@ class JudgeOptions:
         )
 
     def _endpoint(self, url: str) -> Judge:
-        from orpo.evaluate.endpoint import EndpointJudge
+        from orpo.evaluate.judging.endpoint import EndpointJudge
 
         if not self.model:
             raise UserError("the judge's model has no name", where="--judge_model", expected="the name that its server knows it by")
@@ -84,7 +84,7 @@ class JudgeOptions:
         return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
 
     def _local(self, name: str, loading: Loading) -> Judge | RewardModel:
-        from orpo.evaluate.localjudge import LocalJudge, RewardModel, is_reward_model
+        from orpo.evaluate.judging.local import LocalJudge, RewardModel, is_reward_model
 
         if is_reward_model(name):
             return RewardModel(name, device=loading.device)

@@ -14,7 +14,7 @@ import numpy as np
 
 from orpo.errors import UserError
 from orpo.evaluate.bootstrap import NUM_BOOTSTRAP, Estimate, estimate_means
-from orpo.evaluate.scores import TokenScores, score_groups, score_tokens
+from orpo.inference.scores import TokenScores, score_groups, score_tokens
 
 if TYPE_CHECKING:
     from orpo.data.types import TokenGroup

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo.errors import DataError
+from orpo.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from orpo.data.types import Text
+
+NEUTRAL_TEXT = Path(__file__).parent / "neutral.txt"
+NEUTRAL_PROMPTS = Path(__file__).parent / "neutral_prompts.txt"
 
 
 def read_prompts(path: Path) -> list[Text]:
@@ -18,7 +21,6 @@ def read_prompts(path: Path) -> list[Text]:
         DataError: a row has none of them.
     """
     from orpo.data.formats import read_source
-    from orpo.evaluate.retention import read_passages
 
     if path.suffix == ".txt":
         return list(read_passages(path))
@@ -59,3 +61,23 @@ def read_prompt_answers(path: Path) -> list[tuple[str, str]]:
             )
         found.append((prompt, answer))
     return found
+
+
+def read_passages(path: str | Path = NEUTRAL_TEXT) -> list[str]:
+    """The passages of a text file: parted by blank lines.
+
+    Raises:
+        UserError: it cannot be read.
+        DataError: it is empty.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}", where=str(path)) from error
+    passages = [" ".join(part.split("\n")).strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    passages = [passage for passage in passages if passage]
+    if not passages:
+        raise DataError("there is no text", where=str(path))
+    return passages

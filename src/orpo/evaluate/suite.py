@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import DataError, UserError
-from orpo.evaluate import alpacaeval, ifeval, mtbench, pairwise, retention
 from orpo.evaluate.answers import Sampling, answer_prompts
 from orpo.evaluate.cache import Cache
 from orpo.evaluate.options import EvalOptions
-from orpo.evaluate.pairtask import cached_scores, evaluate_pairs
-from orpo.evaluate.prompts import read_prompt_answers, read_prompts
-from orpo.evaluate.subject import Subject, Target, load_subject
-from orpo.redact import redact
-from orpo.runfolder import versions, write_atomically
+from orpo.evaluate.prompts import NEUTRAL_PROMPTS, NEUTRAL_TEXT, read_passages, read_prompt_answers, read_prompts
+from orpo.evaluate.tasks import alpacaeval, custom, ifeval, mtbench, retention
+from orpo.evaluate.tasks.pairs import cached_scores, evaluate_pairs
+from orpo.inference.ready import Subject, Target, load_subject
+from orpo.system.files import write_atomically
+from orpo.system.machine import versions
+from orpo.system.redact import redact
 
 if TYPE_CHECKING:
     from orpo.data.types import Text
-    from orpo.evaluate.generate import Answer
-    from orpo.evaluate.judges import Judge
-    from orpo.evaluate.localjudge import RewardModel
+    from orpo.evaluate.judging.judges import Judge
+    from orpo.evaluate.judging.local import RewardModel
+    from orpo.inference.generate import Answer
 
 FORMAT = 1
 """Of the result files."""
@@ -179,8 +180,8 @@ class Evaluation:
 
     def _retention(self) -> Record:
         options = self.options
-        passages = retention.read_passages(options.text or retention.NEUTRAL_TEXT)
-        prompts = retention.read_passages(retention.NEUTRAL_PROMPTS)[: options.limit]
+        passages = read_passages(options.text or NEUTRAL_TEXT)
+        prompts = read_passages(NEUTRAL_PROMPTS)[: options.limit]
         sampling = self._sampling(128)
         texts, answers = {}, {}
         for which in ("against", "model") if self.against is not None else ("model",):
@@ -320,7 +321,7 @@ class Evaluation:
         if options.against_answers is None and self.against is None:
             raise UserError("there is nothing to compare with", where="--against", expected="a run or model, or --against_answers FILE")
         other = self._given_or_generated(options.against_answers, prompts, sampling, "against")
-        found = pairwise.compare_answers(
+        found = custom.compare_answers(
             prompts,
             own,
             other,
@@ -331,7 +332,7 @@ class Evaluation:
             progress=self.step("judgements"),
         )
         shown = [
-            {"prompt": pairwise.as_text(prompt), "model": one, "against": two, "outcome": outcome}
+            {"prompt": custom.as_text(prompt), "model": one, "against": two, "outcome": outcome}
             for prompt, one, two, outcome in zip(prompts, own, other, found.outcomes, strict=True)
         ]
         against = str(options.against_answers) if options.against_answers else self.against
@@ -341,13 +342,13 @@ class Evaluation:
         if path is None:
             return [answer.text for answer in self._answers(prompts, sampling, which)]
         given = dict(read_prompt_answers(path))
-        texts = [pairwise.as_text(prompt) for prompt in prompts]
+        texts = [custom.as_text(prompt) for prompt in prompts]
         if missing := [text for text in texts if text not in given]:
             raise DataError(f"{len(missing)} of {len(texts)} prompts have no answer, first {missing[0][:80]!r}", where=str(path))
         return [given[text] for text in texts]
 
     def _reading_judge(self, task: str) -> Judge:
-        from orpo.evaluate.localjudge import RewardModel
+        from orpo.evaluate.judging.local import RewardModel
 
         if isinstance(self.judge, RewardModel):
             raise UserError("a reward model gives no ratings from 1 to 10", where=task, mend="take a judge that writes, or --tasks custom")

@@ -65,7 +65,7 @@ def write_report(
     card = None
     if is_comparison(folder):
         from orpo.report.comparison import comparison_page
-        from orpo.report.comparisonfacts import read_comparison
+        from orpo.report.facts import read_comparison
 
         page = comparison_page(read_comparison(folder))
     else:
@@ -83,13 +83,13 @@ def write_report(
 
 def page_text(page: Page) -> str:
     """A page as HTML."""
-    from orpo import __version__
-    from orpo.report.results import NUM_OPEN_ANSWERS
+    from orpo.report.evaluations import NUM_OPEN_ANSWERS
+    from orpo.system.machine import own_version
     from orpo.webpage import render
 
     sections = [section for section in page.sections if not section.is_empty]
     return render(
-        "orpo.report", "page.html.j2", figures=page.figures, page=page, sections=sections, num_open=NUM_OPEN_ANSWERS, version=__version__
+        "orpo.report", "page.html.j2", figures=page.figures, page=page, sections=sections, num_open=NUM_OPEN_ANSWERS, version=own_version()
     )
 
 
@@ -100,7 +100,7 @@ def _name_beside(folder: Path) -> str:
 
 
 def _write(target: Path, content: str) -> None:
-    from orpo.runfolder import write_atomically
+    from orpo.system.files import write_atomically
 
     if target.is_dir():
         raise UserError("is a folder", where=str(target), expected="a file to write the page to")

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from orpo.redact import redact
+from orpo.report.evaluations import METRICS, pairs_of, verdict
 from orpo.report.facts import RunFacts, read_run
-from orpo.report.results import METRICS, pairs_of, verdict
 from orpo.report.runpage import as_yaml, setup_section, short_name, source_names, what_was_trained
 from orpo.report.sections import Cell, estimate, human_count, number, part, parts, text
-from orpo.runfolder import write_atomically
+from orpo.system.files import write_atomically
+from orpo.system.redact import redact
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by orpo. A card without this line is left as it is. -->"
@@ -84,7 +84,7 @@ def _is_hub_data(name: str) -> bool:
 
 def _base_model(facts: RunFacts) -> str | None:
     """The hub id of the starting weights, where they have one."""
-    from orpo.bundled import BUNDLED_HUB_ID
+    from orpo.models.bundled import BUNDLED_HUB_ID
 
     kind, location = text(part(facts.run, "model", "kind")), text(part(facts.run, "model", "location"))
     if kind == "alias":

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo.report.benches import BEFORE, colour_of, result_sections
-from orpo.report.comparisonfacts import ComparisonFacts
-from orpo.report.methodcosts import cost_section, sweep_section, trial_section
-from orpo.report.methodcurves import parting_section
-from orpo.report.results import METRICS, Record, error_bar
+from orpo.report.evaluations import BEFORE, METRICS, Record, colour_of, error_bar, result_sections
+from orpo.report.facts import ComparisonFacts
+from orpo.report.methods import cost_section, parting_section, sweep_section, trial_section
 from orpo.report.runpage import environment_section, short_name
 from orpo.report.sections import (
     Cell,

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from orpo.data.reasons import NOTES, REASONS
-from orpo.redact import redact_words
-from orpo.report.benches import result_sections
+from orpo.data.types import NOTES, REASONS
 from orpo.report.curves import curve_section
+from orpo.report.evaluations import Record, answer_section, pair_section, pairs_of, result_sections
 from orpo.report.facts import RunFacts
-from orpo.report.results import Record, answer_section, pair_section, pairs_of
 from orpo.report.sections import (
     Cell,
     Page,
@@ -31,6 +29,7 @@ from orpo.report.sections import (
     text,
 )
 from orpo.report.tokens import token_section
+from orpo.system.redact import redact_words
 
 _TONES = {"complete": "good", "running": "open", "stopped": "bad", "failed": "bad", "unknown": "open"}
 _GIGA = 1e9

@@ -1,0 +1,242 @@
+"""Every check on the values of a configuration, all problems at once.
+
+Works on plain values, so that a file and flags can be checked before there is an `ORPOConfig`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from orpo.config import compat
+from orpo.config.values import describe, found, is_accepted, members
+from orpo.data.rows.pairs import parse_policy
+from orpo.errors import DataError, UserError
+
+OBJECTIVES = ("orpo",)
+ENGINES = ("auto", "shared", "padded")
+
+# name -> (lowest, is the lowest itself allowed, highest or None)
+_RANGES: dict[str, tuple[float, bool, float | None]] = {
+    "orpo_alpha": (0, True, None),
+    "orpo_beta": (0, False, None),
+    "learning_rate": (0, False, None),
+    "weight_decay": (0, True, None),
+    "adam_beta1": (0, True, 1),
+    "adam_beta2": (0, True, 1),
+    "adam_epsilon": (0, False, None),
+    "max_grad_norm": (0, True, None),
+    "warmup_steps": (0, True, None),
+    "num_train_epochs": (0, False, None),
+    "per_device_train_batch_size": (1, True, None),
+    "per_device_eval_batch_size": (1, True, None),
+    "gradient_accumulation_steps": (1, True, None),
+    "max_length": (2, True, None),
+    "max_prompt_length": (1, True, None),
+    "logits_budget_mb": (1, True, None),
+    "max_tokens_per_microbatch": (1, True, None),
+    "max_nonfinite_skips": (0, True, None),
+    "logging_steps": (0, False, None),
+    "save_steps": (0, False, None),
+    "eval_steps": (0, False, None),
+    "eval_delay": (0, True, None),
+    "save_total_limit": (1, True, None),
+    "seed": (0, True, 2**32 - 1),
+    "data_seed": (0, True, 2**63 - 1),
+    "dataloader_num_workers": (0, True, None),
+    "ddp_timeout": (1, True, None),
+}
+_MENDS = {
+    "max_grad_norm": "0 turns gradient clipping off",
+    "save_total_limit": "leave it out to keep every checkpoint",
+    "orpo_alpha": "0 leaves the next-token loss alone; the paper uses 0.1",
+}
+# Fields whose annotation is narrower than what transformers takes from scripts in the wild.
+_UNCHECKED_TYPES = frozenset(
+    {"fsdp", "fsdp_config", "debug", "report_to", "deepspeed", "accelerator_config", "include_num_input_tokens_seen"}
+)
+
+_HIGHEST_USUAL_RATE = 1e-2
+# Whose step is the gradient times the rate, or which set their own scale; Adam and its kin move every weight by about the rate itself.
+_OPTIMIZERS_OF_LARGE_RATES = ("sgd", "adagrad", "lomo", "adafactor", "rmsprop")
+
+# Those that transformers can be asked about whether they are there.
+_TRACKERS_WITH_A_PACKAGE = frozenset(
+    {"clearml", "codecarbon", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"}
+)
+
+
+def _enum_choices() -> dict[str, tuple[str, ...]]:
+    from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    enums = {
+        "eval_strategy": IntervalStrategy,
+        "logging_strategy": IntervalStrategy,
+        "save_strategy": SaveStrategy,
+        "hub_strategy": HubStrategy,
+        "lr_scheduler_type": SchedulerType,
+        "optim": OptimizerNames,
+    }
+    choices = {name: tuple(str(item.value) for item in kind) for name, kind in enums.items()}
+    return {**choices, "objective": OBJECTIVES, "engine": ENGINES}
+
+
+def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
+    """Every problem among the values of an `ORPOConfig`; also used for a configuration that is not yet one.
+
+    Args:
+        values: field name -> value; fields that are absent are not checked.
+        hints: field name -> type annotation.
+    """
+    problems = _type_problems(values, hints)
+    bad = {problem.where for problem in problems}
+    usable = {name: value for name, value in values.items() if name not in bad}
+    problems += _choice_problems(usable) + _range_problems(usable)
+    bad = {problem.where for problem in problems}
+    usable = {name: value for name, value in values.items() if name not in bad}
+    return problems + compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
+
+
+def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
+    problems = []
+    for name, value in values.items():
+        hint = hints.get(name)
+        if hint is None or name in _UNCHECKED_TYPES:
+            continue
+        if is_accepted(hint, value):
+            continue
+        options = [choice for member in members(hint) for choice in typing.get_args(member) if isinstance(choice, str)]
+        problems.append(UserError(f"found {found(value)}", where=name, expected=describe(hint), mend=did_you_mean(value, options)))
+    return problems
+
+
+def _choice_problems(values: dict[str, Any]) -> list[UserError]:
+    problems = []
+    for name, choices in _enum_choices().items():
+        if name not in values:
+            continue
+        value = getattr(values[name], "value", values[name])
+        if value not in choices:
+            listed = ", ".join(choices) if len(choices) <= 12 else f"one of {len(choices)} names"
+            problems.append(UserError(f"found {found(value)}", where=name, expected=listed, mend=did_you_mean(value, choices)))
+    return problems
+
+
+def _range_problems(values: dict[str, Any]) -> list[UserError]:
+    problems = []
+    for name, (lowest, is_included, highest) in _RANGES.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        is_high_enough = value >= lowest if is_included else value > lowest
+        if math.isfinite(value) and is_high_enough and (highest is None or value <= highest):
+            continue
+        expected = f"{'at least' if is_included else 'more than'} {lowest:g}" + (f", at most {highest:g}" if highest is not None else "")
+        problems.append(UserError(f"found {value}", where=name, expected=f"a finite number, {expected}", mend=_MENDS.get(name)))
+    return problems
+
+
+def _cross_problems(values: dict[str, Any]) -> list[UserError]:
+    problems: list[UserError] = []
+    get: Callable[[str], Any] = values.get
+    max_length, max_prompt_length = get("max_length"), get("max_prompt_length")
+    if max_length is not None and max_prompt_length is not None and max_prompt_length >= max_length:
+        problems.append(
+            UserError(
+                f"found {max_prompt_length}, which leaves no room for an answer within max_length {max_length}",
+                where="max_prompt_length",
+                expected=f"at most {max_length - 1}",
+            )
+        )
+    if (num_steps := get("max_steps")) is not None and num_steps != -1 and num_steps < 1:
+        problems.append(UserError(f"found {num_steps}", where="max_steps", expected="a positive number, or -1 to train by epochs"))
+    if get("fp16") and get("bf16"):
+        problems.append(UserError("is on together with bf16", where="fp16", mend="keep bf16; drop fp16"))
+    elif get("fp16") and not _has_gpu(values):
+        problems.append(UserError("needs a GPU", where="fp16", mend="leave it out; the dtype is chosen by itself"))
+    if get("trust_remote_code") and not is_pinned(values):
+        problems.append(
+            UserError(
+                "runs code from the model's repository, and no revision says which",
+                where="trust_remote_code",
+                expected="model_revision with a commit hash or tag; a branch such as main can change under you",
+                mend="read the code, then name its commit in model_revision; or leave trust_remote_code out",
+            )
+        )
+    if isinstance(get("column_map"), str) and not get("column_map").startswith("{"):
+        problems.append(UserError(f"found {found(get('column_map'))}", where="column_map", expected='{"prompt": "question", …}'))
+    if get("pairs") is not None:
+        try:
+            parse_policy(get("pairs"))
+        except DataError as error:
+            problems.append(UserError(error.what, where="pairs", expected=error.expected, mend=error.mend))
+    is_best_kept = get("load_best_model_at_end") and _name_of(get("save_strategy")) != "best"
+    if is_best_kept and _name_of(get("eval_strategy")) != _name_of(get("save_strategy")):
+        problems.append(
+            UserError(
+                f"needs an evaluation at every save; eval_strategy is {_name_of(get('eval_strategy'))!r} and "
+                f"save_strategy {_name_of(get('save_strategy'))!r}",
+                where="load_best_model_at_end",
+                mend="set both to the same, or save_strategy to best",
+            )
+        )
+    return problems
+
+
+def _tracker_problems(report_to: Any) -> list[UserError]:
+    """Trackers that transformers does not know, or whose package is not there; it would raise after the model has been loaded."""
+    given = report_to if isinstance(report_to, (list, tuple)) else [report_to]
+    names = [name for name in given if isinstance(name, str)]
+    if not set(names) - {"none", "all"}:
+        return []
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    problems = []
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            mend = did_you_mean(name, INTEGRATION_TO_CALLBACK)
+            problems.append(UserError(f"found {name!r}", where="report_to", expected=f"none, all, or some of {known}", mend=mend))
+        elif name in _TRACKERS_WITH_A_PACKAGE and name not in get_available_reporting_integrations():
+            problems.append(UserError(f"the package of {name} is not installed", where="report_to", mend=f"pip install {name}"))
+    return problems
+
+
+def _name_of(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _has_gpu(values: dict[str, Any]) -> bool:
+    import torch
+
+    return not values.get("use_cpu") and torch.accelerator.is_available()
+
+
+def is_pinned(values: dict[str, Any]) -> bool:
+    """Whether the model's revision is named, in `model_revision` or in `model_init_kwargs`, and is not the moving `main`."""
+    kwargs = values.get("model_init_kwargs")
+    revision = values.get("model_revision") or (kwargs.get("revision") if isinstance(kwargs, dict) else None)
+    return revision not in (None, "", "main")
+
+
+def value_notes(values: dict[str, Any]) -> list[str]:
+    """What is allowed and yet hardly meant, one line each."""
+    rate, optimizer = values.get("learning_rate"), str(_name_of(values.get("optim")))
+    if rate is None or rate <= _HIGHEST_USUAL_RATE or any(name in optimizer for name in _OPTIMIZERS_OF_LARGE_RATES):
+        return []
+    return [
+        f"learning_rate {rate:g} is far above what fine-tuning stands (about 1e-6 to 1e-3): expect it to destroy the weights within a few "
+        "steps; 8e-6 is the default, small models and adapters take 5e-5 to 5e-4"
+    ]
+
+
+def did_you_mean(word: Any, choices: typing.Iterable[str]) -> str | None:
+    """`did you mean 'cosine'?` for a near miss, else None."""
+    close = difflib.get_close_matches(str(word), list(choices), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(name) for name in close)}?" if close else None

@@ -1,0 +1,73 @@
+"""Which chat template a run uses, from what the user named and what the tokenizer has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orpo.data.chat.render import CHATML, CHATML_TOKENS
+from orpo.errors import DataError
+
+_MOST_TEMPLATE_BYTES = 1 << 20
+_EXPECTED = "chatml, none, the path of a Jinja file, the name of one of the tokenizer's templates, or Jinja text"
+
+
+def unwrap_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer inside a processor (with the processor's template if it has none of its own), or the tokenizer itself."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is None or not hasattr(inner, "convert_ids_to_tokens"):
+        return tokenizer
+    if not getattr(inner, "chat_template", None):
+        inner.chat_template = getattr(tokenizer, "chat_template", None)
+    return inner
+
+
+def choose_template(tokenizer: Any, choice: str | Path | None) -> tuple[str | None, str, tuple[str, ...]]:
+    """The template, the name that messages call it by, and the tokens that were added to the tokenizer for it.
+
+    A template given by the user becomes the tokenizer's own, so that it is saved with the model. A template of None leaves the choice
+    to a tokenizer that has several; the name "none" means plain text.
+
+    Raises:
+        DataError: nothing is there by that name, or the file cannot be read.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    if choice is None:
+        return (own if isinstance(own, str) else None, "tokenizer's chat template", ()) if own else (None, "none", ())
+    if choice == "none":
+        return None, "none", ()
+    template, name = _find(choice, own)
+    tokenizer.chat_template = template
+    return template, name, _add_tokens(tokenizer) if template == CHATML else ()
+
+
+def _add_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Add those of ChatML's tokens that the tokenizer lacks."""
+    from tokenizers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    new = tuple(token for token in CHATML_TOKENS if token not in vocabulary)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
+    return new
+
+
+def _find(choice: str | Path, own: str | dict[str, str] | None) -> tuple[str, str]:
+    text = str(choice)
+    if isinstance(own, dict) and text in own:
+        return own[text], f"tokenizer's chat template {text!r}"
+    if text == "chatml":
+        return CHATML, "built-in ChatML template"
+    if "{{" in text or "{%" in text:
+        return text, "chat template given as text"
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise DataError(f"no chat template {text!r}: no such name and no such file", where="chat_template", expected=_EXPECTED)
+    if path.stat().st_size > _MOST_TEMPLATE_BYTES:
+        raise DataError(f"{path} is larger than {_MOST_TEMPLATE_BYTES} bytes", where="chat_template", expected="a Jinja file")
+    try:
+        found = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}", where="chat_template", expected="a Jinja file") from error
+    if "{{" not in found and "{%" not in found:
+        raise DataError(f"{path} holds no Jinja expression", where="chat_template", expected="a Jinja file")
+    return found, f"chat template {path.name}"

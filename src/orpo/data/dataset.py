@@ -1,0 +1,298 @@
+"""Whole data sets of token groups, and the account of what became of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from orpo.data.template import TemplateEncoder, unusable_row
+from orpo.data.types import NOTES, REASONS, Dropped, Preference, TokenGroup, Where
+from orpo.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+NUM_EXAMPLES = 3
+"""Locations kept per reason and note."""
+
+_CHUNK_ROWS = 256
+_IDENTICAL = ("identical_answers", "identical_after_truncation")
+_WARN_IDENTICAL_SHARE = 0.01
+_MEASURED = ("prompt", "response", "sequence")
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of one data set.
+
+    Attributes:
+        num_rows: rows read, dropped ones included.
+        num_groups: groups to train on.
+        num_pairs: their pairs.
+        num_sft_only: groups without a pair (they count in the next-token loss alone).
+        num_duplicates: groups whose ids all occurred before.
+        dropped: rows per reason code.
+        notes: rows per note code: what was altered.
+        examples: per code, where the first few such rows are, with the detail.
+        truncation: the policy that was applied.
+    """
+
+    num_rows: int = 0
+    num_groups: int = 0
+    num_pairs: int = 0
+    num_sft_only: int = 0
+    num_duplicates: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[tuple[Where, str]]] = field(default_factory=dict)
+    truncation: str = ""
+    _lengths: dict[str, array[int]] = field(default_factory=lambda: {name: array("i") for name in _MEASURED}, repr=False)
+    _seen: set[bytes] = field(default_factory=set, repr=False)
+
+    @property
+    def lengths(self) -> dict[str, dict[str, float]]:
+        """Tokens of prompts, responses, and longest sequences: mean, p50, p90, p99, max."""
+        found: dict[str, dict[str, float]] = {}
+        for name, values in self._lengths.items():
+            if values:
+                numbers = np.asarray(values)
+                points = {key: float(np.quantile(numbers, share, method="higher")) for key, share in _QUANTILES.items()}
+                found[name] = {"mean": round(float(numbers.mean()), 1), **points, "max": float(numbers.max())}
+        return found
+
+    def add(self, result: TokenGroup | Dropped) -> None:
+        """Count one row."""
+        self.num_rows += 1
+        if isinstance(result, Dropped):
+            self.dropped[result.reason] += 1
+            self._example(result.reason, result.where, result.detail)
+            return
+        self.num_groups += 1
+        self.num_pairs += len(result.pairs)
+        self.num_sft_only += not result.pairs
+        digest = _group_digest(result)
+        self.num_duplicates += digest in self._seen
+        self._seen.add(digest)
+        for note in result.notes:
+            self.notes[note] += 1
+            self._example(note, result.where, "")
+        self._lengths["prompt"].append(len(result.prompt_ids))
+        self._lengths["response"].extend(len(ids) for ids in result.response_ids)
+        self._lengths["sequence"].append(result.longest_tokens)
+
+    def _example(self, code: str, where: Where, detail: str) -> None:
+        kept = self.examples.setdefault(code, [])
+        if len(kept) < NUM_EXAMPLES:
+            kept.append((where, detail))
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that are not trained on."""
+        return sum(self.dropped.values())
+
+    def warnings(self) -> list[str]:
+        """What a user should not overlook, one sentence each."""
+        found = []
+        identical = sum(self.dropped[reason] for reason in _IDENTICAL)
+        if identical > _WARN_IDENTICAL_SHARE * self.num_rows:
+            share = f"{identical / self.num_rows:.1%}"
+            found.append(f"{identical} of {self.num_rows} rows have identical answers ({share}): check how they were made")
+        if count := self.notes["special_tokens_in_text"]:
+            found.append(
+                f"{count} rows contain special-token text, which may open another role"
+                f"{self._first('special_tokens_in_text')}; special_tokens_in_text: split makes it plain text"
+            )
+        if count := self.notes["already_rendered"]:
+            found.append(
+                f"{count} of {self.num_groups} prompts were already rendered with the chat template and are taken as they are"
+                f"{self._first('already_rendered')}; give messages to have them rendered here"
+            )
+        if count := self.notes["text_not_printed"]:
+            found.append(
+                f"the chat template leaves out some of the text of {count} rows (a system message, or reasoning); "
+                f"that text is not trained{self._first('text_not_printed')}"
+            )
+        return found
+
+    def _first(self, code: str) -> str:
+        return f" (first: {self.examples[code][0][0]})" if self.examples.get(code) else ""
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        head = f"{self.num_groups} of {self.num_rows} rows, {self.num_pairs} pairs"
+        extras = [(self.num_sft_only, "SFT-only rows"), (self.num_duplicates, "exact duplicates")]
+        found = [", ".join([head, *(f"{count} {name}" for count, name in extras if count)])]
+        for name, values in self.lengths.items():
+            found.append(f"  {name} tokens: " + ", ".join(f"{key} {value:g}" for key, value in values.items()))
+        found += self.histogram()
+        return found + [f"  warning: {text}" for text in self.warnings()]
+
+    def histogram(self) -> list[str]:
+        """Dropped and altered rows by code, most frequent first, with the first locations."""
+        found = []
+        for title, counts, meanings in (("dropped", self.dropped, REASONS), ("altered", self.notes, NOTES)):
+            for code, count in counts.most_common():
+                places = "; ".join(f"{where}" + (f" ({detail})" if detail else "") for where, detail in self.examples.get(code, []))
+                found.append(f"  {title} {count}: {code}, {meanings.get(code, code)}. {places}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return {
+            "num_rows": self.num_rows,
+            "num_groups": self.num_groups,
+            "num_pairs": self.num_pairs,
+            "num_sft_only": self.num_sft_only,
+            "num_duplicates": self.num_duplicates,
+            "dropped": dict(self.dropped),
+            "notes": dict(self.notes),
+            "examples": {code: [{"where": str(where), "detail": detail} for where, detail in rows] for code, rows in self.examples.items()},
+            "lengths": self.lengths,
+            "truncation": self.truncation,
+            "warnings": self.warnings(),
+        }
+
+    def check(self, min_rows: int = 1, *, name: str = "the data") -> None:
+        """Stop where too little is left to train on (FAULTS 19).
+
+        Args:
+            min_rows: groups needed, such as those of one batch.
+            name: what the message calls the data set.
+
+        Raises:
+            DataError: fewer groups than that; the message holds the histogram of reasons.
+        """
+        if self.num_groups >= max(min_rows, 1):
+            return
+        problem = f"no row of {name} can be trained on" if self.num_groups == 0 else f"too few rows of {name} can be trained on"
+        counts = f"{self.num_groups} of {self.num_rows} left, at least {max(min_rows, 1)} needed"
+        raise DataError("\n".join([f"{problem}: {counts}", *self.histogram()]), mend=self._advice(min_rows))
+
+    def _advice(self, min_rows: int) -> str:
+        if not self.num_rows:
+            return "the source is empty; check dataset_name and the split"
+        if not self.dropped or self.num_rows < min_rows:
+            return f"give at least {min_rows} rows, or lower per_device_train_batch_size and gradient_accumulation_steps"
+        reason = self.dropped.most_common(1)[0][0]
+        if reason in ("too_long", "prompt_too_long"):
+            return "raise max_length, or set truncation: keep_end"
+        if reason in ("template_failed", "boundary"):
+            return "give another template: chat_template: chatml, or chat_template: PATH to a Jinja file"
+        return f"look at the rows named above (reason {reason}); `orpo audit` shows all of them"
+
+
+def prepare_groups(
+    rows: Iterable[Preference | Dropped],
+    encoder: TemplateEncoder,
+    *,
+    strict: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[TokenGroup], DataReport]:
+    """Tokenise a whole data set, once.
+
+    The rows are read as a stream, a few hundred at a time. Warnings of the report are logged.
+
+    Args:
+        rows: preferences, and the rows already dropped on the way here; in the data set's order.
+        encoder: the tokenizer and its length contract.
+        strict: stop at the first dropped row instead, naming its file and line.
+        progress: called with the number of rows done, after each few hundred; it may raise to stop.
+
+    Raises:
+        DataError: with `strict`, at the first dropped row; or what the encoder raises.
+    """
+    groups: list[TokenGroup] = []
+    report = DataReport(truncation=encoder.truncation)
+    for chunk in _chunks(rows):
+        encoded = iter(encoder.encode_many([row for row in chunk if isinstance(row, Preference)]))
+        for row in chunk:
+            result = row if isinstance(row, Dropped) else next(encoded)
+            if strict and isinstance(result, Dropped):
+                raise unusable_row(result)
+            report.add(result)
+            if isinstance(result, TokenGroup):
+                groups.append(result)
+        if progress is not None:
+            progress(report.num_rows)
+    for text in report.warnings():
+        logger.warning("%s", text)
+    return groups, report
+
+
+def _chunks(rows: Iterable[Preference | Dropped]) -> Iterator[list[Preference | Dropped]]:
+    stream = iter(rows)
+    while chunk := list(itertools.islice(stream, _CHUNK_ROWS)):
+        yield chunk
+
+
+def _update(digest: Any, group: TokenGroup) -> None:
+    """Feed a group's ids, ends and pairs to a hash; lengths first, so that no two groups read alike."""
+    arrays = [group.prompt_ids, *group.response_ids]
+    head = [len(arrays), *map(len, arrays), *map(int, group.is_ended), *(index for pair in group.pairs for index in pair)]
+    digest.update(np.asarray(head, dtype="<i4").tobytes())
+    for ids in arrays:
+        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+
+
+def _group_digest(group: TokenGroup) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    _update(digest, group)
+    return digest.digest()
+
+
+def fingerprint(groups: Iterable[TokenGroup]) -> str:
+    """sha256 over ids, ends and pairs in order: the same exactly where the same is trained in the same order."""
+    digest = hashlib.sha256()
+    for group in groups:
+        _update(digest, group)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Evaluation rows whose prompt is also trained on.
+
+    Attributes:
+        num_shared: such evaluation rows.
+        num_eval: all evaluation rows.
+        examples: the first few, each as (training row, evaluation row).
+    """
+
+    num_shared: int
+    num_eval: int
+    examples: tuple[tuple[Where, Where], ...]
+
+    def check(self, *, allow: bool = False) -> None:
+        """Stop at any overlap, unless it is allowed (FAULTS 9).
+
+        Raises:
+            DataError: training and evaluation share prompts.
+        """
+        if not self.num_shared:
+            return
+        places = "; ".join(f"{train} and {evaluation}" for train, evaluation in self.examples)
+        what = f"{self.num_shared} of {self.num_eval} evaluation rows have a prompt that is also trained on ({places})"
+        if not allow:
+            raise DataError(what, expected="no shared prompts", mend="take them out of one side, or set allow_overlap: true")
+        logger.warning("%s", what)
+
+
+def find_overlap(train_groups: Iterable[TokenGroup], eval_groups: Sequence[TokenGroup]) -> Overlap:
+    """Count evaluation rows whose prompt ids occur in training."""
+    first: dict[bytes, Where] = {}
+    for group in train_groups:
+        first.setdefault(_prompt_digest(group), group.where)
+    shared = [(first[key], group.where) for group in eval_groups if (key := _prompt_digest(group)) in first]
+    return Overlap(len(shared), len(eval_groups), tuple(shared[:NUM_EXAMPLES]))
+
+
+def _prompt_digest(group: TokenGroup) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(group.prompt_ids, dtype="<i4").tobytes(), digest_size=16).digest()

@@ -1,0 +1,1 @@
+"""Files, folders, hub ids and streams to rows of plain values."""

@@ -1,0 +1,1 @@
+"""The tasks of `orpo eval`, one file each."""

@@ -1,0 +1,1 @@
+"""Asking a model: loaded and ready, log-probabilities of given answers, generated answers."""

@@ -1,0 +1,245 @@
+"""Answers from a model: batched, greedy or sampled, from the very ids and to the very stop tokens of training.
+
+What a prompt is answered with does not depend on what else is in the batch, as far as floating point allows: padding is masked, and every
+prompt draws from a random stream of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from orpo.errors import UserError
+from orpo.inference.compute import inference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from orpo.data.template import TemplateEncoder
+    from orpo.data.types import Text
+
+STOP, LENGTH, TOO_LONG = "stop", "length", "prompt_too_long"
+BATCH_SIZE = 64
+"""Large, since answers that have ended leave the batch."""
+_MAX_CACHE_BYTES = 4 * 2**30
+"""Most memory for the keys and values of a batch, padding included."""
+_USUAL_TOKEN_BYTES = 128 * 2**10
+"""Keys and values of a token in a model of 7 billion parameters: where a model's own cannot be told from its configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated answer.
+
+    Attributes:
+        text: without the tokens that ended it.
+        num_tokens: generated tokens, the terminator included.
+        finish: "stop" (the model ended its turn), "length" (cut at `max_new_tokens`), or "prompt_too_long" for the model's context: then
+            nothing was generated.
+    """
+
+    text: str
+    num_tokens: int
+    finish: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    encoder: TemplateEncoder,
+    prompts: Sequence[Text],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+    compute_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    each: Callable[[int, Answer], None] | None = None,
+    occurrences: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Answer every prompt.
+
+    Args:
+        model: a causal language model, adapted or not. Comes back as it was.
+        tokenizer: turns ids into text.
+        encoder: the run's: template and stop tokens are taken from it.
+        prompts: texts or messages.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        seed: of the samples. A prompt that is given several times is answered differently each time.
+        batch_size: most prompts at a time; fewer where their keys and values would take too much memory.
+        compute_dtype: None for the weights' own; bfloat16 is about twice as fast on float32 weights.
+        progress: called with (answers done, prompts).
+        each: called with (prompt's number, answer) as soon as it is there.
+        occurrences: how often each prompt came before, where these prompts are part of a longer list; None counts here.
+
+    Returns:
+        Answers in the order of the prompts.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    from orpo.inference.decode import Job
+
+    _check(max_new_tokens, temperature, top_p, batch_size)
+    ids = [encoder.prompt_ids(prompt) for prompt in prompts]
+    limit = _context_tokens(model)
+    found: dict[int, Answer] = {}
+
+    def keep(row: int, answer: Answer) -> None:
+        found[row] = answer
+        if each is not None:
+            each(row, answer)
+
+    todo = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    for row in list(todo):
+        if limit and len(ids[row]) >= limit:
+            keep(row, Answer("", 0, TOO_LONG))
+            todo.remove(row)
+    seeds = _stream_seeds(ids, seed, count_occurrences(ids) if occurrences is None else occurrences)
+    device = next(model.parameters()).device
+    noise = partial(_RowNoise, temperature=temperature, top_p=top_p, device=device) if temperature > 0 else None
+    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, noise)
+    with inference(model, compute_dtype), _plain_generation_config(model):
+        max_tokens = _MAX_CACHE_BYTES // _token_bytes(model, compute_dtype)
+        for rows in _batches(todo, [len(one) for one in ids], batch_size, max_tokens, max_new_tokens, limit):
+            for row, tokens in zip(rows, job.run([ids[row] for row in rows], [seeds[row] for row in rows]), strict=True):
+                keep(row, _answer(tokenizer, tokens, encoder.terminator_ids))
+            if progress is not None:
+                progress(len(found), len(ids))
+    return [found[row] for row in range(len(ids))]
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", expected="at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}", where="temperature", expected="0 (the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}", where="top_p", expected="above 0, at most 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}", where="batch_size", expected="at least 1")
+
+
+def _context_tokens(model: nn.Module) -> int | None:
+    """Most positions that the model has."""
+    from orpo.engine.shared import unwrap
+
+    config = unwrap(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def count_occurrences(ids: Sequence[np.ndarray]) -> list[int]:
+    """How often each prompt came before in the list."""
+    seen: Counter[bytes] = Counter()
+    found = []
+    for one in ids:
+        content = one.tobytes()
+        found.append(seen[content])
+        seen[content] += 1
+    return found
+
+
+def _stream_seeds(ids: Sequence[np.ndarray], seed: int, occurrences: Sequence[int]) -> list[int]:
+    """A seed per prompt from its ids and how often it came before: independent of the batch and of the other prompts."""
+    found = []
+    for one, occurrence in zip(ids, occurrences, strict=True):
+        digest = hashlib.sha256(f"{seed}:{occurrence}:".encode() + one.astype("<i4").tobytes()).digest()
+        found.append(int.from_bytes(digest[:8], "little") >> 1)
+    return found
+
+
+def _token_bytes(model: nn.Module, compute_dtype: torch.dtype | None) -> int:
+    """Keys and values of one token, all layers."""
+    from orpo.engine.shared import unwrap
+
+    config = unwrap(model).config.get_text_config()
+    dtype = compute_dtype or next(model.parameters()).dtype
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return max(1, int(2 * config.num_hidden_layers * heads * width * dtype.itemsize))
+    except (AttributeError, TypeError):  # another architecture
+        return _USUAL_TOKEN_BYTES
+
+
+def _batches(
+    rows: Sequence[int], lengths: Sequence[int], batch_size: int, max_tokens: int, max_new_tokens: int, limit: int | None
+) -> Iterator[list[int]]:
+    """Runs of rows of about the same size, longest prompts first: little padding, and a lack of memory shows at once.
+
+    A prompt whose answer may come up against the end of the model's context is alone, so that it shortens nobody else's.
+    """
+    start = 0
+    while start < len(rows):
+        width = lengths[rows[start]] + max_new_tokens
+        fitting = 1 if limit is not None and width > limit else max(1, max_tokens // width)
+        num_left = len(rows) - start
+        num_batches = -(-num_left // min(batch_size, fitting))
+        end = start + (1 if fitting == 1 else -(-num_left // num_batches))
+        yield list(rows[start:end])
+        start = end
+
+
+@contextmanager
+def _plain_generation_config(model: nn.Module) -> Iterator[None]:
+    """A model's own generation_config (repetition penalty, sampling, stop tokens) would mix with what is asked for here."""
+    from transformers import GenerationConfig
+
+    from orpo.engine.shared import unwrap
+
+    core = unwrap(model)
+    before, core.generation_config = core.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        core.generation_config = before
+
+
+class _RowNoise:
+    """Sampling as the largest of log-probabilities plus Gumbel noise, each row from its own generator.
+
+    transformers draws for a whole batch from one stream, so that an answer would depend on its neighbours.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: torch.device) -> None:
+        import torch
+
+        self.temperature, self.top_p, self.device = temperature, top_p, device
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows."""
+        self.generators = [self.generators[row] for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            ordered, order = scores.softmax(-1).sort(-1, descending=True)
+            is_beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the token that crosses the line stays in
+            scores = scores.masked_fill(is_beyond.scatter(-1, order, is_beyond), -torch.inf)
+        uniform = torch.stack([torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self.generators])
+        return scores - (-uniform.clamp(min=1e-300).log()).log().to(scores)
+
+
+def _answer(tokenizer: Any, ids: list[int], stop_ids: tuple[int, ...]) -> Answer:
+    is_stopped = bool(ids) and ids[-1] in stop_ids
+    text = tokenizer.decode(ids[:-1] if is_stopped else ids, skip_special_tokens=True)
+    return Answer(text, len(ids), STOP if is_stopped else LENGTH)

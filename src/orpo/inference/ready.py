@@ -1,0 +1,242 @@
+"""A run or a model, ready to answer: weights, tokenizer, and the encoder that training used."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+from orpo.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from orpo.data.template import TemplateEncoder
+    from orpo.models.load import LoadedModel
+    from orpo.run.config import RunConfig
+
+logger = logging.getLogger(__name__)
+EVAL_FOLDER = "eval"
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What it takes to answer prompts.
+
+    Attributes:
+        loaded: model, tokenizer and facts.
+        encoder: renders prompts as training did.
+        run: the run's facts, where the name was a run's folder.
+        compute_dtype: bfloat16 where the device is fast at it.
+    """
+
+    loaded: LoadedModel
+    encoder: TemplateEncoder
+    run: dict[str, Any] | None
+    compute_dtype: torch.dtype
+
+
+def make_ready(
+    name: str, *, chat_template: str | None = None, revision: str | None = None, dtype: str | None = None, device: str | None = None
+) -> Ready:
+    """Load a model to ask it.
+
+    Args:
+        name: a run's folder, or whatever `orpo.models.load.load_model` takes.
+        chat_template: as in training; unset, that of the run, or the tokenizer's own.
+        revision, device: as in `load_model`.
+        dtype: of the weights; unset, that of the files on a GPU, and float32 elsewhere.
+
+    Raises:
+        UserError: there is no such model, or its template cannot be used.
+    """
+    import torch
+
+    from orpo.data.template import TemplateEncoder
+    from orpo.models.load import load_model
+    from orpo.system.machine import bf16_is_fast, choose_device
+
+    run = run_of(name)
+    if dtype is None and choose_device(device).type == "cuda":
+        dtype = "auto"
+    loaded = load_model(name, revision=revision, dtype=dtype, device=device)
+    if chat_template is None and run is not None and run.get("data", {}).get("template", {}).get("template") == "none":
+        chat_template = "none"  # any other template of a run is the saved tokenizer's own
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    encoder = TemplateEncoder(loaded.tokenizer, chat_template=chat_template, max_length=context or 4096)
+    return Ready(loaded, encoder, run, torch.bfloat16 if bf16_is_fast(loaded.model.device) else torch.float32)
+
+
+def run_of(name: str | Path) -> dict[str, Any] | None:
+    """The facts of the run that this folder is or lies in (`runs/a`, `runs/a/model`, `runs/a/checkpoint-20`), else None."""
+    path = Path(name)
+    for folder in (path, path.parent):
+        if folder.is_dir() and (folder / "run.json").is_file():
+            return RunFolder(folder).read()
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A name on the command line, before anything is loaded.
+
+    Attributes:
+        name: as it was given.
+        run: the run that it is, or that it lies in; None for any other model.
+    """
+
+    name: str
+    run: RunFolder | None
+
+    @classmethod
+    def find(cls, name: str) -> Target:
+        """Tell a run's folder, a folder inside a run (`model`, `adapter`, a checkpoint) and any other model apart."""
+        path = Path(name).expanduser()
+        for folder in (path, path.parent):
+            if path.is_dir() and (folder / "run.json").is_file():
+                return cls(name, RunFolder(folder))
+        return cls(name, None)
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The run's configuration as it was resolved."""
+        facts = self.run.read() if self.run else None
+        if not facts or not isinstance(facts.get("configuration"), dict):
+            return None
+        from orpo.run.config import RunConfig
+        from orpo.run.keys import key_defaults
+
+        stored = {key: item for key, item in facts["configuration"].items() if isinstance(item, dict) and "value" in item}
+        values = {**key_defaults(), **{key: item["value"] for key, item in stored.items()}}
+        return RunConfig(values, {key: str(stored.get(key, {}).get("origin", "default")) for key in values})
+
+    @property
+    def base(self) -> str | None:
+        """The model that the run started from."""
+        config = self.config
+        return None if config is None else config["model_name_or_path"]
+
+    def folder(self, output: str | Path | None) -> Path:
+        """Where results go: the one asked for, the run's `eval`, or `eval/<model>` here."""
+        if output is not None:
+            return Path(output).expanduser()
+        if self.run is not None:
+            return self.run.path / EVAL_FOLDER
+        return Path(EVAL_FOLDER) / (re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.") or "model")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, ready to be evaluated.
+
+    Attributes:
+        name: as it was given.
+        model, tokenizer, encoder: the encoder is the run's, so that prompts are those of training.
+        identity: hash of weights and template: part of every key in the cache.
+        facts: of the model, for results.
+        compute_dtype: None for the weights' own.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    encoder: TemplateEncoder
+    identity: str
+    facts: dict[str, Any]
+    compute_dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How models are loaded.
+
+    Attributes:
+        device: None for the best one.
+        dtype: of computing: "auto" is bfloat16 where that is fast, "float32" is exact.
+        chat_template: None for the run's, else the model's own.
+        max_length: None for the run's, else 1024.
+        revision: of a hub model.
+        trust_remote_code: as for training.
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    chat_template: str | None = None
+    max_length: int | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None) -> Subject:
+    """Load a model for evaluation.
+
+    Args:
+        name: a run's folder, a model's folder, a hub id, a GGUF file, or the bundled alias.
+        loading: how.
+        config: the run's whose template and length contract count; None for the model's own run, if it has one. The model before training
+            is given the run's, so that both see the same prompts.
+    """
+    import torch
+
+    from orpo.models.fingerprint import content_key, weights_sha256
+    from orpo.models.load import load_model, parse_dtype
+    from orpo.system.machine import bf16_is_fast
+
+    config = config or Target.find(name).config
+    # Quantized runs are loaded as they were trained.
+    model, tokenizer, facts = load_model(
+        name,
+        revision=loading.revision,
+        device=loading.device,
+        trust_remote_code=loading.trust_remote_code,
+        load_in_4bit=config is not None and bool(config["load_in_4bit"]),
+        load_in_8bit=config is not None and bool(config["load_in_8bit"]),
+    )
+    encoder = make_encoder(tokenizer, loading, config)
+    if encoder.new_tokens and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        _grow(model, tokenizer, name, encoder.new_tokens, config)
+    fast = torch.bfloat16 if bf16_is_fast(facts.device) else None
+    wanted = fast if loading.dtype == "auto" else parse_dtype(loading.dtype)
+    template = {key: value for key, value in encoder.describe().items() if key.startswith(("template", "terminator"))}
+    identity = content_key(weights=weights_sha256(model), template=template)
+    return Subject(name, model, tokenizer, encoder, identity, facts.to_dict(), wanted)
+
+
+def _grow(model: Any, tokenizer: Any, name: str, new_tokens: Sequence[str], config: RunConfig | None) -> None:
+    """Embeddings for the tokens of a template that the model does not know: those of the run's first step, which are drawn by its seed."""
+    import torch
+
+    if config is None:
+        raise UserError(
+            f"the template's tokens {', '.join(new_tokens)} are new to {name}",
+            where="chat_template",
+            mend="leave --chat_template away, or train the model on it first",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        model.resize_token_embeddings(len(tokenizer))
+    logger.warning("%s does not know the template's tokens %s: their embeddings are random", name, ", ".join(new_tokens))
+
+
+def make_encoder(tokenizer: Any, loading: Loading, config: RunConfig | None) -> TemplateEncoder:
+    """The encoder of the run, or of the flags."""
+    from orpo.data.template import TemplateEncoder
+
+    def of_run(key: str, default: Any) -> Any:
+        value = default if config is None else config[key]
+        return default if value is None else value
+
+    return TemplateEncoder(
+        tokenizer,
+        chat_template=loading.chat_template or of_run("chat_template", None),
+        max_length=loading.max_length or of_run("max_length", DEFAULT_MAX_LENGTH),
+        max_prompt_length=of_run("max_prompt_length", None),
+        truncation=of_run("truncation", "drop"),
+        special_tokens_in_text=of_run("special_tokens_in_text", "warn"),
+    )

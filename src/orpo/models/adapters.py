@@ -1,0 +1,251 @@
+"""LoRA adapters: put one on a model, load one, merge one."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+from orpo.models.find import ModelSource, explain_failure, read_json
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the output head."""
+
+
+def adapt(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    alpha: int | None = 32,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] | None = None,
+    target_parameters: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    use_gradient_checkpointing: bool = False,
+    peft_config: PeftConfig | None = None,
+) -> PeftModel:
+    """Freeze the model and put a trainable LoRA adapter on it (arXiv 2106.09685); the adapter starts as no change at all.
+
+    Args:
+        r: rank of the update of each layer.
+        alpha: the update is scaled by alpha / r (alpha / sqrt(r) with `use_rslora`); None means 2 r.
+        dropout: 0 by default, since a step must not depend on how it is cut into micro-batches.
+        target_modules: names of layers ("q_proj"), a regular expression, or unset for every linear layer but the output head.
+        modules_to_save: layers trained whole beside the adapter, and saved with it.
+        use_gradient_checkpointing: of a model quantized by bitsandbytes, which must be prepared for it.
+        peft_config: a ready configuration of PEFT instead of all of the above.
+
+    Raises:
+        UserError: the model has an adapter already, or has no layer of a given name.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if is_adapted(model):
+        raise UserError("the model has an adapter already", where="use_peft", mend="merge it first, or go on training it as it is")
+    targets = target_modules if target_modules is not None else None if target_parameters else ALL_LINEAR
+    if isinstance(targets, Sequence) and not isinstance(targets, str):
+        targets = list(targets)
+        _check_names(targets, _module_names(model), "lora_target_modules")
+    _check_names(modules_to_save or (), _module_names(model), "lora_modules_to_save")
+    if peft_config is None:
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=r,
+            lora_alpha=2 * r if alpha is None else alpha,
+            lora_dropout=dropout,
+            target_modules=targets,
+            target_parameters=list(target_parameters) if target_parameters else None,
+            modules_to_save=list(modules_to_save) if modules_to_save else None,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UserError(f"the adapter does not fit the model: {error}", where="peft_config") from error
+
+
+def text_layers_only(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """The adapter's configuration kept off the vision and audio towers of a multimodal model, which rows of text never reach.
+
+    Layers that are excluded by name, or chosen by a regular expression, stay as they were chosen.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    is_expression = isinstance(targets, str) and targets != ALL_LINEAR
+    if is_expression or getattr(peft_config, "exclude_modules", True) or model.config.get_text_config() is model.config:
+        return peft_config
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    if not name:
+        return peft_config
+    wanted = copy.copy(peft_config)
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
+    wanted.exclude_modules = rf"(?!{re.escape(name)}\.)(?!{re.escape(head)}$).*"
+    return wanted
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model carries a PEFT adapter."""
+    import sys
+
+    peft = sys.modules.get("peft")  # where PEFT was never imported no model can have come from it
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def merge(model: Any, *, is_in_place: bool = False) -> PreTrainedModel:
+    """The plain model whose weights hold the adapter's update. A model without an adapter comes back as it is.
+
+    Args:
+        is_in_place: work on the model itself, which then is the merged one; by default on a copy, so that the model stays usable (at the
+            price of its memory once more).
+
+    Raises:
+        UserError: the base is quantized (its weights could only hold a rounded sum), or the sum is not finite.
+    """
+    if not is_adapted(model):
+        return model
+    base = model.get_base_model()
+    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False) or getattr(base, "hf_quantizer", None):
+        is_stored_quantized = bool(getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False))
+        raise UserError(
+            "an adapter cannot be merged into a quantized model without rounding it away",
+            where=base.name_or_path or None,
+            mend="export the adapter itself (--to adapter), which is used together with its base: the base is stored quantized"
+            if is_stored_quantized
+            else "load the adapter's folder again without load_in_4bit or load_in_8bit, then merge",
+        )
+    target = model if is_in_place else copy.deepcopy(model)
+    _untie_adapted(target.get_base_model())
+    try:
+        return target.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"the adapter's weights are not finite: {error}", mend="use an earlier checkpoint") from error
+
+
+def _untie_adapted(base: PreTrainedModel) -> None:
+    """Give a tied output head weights of its own, where an adapter changes it or the embeddings: the update of one is not the other's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if not any(isinstance(module, BaseTunerLayer) for module in (head, embeddings)):
+        return
+    head, embeddings = (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in (head, embeddings))
+    if head is None or head.weight is not embeddings.weight:
+        return
+    head.weight = type(head.weight)(head.weight.detach().clone(), requires_grad=False)
+    for config in {id(config): config for config in (base.config, base.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
+
+
+def adapter_base(source: ModelSource) -> tuple[str, str | None]:
+    """(name, revision) of the model that an adapter's folder says it belongs to.
+
+    Raises:
+        UserError: adapter_config.json is broken or names none.
+    """
+    path = Path(source.location) / "adapter_config.json"
+    config = read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UserError("the adapter does not say which model it belongs to", where=str(path), expected='"base_model_name_or_path": "…"')
+    revision = config.get("revision")
+    return base, revision if isinstance(revision, str) else None
+
+
+def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model. Only safetensors are read (FAULTS 52).
+
+    Raises:
+        UserError: no safetensors, damaged, or made for another model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    weights = Path(source.location) / "adapter_model.safetensors"
+    if not weights.is_file():
+        is_pickled = weights.with_suffix(".bin").is_file()
+        raise UserError(
+            f"the adapter's weights are {'there only as a pickle, which is never opened' if is_pickled else 'missing'}",
+            where=source.location,
+            expected=weights.name,
+        )
+    try:
+        shapes = _tensor_shapes(weights)
+        _grow_embeddings(model, shapes, _trained_tokens(read_json(Path(source.location) / "adapter_config.json")))
+        adapted = PeftModel.from_pretrained(model, source.location, is_trainable=is_trainable)
+    except Exception as error:  # PEFT raises as many kinds as transformers
+        raise explain_failure(error, source, part="adapter") from error
+    missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - shapes.keys())
+    if missing:
+        raise UserError(
+            f"the adapter does not fit its base model: {len(missing)} of its tensors are missing, {missing[0]} first",
+            where=source.location,
+            mend="load it on the model it was trained on (base_model_name_or_path in adapter_config.json)",
+        )
+    return adapted
+
+
+def set_generation(model: PeftModel, folder: Path) -> None:
+    """Let the model end its answers where the adapter's folder says; its base may know nothing of the end of a turn."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.get_base_model().generation_config = model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def _grow_embeddings(model: PreTrainedModel, shapes: dict[str, list[int]], trained_tokens: set[int]) -> None:
+    """Give the base as many rows as the embeddings, or the single rows, that came with the adapter: tokens were added before training."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    own = embeddings.weight.shape[0]
+    needed = max(own, max(trained_tokens, default=-1) + 1)
+    rows = shapes.get(f"base_model.model.{name}.weight", [needed])[0]
+    if rows != own:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's own rows replace them all
+
+
+def _trained_tokens(config: Any) -> set[int]:
+    """Ids whose rows an adapter's configuration says it holds."""
+    given = config.get("trainable_token_indices") if isinstance(config, dict) else None
+    lists = given.values() if isinstance(given, dict) else [given or []]
+    return {int(token) for ids in lists for token in ids}
+
+
+def _module_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_modules() if name}
+
+
+def _check_names(wanted: Iterable[str], modules: set[str], where: str) -> None:
+    """PEFT takes names that match nothing without a word as long as one matches; here each must."""
+    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+    for name in wanted:
+        if name != ALL_LINEAR and not any(module == name or module.endswith("." + name) for module in modules):
+            near = difflib.get_close_matches(name, leaves, n=1)
+            raise UserError(
+                f"the model has no layer {name!r}",
+                where=where,
+                expected=", ".join(sorted(leaf for leaf in leaves if not leaf.isdigit())),
+                mend=f"did you mean {near[0]!r}?" if near else None,
+            )

@@ -1,0 +1,254 @@
+"""Write what was trained in the forms that other programs read: an adapter, a merged model, a GGUF file.
+
+Everything is written beside its place and renamed into it, so that a broken export is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+from orpo.models.adapters import is_adapted, merge
+from orpo.models.verify import check_adapter, check_gguf, check_merge, check_merged
+from orpo.system.replace import recover_folder, replaced_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_OURS = ("config.json", "adapter_config.json")
+
+
+def export_adapter(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    stop_token_ids: Sequence[int] = (),
+    is_overwriting: bool = False,
+) -> Path:
+    """The adapter alone (safetensors), its configuration, the tokenizer with its chat template, and where generation ends.
+
+    The embeddings go with it where they were changed too: trained, or grown by new tokens whose rows the adapter does not hold by itself.
+
+    Args:
+        stop_token_ids: as in `export_merged`.
+
+    Raises:
+        UserError: the model has no adapter, the folder cannot be (over)written, or what was written is not what the model computes.
+    """
+    if not is_adapted(model):
+        raise UserError("the model has no adapter", where=str(folder), mend="export the whole model instead (merged)")
+    with _staged_folder(Path(folder), is_overwriting=is_overwriting) as staging:
+        model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=_has_own_embeddings(model))
+        (staging / "README.md").unlink(missing_ok=True)  # PEFT's card is a form to fill in; the run's own card stands in the run's folder
+        tokenizer.save_pretrained(staging)
+        _save_generation(model.get_base_model(), staging, stop_token_ids)
+        _write_resize_note(model, staging)
+        check_adapter(model, staging)
+    return Path(folder)
+
+
+def export_merged(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    stop_token_ids: Sequence[int] = (),
+    is_overwriting: bool = False,
+) -> Path:
+    """A plain model that needs nothing else: safetensors, configuration, tokenizer and chat template. The model in memory stays as it is.
+
+    Args:
+        dtype: of the weights on disk ("bfloat16" halves the size); by default as in memory.
+        stop_token_ids: ids at which generation ends, beside the model's own: the end of a turn is not always `eos_token`.
+
+    Raises:
+        UserError: an unknown dtype, an adapter on quantized weights, a folder that cannot be (over)written, or what was written is not what
+            the model computes.
+    """
+    from orpo.models.load import parse_dtype
+
+    wanted = parse_dtype(dtype)
+    plain = merge(model)
+    if wanted is not None and plain.dtype != wanted:
+        plain = (plain if plain is not model else copy.deepcopy(plain)).to(wanted)
+    with _staged_folder(Path(folder), is_overwriting=is_overwriting) as staging:
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if stop_token_ids:
+            _add_stop_ids(plain, staging / "generation_config.json", stop_token_ids)
+        check_merged(model, plain, staging)
+    return Path(folder)
+
+
+def export_gguf(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    dtype: str = "float16",
+    name: str | None = None,
+    stop_token_ids: Sequence[int] = (),
+    is_overwriting: bool = False,
+) -> Path:
+    """One GGUF file for llama.cpp, Ollama, LM Studio and their like: weights, tokenizer and chat template.
+
+    Written for the Llama family (Llama, SmolLM2, Mistral), whose tensors correspond one to one. A model with an adapter is merged first.
+
+    Args:
+        dtype: "float16" (as these programs expect) or "float32"; norms are always float32. llama.cpp's own tool quantizes such a file.
+        name: what the file calls the model; by default the last part of the name it was loaded by.
+        stop_token_ids: as in `export_merged`; GGUF has room for one beside the tokenizer's own, the end of a turn.
+
+    Raises:
+        UserError: another architecture or a tokenizer that GGUF cannot express exactly, a weight beyond float16, a file in the way, or what
+            was written is not what the model computes.
+    """
+    from orpo.models.gguf_write import write_gguf
+
+    path = Path(path)
+    if path.suffix != ".gguf":
+        raise UserError("a GGUF file's name ends in .gguf", where=str(path), mend=f"name it {path.name}.gguf")
+    if path.exists() and not (is_overwriting and path.is_file()):
+        raise UserError("something of this name is there already", where=str(path), mend="choose another name, or allow overwriting")
+    plain = merge(model)
+    check_merge(model, plain)
+    stops = [*stop_token_ids, *_as_ids(getattr(plain.generation_config, "eos_token_id", None))]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
+            draft = Path(staging) / path.name
+            write_gguf(plain, tokenizer, draft, dtype=dtype, name=name or Path(plain.name_or_path or "model").name, stop_token_ids=stops)
+            check_gguf(plain, draft)
+            _sync(draft)
+            os.replace(draft, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path
+
+
+@contextmanager
+def _staged_folder(target: Path, *, is_overwriting: bool) -> Iterator[Path]:
+    """A folder to write into, which takes the target's place once the block is through, and leaves nothing behind where it is not."""
+    recover_folder(target)
+    is_taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
+    if is_taken and not (is_overwriting and target.is_dir() and not target.is_symlink() and _is_export(target)):
+        raise UserError(
+            "this place is taken" if not is_overwriting else "what is here is no exported model; it is not overwritten",
+            where=str(target),
+            mend="choose another folder, or allow overwriting" if not is_overwriting else "choose another folder",
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_folder(target) as staging:
+            yield staging
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _is_export(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _OURS)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content or a folder's entries durable, or a power cut could leave a whole run with empty weights."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot be written: {error.strerror or error}", where=str(path), mend="check the free space and the permissions")
+
+
+def _has_own_embeddings(model: Any) -> bool:
+    """Whether the embeddings differ from those of the base on disk, so that the adapter without them would be useless.
+
+    PEFT's own answer ("auto") asks the hub; this one looks only at what is here.
+    """
+    settings = model.peft_config[model.active_adapter]
+    if rows := getattr(settings, "trainable_token_indices", None):
+        trained = set().union(*rows.values()) if isinstance(rows, dict) else set(rows)
+        base_rows = _rows_of_base(model)
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        return base_rows is not None and not set(range(base_rows, num_rows)) <= trained
+    if model.get_input_embeddings().weight.requires_grad:
+        return True
+    return _grown_rows(model) is not None
+
+
+def _grown_rows(model: Any) -> int | None:
+    """Rows of the embeddings, where they are not as many as the base on disk has."""
+    base_rows, num_rows = _rows_of_base(model), int(model.get_input_embeddings().weight.shape[0])
+    return num_rows if base_rows is not None and base_rows != num_rows else None
+
+
+def _rows_of_base(model: Any) -> int | None:
+    """Rows of the embeddings of the base as it is stored; None where it is nowhere to be seen (built in memory)."""
+    from transformers import AutoConfig
+
+    from orpo.models.find import find_source
+
+    base_name = model.peft_config[model.active_adapter].base_model_name_or_path
+    try:
+        return int(AutoConfig.from_pretrained(find_source(base_name).location, local_files_only=True).get_text_config().vocab_size)
+    except (OSError, ValueError, TypeError, AttributeError, UserError):
+        return None
+
+
+def _add_stop_ids(model: PreTrainedModel, path: Path, stop_token_ids: Sequence[int]) -> None:
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own_ids = _as_ids(settings.get("eos_token_id", getattr(model.config, "eos_token_id", None)))
+    ids = list(dict.fromkeys([*own_ids, *(int(token) for token in stop_token_ids)]))
+    settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_ids(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [int(value)]
+
+
+def _save_generation(base: PreTrainedModel, folder: Path, stop_token_ids: Sequence[int]) -> None:
+    """An adapter's folder says where an answer ends, as a merged model's does: its end of a turn may be none of its base's."""
+    settings = getattr(base, "generation_config", None)
+    if settings is not None:
+        settings.save_pretrained(folder)
+    _add_stop_ids(base, folder / "generation_config.json", stop_token_ids)
+
+
+def _write_resize_note(model: Any, folder: Path) -> None:
+    """Say in the adapter's folder that its base needs more rows before PEFT can load it; `load_model` adds them by itself."""
+    grown = _grown_rows(model)
+    if grown is None:
+        return
+    base_name = model.peft_config[model.active_adapter].base_model_name_or_path
+    note = f"""# An adapter with new tokens
+
+Its base model has no rows for them yet. Add these before you load the adapter:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained("{base_name}")
+model.resize_token_embeddings({grown})
+model = PeftModel.from_pretrained(model, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)  # where an answer ends
+```
+"""
+    (folder / "README.md").write_text(note, encoding="utf-8")

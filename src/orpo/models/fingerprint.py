@@ -1,0 +1,99 @@
+"""Facts about weights: their fingerprint and the dtype they are stored in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_FILE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def weights_sha256(model_or_folder: torch.nn.Module | str | Path) -> str:
+    """Fingerprint of a model's weights: the same for a model and for the folder it was saved to, whatever the sharding.
+
+    sha256 over name, dtype, shape and bytes of every tensor in order of name; a tensor tied to another counts once. Other dtypes are
+    other weights.
+
+    Raises:
+        UserError: the folder holds no safetensors.
+    """
+    readers = _folder_readers(Path(model_or_folder)) if isinstance(model_or_folder, str | Path) else _model_readers(model_or_folder)
+    total = hashlib.sha256()
+    names = sorted(readers)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
+        for name, digest in zip(names, pool.map(lambda name: _tensor_digest(readers[name]()), names), strict=True):
+            total.update(name.encode() + b"\0" + digest)
+    return total.hexdigest()
+
+
+def _tensor_digest(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\0".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _model_readers(model: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name: partial(_itself, tensor) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _folder_readers(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    return {name: partial(_read, path, name) for path in _weight_files(folder) for name in _names(path)}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError("there are no weights in this folder", where=str(folder), expected="*.safetensors")
+    return files
+
+
+def _names(path: Path) -> Iterator[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        yield from file.keys()
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The float dtype of most of a folder's weights; None where they are of another kind (quantized)."""
+    import torch
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    with safe_open(_weight_files(folder)[0], framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            counts[file.get_slice(name).get_dtype()] += 1
+    common = _FILE_DTYPES.get(counts.most_common(1)[0][0]) if counts else None
+    return getattr(torch, common) if common else None
+
+
+def content_key(**parts: Any) -> str:
+    """sha256 over the parts as canonical JSON: equal exactly where all of them are."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

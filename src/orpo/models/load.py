@@ -1,0 +1,497 @@
+"""Load a causal language model and its tokenizer from wherever it is, with clear errors.
+
+One function, `load_model`, takes a hub id, a folder (a whole model, a PEFT adapter, or the folder of a run), a GGUF file, or the alias of
+the bundled model. Nothing is unpickled (safetensors alone) and no remote code runs unless it is asked for by revision.
+LoRA is in `orpo.models.adapters`, devices are in `orpo.system.machine`; their public names can be had from here too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from orpo.errors import UserError
+from orpo.models.adapters import adapt, adapter_base, is_adapted, load_adapter, merge, set_generation
+from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
+from orpo.models.find import (
+    ModelSource,
+    check_config,
+    check_folder,
+    check_tokenizer_files,
+    explain_failure,
+    fetch_hub_adapter,
+    find_source,
+    read_config,
+)
+from orpo.models.fingerprint import stored_dtype, weights_sha256
+from orpo.models.gguf_read import load_gguf
+from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "BUNDLED_ALIAS",
+    "BUNDLED_HUB_ID",
+    "LoadedModel",
+    "ModelFacts",
+    "ModelOptions",
+    "adapt",
+    "as_tokenizer",
+    "bf16_is_fast",
+    "bundled_model_folder",
+    "cache_folder",
+    "choose_device",
+    "cpu_flags",
+    "find_bundled_gguf",
+    "is_adapted",
+    "load_gguf",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "parse_dtype",
+    "upcast_trainable",
+    "weights_sha256",
+]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+_MOVING_REVISIONS = {"main", "master", "head"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What was loaded and what was done to it, for run.json, the terminal and the report.
+
+    Attributes:
+        name: as it was asked for.
+        kind: "alias", "hub", "folder", "adapter" or "gguf".
+        location: the hub id or path that the weights came from.
+        architecture: the model's class.
+        stored_dtype: dtype of the weights on disk; None where the files do not say.
+        dtype: dtype of the weights in memory.
+        quantization: "4bit", "8bit", the method of a model that is stored quantized, or None.
+        notes: one sentence each on what the user might not expect.
+    """
+
+    name: str
+    kind: str
+    location: str
+    revision: str | None
+    architecture: str
+    model_type: str
+    num_parameters: int
+    stored_dtype: str | None
+    dtype: str
+    device: str
+    quantization: str | None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LoadedModel(NamedTuple):
+    """`model, tokenizer, facts = load_model(...)`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How to load; the arguments of `load_model` in one value."""
+
+    revision: str | None = None
+    dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+    device: str | torch.device | None = None
+    attn_implementation: str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    use_bnb_nested_quant: bool = False
+    bnb_4bit_quant_storage: str | None = None
+    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    bnb_4bit_quant_type: str = "nf4",
+    use_bnb_nested_quant: bool = False,
+    bnb_4bit_quant_storage: str | None = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    is_adapter_trainable: bool = False,
+) -> LoadedModel:
+    """Load a causal language model with its tokenizer, in eval mode, on the best device.
+
+    Args:
+        name_or_path: a hub id, a folder (model, PEFT adapter or run), a `.gguf` file, or `smollm2-135m-instruct`.
+        revision: commit, tag or branch of a hub id.
+        dtype: of the weights in memory; unset means fp32, because trained weights need it (docs: precision). "auto" keeps the files' own.
+        trust_remote_code: run Python code that comes with the model; needs a pinned `revision`.
+        device: unset means CUDA, MPS or the CPU, whichever is there first.
+        load_in_4bit, load_in_8bit: quantize with bitsandbytes while loading; only adapters can then be trained.
+        model_init_kwargs: anything else for transformers' `from_pretrained`.
+        is_adapter_trainable: of an adapter folder: go on training the adapter.
+
+    Raises:
+        UserError: nothing there, not a causal language model, weights only as pickles, damaged or incomplete files, remote code without
+            leave, a device or package that is missing.
+
+    Example:
+        >>> from orpo.models.load import load_model
+        >>> model, tokenizer, facts = load_model("smollm2-135m-instruct")  # doctest: +SKIP
+        >>> facts.num_parameters  # doctest: +SKIP
+        134515008
+    """
+    options = _checked_options(
+        ModelOptions(
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            attn_implementation=attn_implementation,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            bnb_4bit_quant_type=bnb_4bit_quant_type,
+            use_bnb_nested_quant=use_bnb_nested_quant,
+            bnb_4bit_quant_storage=bnb_4bit_quant_storage,
+            model_init_kwargs=dict(model_init_kwargs or {}),
+        ),
+        dtype,
+    )
+    source = find_source(str(name_or_path))
+    _check_remote_code(source, options)
+    if source.kind == "hub" and (adapter := fetch_hub_adapter(source, options.revision)) is not None:
+        source = replace(source, kind="adapter", location=str(adapter))
+    if source.kind == "adapter":
+        return _load_adapted(source, options, is_trainable=is_adapter_trainable)
+    if source.kind == "gguf":
+        return _load_gguf(source, options)
+    return _load_plain(source, options)
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, from the same places as `load_model`; a padding token is set where there is none."""
+    source = find_source(str(name_or_path))
+    _check_remote_code(source, ModelOptions(revision=revision, trust_remote_code=trust_remote_code))
+    if source.kind == "gguf":
+        return load_gguf(Path(source.location))[1]
+    return _tokenizer_of(source, revision, trust_remote_code)[0]
+
+
+def as_tokenizer(tokenizer_or_processor: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, also where a multimodal processor that holds one was handed over.
+
+    Raises:
+        UserError: neither a tokenizer nor a processor with one.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    inner = tokenizer_or_processor
+    if not isinstance(inner, PreTrainedTokenizerBase):
+        inner = getattr(tokenizer_or_processor, "tokenizer", None)
+    if not isinstance(inner, PreTrainedTokenizerBase):
+        raise UserError(
+            f"a {type(tokenizer_or_processor).__name__} cannot turn text into tokens",
+            where="processing_class",
+            expected="a tokenizer of transformers, or a processor that holds one",
+        )
+    return inner
+
+
+def parse_dtype(value: str | torch.dtype | None, *, where: str = "dtype") -> torch.dtype | None:
+    """A dtype from its name ("bfloat16", "bf16", "torch.float32"); None for None and "auto"."""
+    import torch
+
+    if value is None or value == "auto" or isinstance(value, torch.dtype):
+        return value if isinstance(value, torch.dtype) else None
+    name = _DTYPES.get(str(value).removeprefix("torch."))
+    if name is None:
+        raise UserError(f"{value!r} is not a dtype for weights", where=where, expected="float32, bfloat16, float16 or auto")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def upcast_trainable(model: torch.nn.Module) -> str | None:
+    """Bring trainable weights that are coarser than fp32 to fp32, in place; says what was done, or None.
+
+    Small steps vanish in bf16: an update of 8e-6 to a weight of 0.05 is below half the spacing of bf16 numbers there.
+    """
+    import torch
+
+    coarse = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not coarse:
+        return None
+    names = "/".join(sorted({_dtype_name(p.dtype) for p in coarse}))
+    for parameter in coarse:
+        parameter.data = parameter.data.to(torch.float32)
+    return f"{sum(p.numel() for p in coarse):,} trainable weights were in {names} and are trained in float32"
+
+
+def _checked_options(options: ModelOptions, dtype: str | torch.dtype | None) -> ModelOptions:
+    """Lift what `model_init_kwargs` says about the same things, and refuse what must not be said there."""
+    import torch
+
+    extra = dict(options.model_init_kwargs)
+    if "use_safetensors" in extra and not extra.pop("use_safetensors"):
+        raise UserError("weights are never unpickled", where="model_init_kwargs.use_safetensors", expected="true, or nothing")
+    if options.load_in_4bit and options.load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit exclude each other", expected="one of them")
+    for old in ("torch_dtype", "dtype"):
+        dtype = extra.pop(old, None) if dtype is None else dtype
+        extra.pop(old, None)
+    revision = options.revision or extra.pop("revision", None)
+    trust = options.trust_remote_code or bool(extra.pop("trust_remote_code", False))
+    attention = options.attn_implementation or extra.pop("attn_implementation", None)
+    for lifted in ("revision", "trust_remote_code", "attn_implementation"):
+        extra.pop(lifted, None)
+    wanted = parse_dtype(dtype)
+    if wanted is None and dtype is None:
+        wanted = _compute_dtype(options) if options.load_in_4bit or options.load_in_8bit else torch.float32
+    return replace(
+        options, revision=revision, trust_remote_code=trust, attn_implementation=attention, dtype=wanted, model_init_kwargs=extra
+    )
+
+
+def _compute_dtype(options: ModelOptions) -> torch.dtype:
+    import torch
+
+    return torch.bfloat16 if bf16_is_fast(options.device) else torch.float32
+
+
+def _check_remote_code(source: ModelSource, options: ModelOptions) -> None:
+    """Remote code is refused unless it is named by a revision that does not move (FAULTS 55)."""
+    if not options.trust_remote_code or source.kind in ("alias", "gguf"):
+        return
+    if source.kind == "hub" and (not options.revision or options.revision.lower() in _MOVING_REVISIONS):
+        raise UserError(
+            f"trust_remote_code would run whatever code {source.location} holds today",
+            where="trust_remote_code",
+            expected="a pinned revision beside it, best the full commit hash that you have read",
+            mend="set model_revision to that commit, or leave trust_remote_code off",
+        )
+    if source.kind == "folder":
+        foreign = [str(name) for name in (read_config(source).get("auto_map") or {}).values() if "--" in str(name)]
+        if foreign and not options.revision:
+            raise UserError(
+                f"the model's code is not in the folder; its config.json fetches {foreign[0]!r}",
+                where="trust_remote_code",
+                expected="a pinned revision of that code",
+                mend="set model_revision to a commit of it",
+            )
+
+
+def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
+    """A whole model from a folder (the bundled one included) or the hub."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hub = _hub_arguments(source, options)
+    if source.is_local:
+        check_folder(source)
+    try:
+        config = AutoConfig.from_pretrained(source.location, **hub)
+        check_config(config, source)
+        stored = stored_dtype(Path(source.location)) if source.is_local else getattr(config, "dtype", None)
+        quantization = _quantization(options)
+        device = choose_device(options.device)
+        tokenizer, notes = _tokenizer_of(source, options.revision, options.trust_remote_code)  # first: it is small, and may be missing
+        arguments: dict[str, Any] = {**hub, **quantization, **options.model_init_kwargs}
+        if options.attn_implementation:
+            arguments["attn_implementation"] = options.attn_implementation
+        is_quantized = "quantization_config" in arguments or getattr(config, "quantization_config", None) is not None
+        if is_quantized:  # such a model is built on its device; it cannot be moved there afterwards
+            arguments.setdefault("device_map", {"": device})
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
+        )
+    except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
+        raise explain_failure(error, source) from error
+    _refuse_random_weights(loading, source)
+    if "device_map" not in arguments:
+        model.to(device)
+    if source.kind == "alias":
+        model.config._name_or_path = model.name_or_path = source.name
+    return _with_facts(model.eval(), tokenizer, source, options, stored, notes)
+
+
+def _hub_arguments(source: ModelSource, options: ModelOptions) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    if source.kind == "hub" and options.revision:
+        arguments["revision"] = options.revision
+    if options.trust_remote_code and options.revision:
+        arguments["code_revision"] = options.revision
+    if source.is_local or not hub_answers():
+        arguments["local_files_only"] = True
+    return arguments
+
+
+def _quantization(options: ModelOptions) -> dict[str, Any]:
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return {}
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "load_in_4bit and load_in_8bit need the package bitsandbytes",
+            where="load_in_4bit" if options.load_in_4bit else "load_in_8bit",
+            mend='pip install "orpo[qlora]", or train a LoRA adapter on the unquantized model',
+        )
+    if options.load_in_8bit:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=_compute_dtype(options),
+            bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+            bnb_4bit_quant_storage=options.bnb_4bit_quant_storage,
+        )
+    }
+
+
+def _refuse_random_weights(loading: Mapping[str, Any], source: ModelSource) -> None:
+    """transformers fills missing tensors with random numbers and goes on; a run would then train noise."""
+    missing = sorted(loading.get("missing_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"weights are missing: {', '.join(missing[:3])}{more}",
+            where=source.location,
+            expected="every weight of the architecture in the safetensors files",
+            mend="copy or download the model again; if it was saved for another task (a classifier), use its language model",
+        )
+
+
+def _load_gguf(source: ModelSource, options: ModelOptions) -> LoadedModel:
+    if options.load_in_4bit or options.load_in_8bit:
+        raise UserError(
+            "a GGUF file is unpacked while loading; it cannot be quantized again",
+            where=source.location,
+            mend="leave load_in_4bit and load_in_8bit off",
+        )
+    model, tokenizer = load_gguf(Path(source.location), dtype=options.dtype)
+    check_config(model.config, source)
+    if options.attn_implementation:
+        model.set_attn_implementation(options.attn_implementation)
+    model.to(choose_device(options.device))
+    notes = ("unpacked from the blocks of a GGUF file: what quantisation lost stays lost", *_settle_padding(tokenizer))
+    return _with_facts(model.eval(), tokenizer, source, options, None, notes)
+
+
+def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: bool) -> LoadedModel:
+    """A PEFT adapter: its base model first, then the adapter onto it. A tokenizer saved with the adapter goes before the base's."""
+    base_name, base_revision = adapter_base(source)
+    base = find_source(base_name)
+    base_options = replace(options, revision=base_revision)
+    _check_remote_code(base, base_options)
+    loaded = _load_gguf(base, base_options) if base.kind == "gguf" else _load_plain(base, base_options)
+    model = load_adapter(loaded.model, source, is_trainable=is_trainable)
+    set_generation(model, Path(source.location))
+    tokenizer, notes = loaded.tokenizer, loaded.facts.notes
+    if (Path(source.location) / "tokenizer_config.json").is_file():
+        tokenizer, _ = _tokenizer_of(source, None, options.trust_remote_code)
+    facts = replace(
+        loaded.facts,
+        name=source.name,
+        kind="adapter",
+        location=source.location,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        notes=(f"an adapter on {base_name}", *notes),
+    )
+    return LoadedModel(model.eval(), tokenizer, facts)
+
+
+def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
+    from transformers import AutoTokenizer
+
+    options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
+    if source.is_local:
+        check_tokenizer_files(source)
+    try:
+        tokenizer = as_tokenizer(AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source, options)))
+    except Exception as error:  # as in _load_plain
+        raise explain_failure(error, source, part="tokenizer") from error
+    return tokenizer, _settle_padding(tokenizer)
+
+
+def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Generation in batches pads, so a padding token must exist; which one it is cannot change a loss here."""
+    if tokenizer.pad_token_id is not None:
+        return ()
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return (f"the tokenizer has no padding token; {tokenizer.pad_token!r} is used",) if tokenizer.pad_token else ()
+
+
+def _with_facts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
+    options: ModelOptions,
+    stored_dtype: torch.dtype | None,
+    notes: tuple[str, ...],
+) -> LoadedModel:
+    in_memory = _dtype_name(model.dtype)
+    stored = _dtype_name(stored_dtype) if stored_dtype is not None else None
+    quantization = "4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else _stored_quantization(model)
+    collected = list(notes)
+    if source.kind == "alias":
+        collected.append("4-bit weights (Q4_1), unpacked; the full-precision ones are " + BUNDLED_HUB_ID)
+    elif stored and stored != in_memory and not quantization:
+        collected.append(f"weights stored in {stored} were loaded as {in_memory}")
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        collected.append(f"the tokenizer knows {len(tokenizer)} tokens, the model {num_embeddings}: text with the rest of them will fail")
+    if quantization:
+        collected.append(f"quantized ({quantization}): only an adapter can be trained")
+    facts = ModelFacts(
+        name=source.name,
+        kind=source.kind,
+        location=source.location,
+        revision=options.revision if source.kind == "hub" else None,
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        num_parameters=model.num_parameters(),
+        stored_dtype=stored,
+        dtype=in_memory,
+        device=str(model.device),
+        quantization=quantization,
+        notes=tuple(collected),
+    )
+    return LoadedModel(model, tokenizer, facts)
+
+
+def _stored_quantization(model: PreTrainedModel) -> str | None:
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,192 @@
+"""Before an export takes its name: does what was written compute what the model computes that it was made from?
+
+Merged models and adapters are loaded again from what was written and asked for logits; a GGUF file's tensors are compared with the model's
+within the rounding of their type.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from orpo.errors import UserError
+from orpo.models.adapters import adapter_base, is_adapted
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_PROBE_ROWS, _PROBE_TOKENS = 2, 24
+
+_TOLERANCES = {"float32": 1e-3, "float32 elsewhere": 2e-2, "half": 0.15}
+"""Of the largest difference between logits, in their standard deviations: float32 on one processor, on two kinds (whose products may be
+shortened), and 16 bits, where merging and every layer round."""
+
+
+def check_merged(model: Any, plain: PreTrainedModel, folder: Path) -> None:
+    """A folder holds the merged model's weights bit for bit, and computes what `model` does.
+
+    Raises:
+        UserError: it does not.
+    """
+    _check_stored(plain, folder)
+    if _is_quantized(plain):
+        return
+    written = type(plain).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True).eval()
+    _check_logits(model, written, "merged model")
+
+
+def check_merge(model: Any, plain: PreTrainedModel) -> None:
+    """A merged model in memory computes what the model with its adapter does.
+
+    Raises:
+        UserError: it does not.
+    """
+    if plain is not model:
+        _check_logits(model, plain, "merged model")
+
+
+def check_adapter(model: Any, folder: Path) -> None:
+    """An adapter's folder, loaded onto its base from where that is stored, computes what the model does.
+
+    Where the base cannot be loaded again (quantized, of foreign code, built in memory) the tensors are compared instead.
+
+    Raises:
+        UserError: it does not.
+    """
+    from orpo.models.find import ModelSource, find_source
+    from orpo.models.load import load_model
+
+    base = model.get_base_model()
+    is_reloadable = not _is_quantized(base) and not type(base).__module__.startswith("transformers_modules")
+    if is_reloadable:
+        try:
+            find_source(adapter_base(ModelSource(str(folder), "adapter", str(folder)))[0])
+        except UserError as error:
+            logger.warning("the adapter cannot be tried on its base model: %s", str(error).splitlines()[0])
+            is_reloadable = False
+    if not is_reloadable:
+        _check_adapter_tensors(model, folder)
+        return
+    _check_logits(model, load_model(folder, dtype=base.dtype, device="cpu").model, "adapter")
+
+
+def check_gguf(plain: PreTrainedModel, path: Path) -> None:
+    """Every tensor of a GGUF file is the model's, within half a step of the type it is stored in.
+
+    Raises:
+        UserError: one differs, is missing, or is one too many.
+    """
+    from gguf import GGUFReader
+
+    from orpo.models.gguf_write import tensors_of
+
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    expected = dict(tensors_of(plain))
+    if stored.keys() != expected.keys():
+        _refuse("GGUF file", f"its tensors differ by name, {sorted(stored.keys() ^ expected.keys())[0]} first")
+    for name, tensor in expected.items():
+        values = tensor.detach().to("cpu").float().numpy()
+        written = np.asarray(stored[name].data)
+        if written.shape != values.shape:
+            _refuse("GGUF file", f"{name} has shape {written.shape}, the model's has {values.shape}")
+        if match := re.search(r"attn_([qk])\.weight$", name):
+            config = plain.config
+            written = _halves_apart(written, config.num_attention_heads if match[1] == "q" else config.num_key_value_heads)
+        step = np.finfo(written.dtype)
+        allowed = np.abs(values) * step.eps / 2 + step.smallest_subnormal
+        if not (np.abs(written.astype(np.float64) - values) <= allowed).all():
+            _refuse("GGUF file", f"{name} differs by more than {written.dtype} rounds")
+
+
+def _halves_apart(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """From neighbouring rows that rotate against each other to the halves of a head, as transformers has them."""
+    size = rows.shape[0] // num_heads
+    order = np.concatenate([head * size + np.r_[0:size:2, 1:size:2] for head in range(num_heads)])
+    return rows[order]
+
+
+def _check_stored(plain: PreTrainedModel, folder: Path) -> None:
+    from orpo.models.fingerprint import weights_sha256
+
+    if weights_sha256(folder) != weights_sha256(plain):
+        _refuse("merged model", "the weights in the files are not those in memory")
+
+
+def _check_adapter_tensors(model: Any, folder: Path) -> None:
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        if name not in stored or not torch.equal(stored[name], tensor.detach().cpu()):
+            _refuse("adapter", f"{name} is {'not the one in memory' if name in stored else 'missing'}")
+
+
+def _check_logits(model: Any, written: Any, what: str) -> None:
+    """Compare two models on a few tokens, each where it is."""
+    import torch
+
+    ids = _probe_ids(model)
+    expected, found = _logits(model, ids), _logits(written, ids)
+    if expected.shape != found.shape:
+        _refuse(what, f"it gives logits for {found.shape[-1]} tokens, the model for {expected.shape[-1]}")
+    gaps = torch.where(expected == found, torch.zeros_like(expected), (expected - found).abs())
+    spread = expected[torch.isfinite(expected)].std()
+    gap = float(gaps.max() / spread.clamp_min(1e-6))
+    dtypes = {parameter.dtype for one in (model, written) for parameter in one.parameters() if parameter.is_floating_point()}
+    is_half = bool(dtypes & {torch.float16, torch.bfloat16})
+    devices = {one.device.type for one in (model, written)}
+    tolerance = _TOLERANCES["half" if is_half else "float32" if devices == {"cpu"} else "float32 elsewhere"]
+    if not gap <= tolerance:  # nan included
+        _refuse(what, f"its logits differ from the model's by up to {gap:.2g} of their standard deviations, {tolerance:g} can be rounding")
+
+
+def _probe_ids(model: Any) -> torch.Tensor:
+    """The same few tokens every time, the last of the vocabulary among them (new tokens are there), none that stands for an image."""
+    import torch
+
+    config = model.config
+    settings = {**config.to_dict(), **config.get_text_config().to_dict()}
+    reserved = {value for name, value in settings.items() if re.search(r"token_(id|index)$", name) and isinstance(value, int)}
+    num_rows = int(model.get_input_embeddings().weight.shape[0])
+    free = [token_id for token_id in range(num_rows) if token_id not in reserved] or [0]
+    shape = (_PROBE_ROWS, _PROBE_TOKENS)
+    picks = torch.randint(len(free), shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor(free)[picks]
+    last = torch.tensor(free[-_PROBE_TOKENS // 2 :])
+    ids[0, : len(last)] = last
+    return ids
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
+            return logits.float().cpu()
+    finally:
+        model.train(was_training)
+
+
+def _is_quantized(model: Any) -> bool:
+    base = model.get_base_model() if is_adapted(model) else model
+    names = ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer")
+    return any(getattr(base, name, None) for name in names) or getattr(base.config, "quantization_config", None) is not None
+
+
+def _refuse(what: str, difference: str) -> NoReturn:
+    raise UserError(
+        f"the {what} that was written is not the model it was made from: {difference}; it was not published",
+        mend="the run's folder and its checkpoints are untouched; choose another form of export, and report this with the model's name",
+    )

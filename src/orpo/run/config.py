@@ -1,0 +1,253 @@
+"""What `orpo train` runs: defaults, a YAML file and flags resolved into one set of values, each with its origin.
+
+    default  <  file  <  flag
+
+Every problem of both is told in one go, with file and line. Nothing is loaded, downloaded or created here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.config import compat
+from orpo.config.checks import check_values, value_notes
+from orpo.data.reading.sources import DEMO_DATA
+from orpo.errors import UserError, UserErrors
+from orpo.run.keys import key_defaults
+from orpo.run.read import Given, read_file, read_flags, translate_layer
+
+if TYPE_CHECKING:
+    from orpo.config.options import ORPOConfig
+
+_FREE_OF_IDENTITY = frozenset({"output_dir", "resume_from_checkpoint", "allow_changed_resume"})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A resolved run.
+
+    Attributes:
+        values: every key -> its value.
+        origins: every key -> "default", "recipes/demo.yaml:3" or "--learning_rate".
+        notes: what the user should know (options without effect, text that looks like a variable).
+        config_file: the YAML file, if there was one.
+        name: what the run's folder is called where no output_dir says it.
+    """
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    notes: tuple[str, ...] = ()
+    config_file: str | None = None
+    name: str | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def is_given(self, key: str) -> bool:
+        """Whether the file or a flag set the key."""
+        return self.origins[key] != "default"
+
+    def training_args(self) -> ORPOConfig:
+        """The trainer's options as an `ORPOConfig`."""
+        from orpo.config.options import ORPOConfig, field_types
+
+        given = {name: self.values[name] for name in field_types() if name in self.values and self.is_given(name)}
+        return ORPOConfig(**{**given, "output_dir": self.output_dir})
+
+    @property
+    def identity(self) -> str:
+        """Hash of all values that say what is run, but not where it is written."""
+        values = {name: value for name, value in sorted(self.values.items()) if name not in _FREE_OF_IDENTITY}
+        return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def output_dir(self) -> str:
+        """The run's folder. Without an `output_dir` the same configuration always means the same folder, so that it can be resumed."""
+        if self.values["output_dir"] is not None:
+            return str(Path(self.values["output_dir"]).expanduser())
+        stem = self.name or (Path(self.config_file).stem if self.config_file else Path(str(self.values["model_name_or_path"])).name)
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run"
+        return str(Path("runs") / f"{safe}-{self.identity[:8]}")
+
+    def peft_config(self) -> Any:
+        """The `peft.LoraConfig` asked for, or None for full fine-tuning."""
+        if not self.values["use_peft"]:
+            return None
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self["lora_r"],
+            lora_alpha=self["lora_alpha"],
+            lora_dropout=self["lora_dropout"],
+            target_modules=self["lora_target_modules"] or "all-linear",
+            target_parameters=self["lora_target_parameters"],
+            modules_to_save=self["lora_modules_to_save"],
+            use_rslora=self["use_rslora"],
+            use_dora=self["use_dora"],
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+    def train_source(self) -> Any:
+        """What to train on, as `orpo.data.reading.sources.as_sources` takes it."""
+        return _with_config(self["dataset_name"], self["dataset_config"])
+
+    def eval_source(self) -> tuple[Any, str | None] | None:
+        """(source, split) to evaluate on, or None; `eval_fraction` is another matter."""
+        name = self["eval_dataset_name"] or (self["dataset_name"] if self["dataset_test_split"] else None)
+        if name is None:
+            return None
+        split = self["dataset_test_split"]
+        return _with_config(name if split else _demo_test(name), self["dataset_config"]), split
+
+
+def _demo_test(name: Any) -> Any:
+    """The test rows of the packaged data, where it is named to evaluate on and no split is."""
+    if isinstance(name, list):
+        return [_demo_test(item) for item in name]
+    item = {"path": name} if isinstance(name, str) else name
+    return {"split": "test", **item} if item.get("path") == DEMO_DATA else name
+
+
+def _with_config(source: Any, config: str | None) -> Any:
+    if config is None:
+        return source
+    items = source if isinstance(source, list) else [source]
+    return [{"name": config, **item} if isinstance(item, dict) else {"path": item, "name": config} for item in items]
+
+
+def resolve(
+    config_file: str | Path | None = None, flags: Sequence[str] = (), *, base: Mapping[str, Any] | None = None, name: str | None = None
+) -> RunConfig:
+    """Resolve a run's configuration.
+
+    Args:
+        config_file: YAML with one key per line, or None.
+        base: values between the defaults and the file, of a command that is a configuration of its own; their origin is `name`.
+        name: what the run is called.
+        flags: command-line arguments (`--learning_rate 1e-5`, `--lora_r=8`, `--use_peft`); one word that is no flag is the file.
+
+    Raises:
+        UserErrors: every problem of file, flags and values.
+    """
+    problems: list[UserError] = []
+    given_flags, words = read_flags(flags, problems)
+    if config_file is not None:
+        words.insert(0, str(config_file))
+    for word in words[1:]:
+        problems.append(UserError(f"found {word!r} beside {words[0]}", where="command line", expected="one configuration file"))
+    path = words[0] if words else None
+    given_file = read_file(Path(path), problems) if path is not None else {}
+    notes: list[str] = []
+    layers = [translate_layer(layer, problems, notes) for layer in (given_file, given_flags)]
+    given = {**{key: Given(value, str(name)) for key, value in (base or {}).items()}, **layers[0], **layers[1]}
+    values, origins = key_defaults(), {}
+    for key, default in values.items():
+        origins[key] = given[key].origin if key in given else "default"
+        values[key] = given[key].value if key in given else default
+    if values["load_in_4bit"] or values["load_in_8bit"]:
+        values["use_peft"] = True
+    problems += _value_problems(values, origins, has_broken_keys=bool(problems))
+    if problems:
+        raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
+    notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
+    notes += value_notes(values)
+    return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
+
+
+def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool) -> list[UserError]:
+    from orpo.config.options import field_types
+
+    trainer = {key: value for key, value in values.items() if key in field_types()}
+    own = {key: value for key, value in values.items() if key not in trainer}
+    problems = check_values(trainer, field_types()) + compat.refusals(own) + _run_problems(values, has_broken_keys=has_broken_keys)
+    for problem in problems:
+        origin = origins.get(problem.where or "", "default")
+        if origin != "default" and origin != f"--{problem.where}":
+            problem.where = f"{origin}: {problem.where}"
+        elif origin != "default":
+            problem.where = origin
+    return problems
+
+
+def _run_problems(values: dict[str, Any], *, has_broken_keys: bool) -> list[UserError]:
+    problems = []
+    needed = {
+        "model_name_or_path": "a hub id, a folder, a GGUF file, or smollm2-135m-instruct",
+        "dataset_name": f"a file, a folder, a hub id, or {DEMO_DATA}",
+    }
+    for key, expected in needed.items():
+        # A misspelt key is told once, as what it is.
+        if values[key] in (None, "", []) and not has_broken_keys:
+            problems.append(UserError("is missing", where=key, expected=expected, mend=f"add `{key}: …` to the file, or --{key} …"))
+    for key in ("lora_r", "lora_alpha"):
+        if values[key] < 1:
+            problems.append(UserError(f"found {values[key]}", where=key, expected="at least 1"))
+    if not 0 <= values["lora_dropout"] < 1:
+        problems.append(UserError(f"found {values['lora_dropout']}", where="lora_dropout", expected="at least 0 and below 1"))
+    fraction = values["eval_fraction"]
+    if fraction is not None and not 0 < fraction < 1:
+        problems.append(UserError(f"found {fraction}", where="eval_fraction", expected="between 0 and 1, 0.05 for instance"))
+    if fraction is not None and (values["dataset_test_split"] or values["eval_dataset_name"]):
+        other = "dataset_test_split" if values["dataset_test_split"] else "eval_dataset_name"
+        problems.append(UserError(f"is given together with {other}", where="eval_fraction", mend="keep one of them"))
+    if values["load_in_4bit"] and values["load_in_8bit"]:
+        problems.append(UserError("is given together with load_in_8bit", where="load_in_4bit", mend="keep one of them"))
+    has_eval = fraction is not None or values["dataset_test_split"] or values["eval_dataset_name"]
+    if values["eval_strategy"] not in ("no", None) and not has_eval:
+        problems.append(
+            UserError(
+                f"found {values['eval_strategy']!r}, but there is nothing to evaluate on",
+                where="eval_strategy",
+                mend="name dataset_test_split or eval_dataset_name, or hold rows out with eval_fraction",
+            )
+        )
+    return problems
+
+
+def as_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The configuration for run.json: key -> value and origin. Secrets are the writer's business (`orpo.system.redact`)."""
+    return {key: {"value": _plain(config.values[key]), "origin": config.origins[key]} for key in sorted(config.values)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return float(value) if isinstance(value, float) else getattr(value, "value", str(value))
+
+
+def read_model_config(config: RunConfig) -> Any:
+    """The transformers configuration of a run's model, of its base where it is an adapter."""
+    import os
+
+    from transformers import AutoConfig
+
+    from orpo.models.adapters import adapter_base
+    from orpo.models.find import explain_failure, find_source
+    from orpo.system.machine import hub_answers
+
+    source = find_source(config["model_name_or_path"])
+    if source.kind == "adapter":
+        source = find_source(adapter_base(source)[0])
+    try:
+        if source.kind == "gguf":
+            folder, name = os.path.split(os.path.abspath(source.location))
+            return AutoConfig.from_pretrained(folder, gguf_file=name)
+        return AutoConfig.from_pretrained(
+            source.location,
+            revision=config["model_revision"],
+            trust_remote_code=bool(config["trust_remote_code"]),
+            local_files_only=source.is_local or not hub_answers(),
+        )
+    except Exception as error:  # transformers and the hub raise a dozen kinds for bad input
+        raise explain_failure(error, source, part="model's configuration") from error

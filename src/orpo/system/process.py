@@ -1,0 +1,108 @@
+"""The process: its logging, its signals before a run has guards of its own, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from orpo.errors import EXIT_BUG, EXIT_OK, OrpoError, SignalStop
+from orpo.system.console import say_on_stderr
+
+
+def guarded_exit(command: str, run: Callable[[], int]) -> int:
+    """Run a command; every way out has its exit code and leaves a message without a secret in it."""
+    from orpo.system.console import say_on_stderr
+    from orpo.system.redact import redact_text
+
+    try:
+        with _sigterm_raises():
+            code = int(run())
+        sys.stdout.flush()
+    except OrpoError as error:
+        say_on_stderr(f"orpo {command}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\norpo {command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `orpo … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception:
+        print(redact_text(traceback.format_exc()), file=sys.stderr)
+        print("This is a bug in orpo: please report it with the lines above.", file=sys.stderr)
+        return EXIT_BUG
+    return code
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds the command like Ctrl-C does, so that temporary files go and the exit code is 143; training has its own handler."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise SignalStop(signum, "stopped by SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def configure_logging() -> None:
+    """Messages of the library to stderr, one line each; those of others only when something is wrong."""
+    from orpo.system.console import ConsoleHandler
+
+    handler = ConsoleHandler()
+    handler.setFormatter(_Plain())
+    root = logging.getLogger("orpo")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    root.propagate = False
+    # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains on import about kernels that only quantized models need
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from orpo.system.redact import redact_text
+
+        text = redact_text(record.getMessage())
+        if record.exc_info:
+            text += "\n" + redact_text(self.formatException(record.exc_info))
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def show_warnings_plainly() -> None:
+    """Python warnings as `warning: text` on stderr, each once, without the source line that means nothing to a user."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
+            say_on_stderr(f"warning: {message}")
+
+    warnings.showwarning = show  # type: ignore[assignment]
+
+
+def quiet_libraries() -> None:
+    """Keep transformers', datasets' and Python's own notes from breaking into ours; errors still show."""
+    import datasets
+    import transformers
+
+    show_warnings_plainly()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()

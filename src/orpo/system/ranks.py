@@ -1,0 +1,79 @@
+"""What a checkpoint or a guard needs to know of the other processes of a run: three small collectives, and nothing for one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Ranks:
+    """One process alone. `TorchRanks` is the same over torch.distributed."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size = rank, world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 publishes, prunes and locks; the others only write their own files."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. Also a barrier."""
+        return [value]
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self.gather(value)[0]
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        """Elementwise maximum over ranks: how all come to one decision at one step, at the price of one small reduction."""
+        return list(values)
+
+
+class TorchRanks(Ranks):
+    """The ranks of an initialised `torch.distributed` default group (gloo or NCCL)."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        super().__init__(dist.get_rank(), dist.get_world_size())
+
+    def gather(self, value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        import torch
+        import torch.distributed as dist
+
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        reduced = torch.tensor(list(values), dtype=torch.int64, device=device)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        return [int(value) for value in reduced.tolist()]
+
+
+ALONE = Ranks()
+
+
+def current_ranks() -> Ranks:
+    """The ranks of this process: torch.distributed's where it is initialised with more than one process, else one process alone."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return TorchRanks()
+    return ALONE
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over the ranks of torch.distributed, or the values themselves in a single process."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values

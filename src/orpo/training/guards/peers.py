@@ -1,0 +1,82 @@
+"""Several processes: the first cause is told once, by the rank that had it; the others say whose it was and leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orpo.checkpoint.publish import PeerError
+from orpo.errors import EXIT_BUG
+from orpo.system.ranks import Ranks
+
+_FAILURE_NAME = ".failure.json"
+_LOST_CONTACT = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)|broken pipe|socket|store|timed out", re.IGNORECASE)
+_WAIT_S = 2.0
+
+
+@contextmanager
+def first_cause(run_dir: Path | str, ranks: Ranks) -> Iterator[None]:
+    """Run the body of a distributed run; all ranks enter.
+
+    A rank that fails leaves the others waiting in a collective, where they end with an error about the connection that hides the cause.
+    So the failing rank notes its error in the run's folder first, and a rank whose own error is only about the connection raises
+    `PeerError` with that note instead, and with its exit code.
+
+    Raises:
+        PeerError: another rank failed first, or was lost.
+    """
+    if ranks.world_size == 1:
+        yield
+        return
+    path = Path(run_dir) / _FAILURE_NAME
+    if ranks.is_first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    ranks.gather(None)
+    try:
+        yield
+    except PeerError:
+        raise
+    except BaseException as error:
+        if not _is_lost_contact(error):
+            _note(path, ranks.rank, error)
+            raise
+        raise _peer_error(path, ranks.rank, error) from None
+
+
+def _is_lost_contact(error: BaseException) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_LOST_CONTACT.search(str(error))))
+
+
+def _note(path: Path, rank: int, error: BaseException) -> None:
+    note = {"rank": rank, "error": f"{type(error).__name__}: {error}"[:2000], "exit_code": getattr(error, "exit_code", EXIT_BUG)}
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    except OSError:
+        return  # another rank was first, or the disk is the problem
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(note, file)
+
+
+def _peer_error(path: Path, rank: int, error: BaseException) -> PeerError:
+    end = time.monotonic() + _WAIT_S
+    note: dict[str, Any] = {}
+    while not note and time.monotonic() < end:
+        try:
+            note = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            time.sleep(0.05)
+    if not note:
+        summary = (str(error).splitlines() or [type(error).__name__])[0]
+        return PeerError(f"rank {rank} lost contact with another process, which was killed or cannot be reached ({summary[:200]})")
+    peer = PeerError(f"rank {rank} stops because rank {note['rank']} failed first: {note['error'].splitlines()[0]}")
+    peer.exit_code = note["exit_code"]
+    return peer

@@ -1,0 +1,151 @@
+"""The numbers that a run logs: exact means since the last log, from plain sums, at one reduction per log.
+
+Names are TRL's. Two of them are traps that are kept: `log_odds_ratio` is the mean of log sigmoid(log OR), and `log_odds_chosen` the mean
+of log OR itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from orpo.objective import METRICS
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from orpo.engine.layout import PreferenceBatch
+    from orpo.run.folder import MetricsLog
+    from orpo.training.steps import StepBatch
+
+_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends")
+"""Added up beside `METRICS`: step losses, steps, packed tokens and rows, terminators of chosen answers and their log-probabilities."""
+
+
+class MetricSums:
+    """Adds up what steps report until somebody asks for the means."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
+        self.busy_s = 0.0
+        self._started_s: float | None = None
+        self._step = torch.zeros_like(self.values[: len(METRICS)])
+
+    def start(self) -> None:
+        """A step begins: time runs until `stop`, so evaluation and saving are not counted against throughput."""
+        self._started_s = time.perf_counter()
+        self._step.zero_()
+
+    def stop(self) -> None:
+        """A step has ended."""
+        if self._started_s is not None:
+            self.busy_s += time.perf_counter() - self._started_s
+            self._started_s = None
+
+    def add(self, sums: Tensor, *, num_tokens: int, end_logps: Tensor | None = None) -> None:
+        """A micro-batch's sums, in the order of `METRICS`, its packed tokens, and its chosen terminators' log-probabilities."""
+        self.values[: len(METRICS)] += sums.to(self.values)
+        self._step += sums.to(self.values)
+        self.values[len(METRICS) + 2] += num_tokens
+        if end_logps is not None:
+            self.values[len(METRICS) + 4] += end_logps.to(self.values).sum()
+            self.values[len(METRICS) + 5] += end_logps.numel()
+
+    def end_step(self, loss: Tensor, num_rows: float) -> None:
+        """An optimizer step's loss (this rank's part) and rows (this rank's share)."""
+        self.values[len(METRICS)] += loss.to(self.values)
+        self.values[len(METRICS) + 1] += 1
+        self.values[len(METRICS) + 3] += num_rows
+
+    def step_nll(self) -> float | None:
+        """Mean next-token loss of this rank's tokens in the newest step, nats; None where it had none."""
+        num_tokens, nll_sum = self._step[[METRICS.index("num_nll_tokens"), METRICS.index("nll_sum")]].tolist()
+        return nll_sum / num_tokens if num_tokens else None
+
+    def take(self, *, orpo_alpha: float, reduce: Callable[[Tensor], Tensor], world_size: int = 1) -> dict[str, float]:
+        """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
+        values = reduce(self.values).tolist()
+        self.values.zero_()
+        busy_s, self.busy_s = self.busy_s, 0.0
+        totals = dict(zip((*METRICS, *_EXTRAS), values, strict=True))
+        if not totals["num_steps"]:
+            return {}
+        logs = means(totals, orpo_alpha=orpo_alpha)
+        logs["loss"] = totals["loss_sum"] / (totals["num_steps"] / world_size)
+        if totals["num_ends"]:
+            logs["logps/end"] = totals["end_logp_sum"] / totals["num_ends"]
+        if busy_s > 0:
+            logs["tokens_per_second"] = totals["num_tokens"] / busy_s
+            logs["pairs_per_second"] = totals["num_pairs"] / busy_s
+        return logs
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint; restored by `restore`, so that the log after a resume is the uninterrupted run's."""
+        return {"values": self.values.tolist(), "busy_s": self.busy_s}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Put back what `state` gave."""
+        self.values.copy_(torch.tensor(state["values"], dtype=torch.float64))
+        self.busy_s = float(state["busy_s"])  # type: ignore[arg-type]
+
+
+def means(totals: dict[str, float], *, orpo_alpha: float) -> dict[str, float]:
+    """Logged means from summed `METRICS`; what has no pair or token to speak of is left out."""
+    logs: dict[str, float] = {}
+    if totals["num_nll_tokens"]:
+        logs["nll_loss"] = totals["nll_sum"] / totals["num_nll_tokens"]
+    pairs = totals["num_pairs"]
+    if pairs:
+        chosen, rejected = totals["chosen_logp_sum"] / pairs, totals["rejected_logp_sum"] / pairs
+        logs |= {
+            "rewards/chosen": orpo_alpha * chosen,
+            "rewards/rejected": orpo_alpha * rejected,
+            "rewards/accuracies": totals["accuracy_sum"] / pairs,
+            "rewards/margins": orpo_alpha * (chosen - rejected),
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "log_odds_ratio": totals["log_sigmoid_sum"] / pairs,
+            "log_odds_chosen": totals["log_odds_ratio_sum"] / pairs,
+        }
+    nll_norm, preference_norm = totals["nll_grad_square"] ** 0.5, totals["preference_grad_square"] ** 0.5
+    if pairs and nll_norm + preference_norm > 0:
+        logs["grad_share/odds_ratio"] = preference_norm / (nll_norm + preference_norm)
+    return logs
+
+
+def end_logps(batch: PreferenceBatch, logp_N: Tensor) -> Tensor:
+    """Log-probabilities of the terminators of the chosen answers: when they fall, generated answers run on."""
+    response_N = batch.index.response_N
+    is_last_N = torch.ones_like(response_N, dtype=torch.bool)
+    is_last_N[:-1] = response_N[1:] != response_N[:-1]
+    is_ended_R = torch.tensor([ended for group in batch.groups for ended in group.is_ended])
+    is_chosen_R = torch.zeros_like(is_ended_R)
+    is_chosen_R[batch.index.chosen_B] = True
+    end_N = is_last_N & (response_N >= 0) & (is_ended_R & is_chosen_R)[response_N.clamp(min=0)]
+    return logp_N.detach()[end_N.to(logp_N.device)]
+
+
+def response_sums(inputs: StepBatch, logps: list[Tensor]) -> Iterator[float]:
+    """Summed log-probability of each response of the step, in order; computed only if the guard asks."""
+    for batch, logp_N in zip(inputs.microbatches, logps, strict=True):
+        response_N = batch.index.response_N.to(logp_N.device)
+        for response in range(len(batch.index.num_tokens_R)):
+            yield float(logp_N[response_N == response].sum())
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log of a trainer to `metrics.jsonl`, on the first process alone."""
+
+    def __init__(self, log: MetricsLog) -> None:
+        self.log = log
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            self.log.append({"step": state.global_step, "time_unix_s": round(time.time(), 3), **logs})

@@ -1,0 +1,414 @@
+"""A training run from a resolved configuration: data first, then the model, then training, in a folder that can be resumed.
+
+What the command line, the demo and the recipes share. Nothing here prints; `tell` receives each line for the user.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from orpo.config.options import ORPOConfig
+from orpo.data.dataset import fingerprint
+from orpo.errors import GuardStop, SignalStop, UserError
+from orpo.run.config import RunConfig, as_facts
+from orpo.run.data import RunData, Tell, prepare_data
+from orpo.run.folder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder
+from orpo.system.files import check_writable
+from orpo.system.machine import describe_device, memory_facts, peak_memory_bytes, versions
+from orpo.system.redact import redact, redact_text
+from orpo.training.guards import SignalGuard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from orpo.models.load import LoadedModel
+    from orpo.objective import Objective
+    from orpo.training.trainer import ORPOTrainer
+
+logger = logging.getLogger(__name__)
+
+# Keys that are not the trainer's and yet decide what is trained; the trainer compares its own with the checkpoint's.
+_RUN_IDENTITY = (
+    *("model_name_or_path", "model_revision", "model_init_kwargs", "dtype", "use_peft", "load_in_4bit", "load_in_8bit"),
+    *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"),
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        folder: the run's folder.
+        weights: final weights inside it; None where training was complete before.
+        metrics: final evaluation, or an empty dict.
+        is_already_complete: nothing was done, since the run was complete.
+    """
+
+    folder: Path
+    weights: Path | None
+    metrics: dict[str, float]
+    is_already_complete: bool = False
+
+
+def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> LoadedModel:
+    """The model of a run, with room for the tokens that the chat template has added to the vocabulary."""
+    from transformers import set_seed
+
+    from orpo.models.load import load_model
+
+    set_seed(args.seed)  # new embeddings and adapters are drawn before the trainer sets its seed
+    extra = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
+    extra.pop("trust_remote_code", None)
+    loaded = load_model(
+        config["model_name_or_path"],
+        revision=config["model_revision"] or extra.pop("revision", None),
+        dtype=config["dtype"],
+        trust_remote_code=args.trust_remote_code,
+        device=args.device,
+        load_in_4bit=config["load_in_4bit"],
+        load_in_8bit=config["load_in_8bit"],
+        bnb_4bit_quant_type=config["bnb_4bit_quant_type"],
+        use_bnb_nested_quant=config["use_bnb_nested_quant"],
+        bnb_4bit_quant_storage=config["bnb_4bit_quant_storage"],
+        model_init_kwargs=extra,
+        is_adapter_trainable=not config["use_peft"],
+    )
+    if data.encoder.new_tokens and len(data.tokenizer) > loaded.model.get_input_embeddings().weight.shape[0]:
+        loaded.model.resize_token_embeddings(len(data.tokenizer))
+    return loaded
+
+
+def build_trainer(
+    config: RunConfig,
+    args: ORPOConfig,
+    data: RunData,
+    model: Any,
+    callbacks: list[TrainerCallback],
+    *,
+    trainer_class: type[ORPOTrainer] | None = None,
+    objective: Objective | None = None,
+) -> ORPOTrainer:
+    """The trainer, without transformers' own bars."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from orpo.training.trainer import ORPOTrainer
+
+    args.model_init_kwargs = None  # used by load_run_model; the trainer refuses them together with a model that is loaded
+    args.disable_tqdm = True
+    args.log_level_replica = "error"  # transformers turns the other processes' notes on again
+    try:
+        trainer = (trainer_class or ORPOTrainer)(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=data.tokenizer,
+            peft_config=_peft_config(config, data, model),
+            callbacks=callbacks,
+            objective=objective,
+        )
+    except ValueError as error:
+        if config["use_peft"] and "arget modules" in str(error):  # peft's words for names that are nowhere in the model
+            what = f"none of {config['lora_target_modules']!r} is a layer of this model"
+            raise UserError(what, where="lora_target_modules", mend="leave it out to adapt all linear layers") from error
+        raise
+    trainer.encoder, trainer.train_report, trainer.eval_report = data.encoder, data.train_report, data.held_out_report
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    return trainer
+
+
+def _peft_config(config: RunConfig, data: RunData, model: Any) -> Any:
+    from orpo.models.newtokens import with_new_tokens
+
+    wanted = config.peft_config()
+    return wanted and with_new_tokens(wanted, model, data.tokenizer.convert_tokens_to_ids(list(data.encoder.new_tokens)))
+
+
+class Observer:
+    """Looks at a run's model before and after training; the demo scores held-out pairs there. Does nothing by itself."""
+
+    def before(self, trainer: ORPOTrainer, data: RunData) -> None:
+        """The model still has its starting weights, also where the run will be resumed."""
+
+    def after(self, trainer: ORPOTrainer, data: RunData) -> None:
+        """The model has its final weights; they are saved."""
+
+
+def run_training(
+    config: RunConfig,
+    tell: Tell,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    command: str = "train",
+    observer: Observer | None = None,
+    data: RunData | None = None,
+    trainer_class: type[ORPOTrainer] | None = None,
+    objective: Objective | None = None,
+) -> RunResult:
+    """Train as configured; resume what was interrupted, do nothing where all is done.
+
+    Args:
+        config: from `orpo.run.config.resolve`.
+        tell: receives each line for the user; called on the first process alone.
+        callbacks: more callbacks for the trainer, such as a progress bar.
+        command: what run.json says the run was started by.
+        observer: looks at the model before and after.
+        data: rows that are prepared already, in place of those that the configuration names.
+        trainer_class: a kind of `ORPOTrainer`.
+        objective: what to optimise, in place of the configuration's.
+
+    Raises:
+        UserError: anything wrong with configuration, data, model or folder.
+        GuardStop, SignalStop: as `ORPOTrainer.train`.
+    """
+    with SignalGuard():  # while data and model are prepared; training has its own inside
+        return _run_training(config, tell, callbacks, command, observer or Observer(), data, trainer_class, objective)
+
+
+def _run_training(
+    config: RunConfig,
+    tell: Tell,
+    callbacks: Sequence[TrainerCallback],
+    command: str,
+    observer: Observer,
+    data: RunData | None,
+    trainer_class: type[ORPOTrainer] | None,
+    objective: Objective | None,
+) -> RunResult:
+    args = config.training_args()
+    tell = tell if args.process_index == 0 else lambda line: None
+    for note in config.notes:
+        tell(f"note         {note}")
+    folder = RunFolder(args.ensure_output_dir())
+    check_writable(folder.path)
+    if _is_complete(folder, config):
+        return RunResult(folder.path, final_weights(folder.path), {}, is_already_complete=True)
+    tell(f"folder       {folder.path}")
+    checkpoint = args.resume_from_checkpoint or _newest_checkpoint(folder, args)
+    data = prepare_data(config, args, tell) if data is None else data
+    loaded = load_run_model(config, args, data)
+    tell(f"model        {describe_model(loaded)}")
+    for note in loaded.facts.notes:
+        tell(f"             {note}")
+    journal = _Journal(folder, config, args, data, loaded, command=command, is_resumed=bool(checkpoint))
+    trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal], trainer_class=trainer_class, objective=objective)
+    journal.trainer = trainer
+    tell(f"training     {describe_schedule(trainer)}")
+    if checkpoint:
+        tell(f"resuming     from {checkpoint}")
+    observer.before(trainer, data)
+    with _failures_recorded(journal, args):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = _final_evaluation(trainer)
+        observer.after(trainer, data)
+        journal.finish(metrics)
+    if args.process_index == 0 and objective is None:
+        _write_card(folder, tell)
+    return RunResult(folder.path, final_weights(folder.path), metrics)
+
+
+def _write_card(folder: RunFolder, tell: Tell) -> None:
+    """The model card, for whoever finds the weights. A run that is done does not fail for it."""
+    from orpo.report.card import write_card
+
+    try:
+        card = write_card(folder.path)
+    except Exception as error:
+        logger.warning("the model card could not be written (%s: %s)", type(error).__name__, error)
+    else:
+        tell(f"model card   {card}" if card is not None else f"model card   {folder.path / 'README.md'} is yours and was left as it is")
+
+
+def describe_model(loaded: LoadedModel) -> str:
+    """`SmolLM2 … 134.5 M parameters, float32, cpu`."""
+    facts = loaded.facts
+    quantized = f", {facts.quantization}" if facts.quantization else ""
+    return f"{facts.name}: {facts.num_parameters / 1e6:,.1f} M parameters, {facts.dtype}{quantized}, {facts.device}"
+
+
+def describe_schedule(trainer: ORPOTrainer) -> str:
+    """Steps, pairs of a step, dtype, and how much of the model is trained."""
+    from orpo.objective import ORPO
+
+    args, sampler = trainer.args, trainer.train_sampler
+    steps = args.max_steps if args.max_steps > 0 else -(-len(sampler) * args.num_train_epochs // 1)
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    objective = trainer.objective
+    what = f"lambda {objective.orpo_alpha:g}" if isinstance(objective, ORPO) else repr(objective)
+    return (
+        f"{steps:g} steps of {sampler.rows_per_step} rows, {trainable / 1e6:,.1f} M weights trained, {args.compute_dtype}, "
+        f"{what}, learning rate {args.learning_rate:g}"
+    )
+
+
+def final_weights(folder: Path) -> Path | None:
+    """`model/` or `adapter/` of a run, whichever is there."""
+    return next((folder / name for name in ("model", "adapter") if (folder / name).is_dir()), None)
+
+
+def _is_complete(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether this very run is done; a folder that holds anything else is refused."""
+    from orpo.checkpoint import compare_facts, list_checkpoints, require_same_facts
+
+    facts = folder.read()
+    if facts is None:
+        if list_checkpoints(folder.path) or final_weights(folder.path):
+            raise UserError("holds weights but no run.json", where=str(folder.path), mend="choose another output_dir")
+        return False
+    old = {key: item.get("value") for key, item in facts.get("configuration", {}).items() if isinstance(item, dict)}
+    new = {key: item["value"] for key, item in redact(as_facts(config)).items() if isinstance(item, dict)}
+    if facts.get("status") == COMPLETE:
+        shared = old.keys() & new.keys()
+        changed = compare_facts({key: old[key] for key in shared}, {key: new[key] for key in shared})
+        if changed:
+            diff = "\n".join(f"    {difference}" for difference in changed)
+            raise UserError(
+                f"holds a finished run of another configuration:\n{diff}", where=str(folder.path), mend="choose another output_dir"
+            )
+        return True
+    if list_checkpoints(folder.path):
+        identity = [{key: values.get(key) for key in _RUN_IDENTITY} for values in (old, new)]
+        require_same_facts(*identity, where=str(folder.run_json), allow=config["allow_changed_resume"])
+    return False
+
+
+def _newest_checkpoint(folder: RunFolder, args: ORPOConfig) -> Path | None:
+    from orpo.checkpoint import current_ranks, find_newest
+
+    return find_newest(folder.path, ranks=current_ranks())
+
+
+def _final_evaluation(trainer: ORPOTrainer) -> dict[str, float]:
+    """Metrics on the held-out rows after the last step; those of an evaluation that has just been made count."""
+    if trainer.eval_dataset is None:
+        return {}
+    last = next((log for log in reversed(trainer.state.log_history) if "eval_loss" in log), None)
+    if last is not None and last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+    return {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")}
+
+
+class _Journal(TrainerCallback):
+    """Keeps run.json and writes the final weights, all while the trainer holds the folder's lock."""
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, args: ORPOConfig, data: RunData, loaded: LoadedModel, *, command: str, is_resumed: bool
+    ) -> None:
+        self.folder, self.config, self.args, self.data, self.loaded = folder, config, args, data, loaded
+        self.command, self.is_resumed = command, is_resumed
+        self.trainer: ORPOTrainer | None = None
+        self.is_started = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero or self.trainer is None:
+            return
+        from orpo.models.fingerprint import weights_sha256
+
+        before = self.folder.read() or {}
+        if not self.is_resumed:
+            self.folder.metrics.truncate_to(0)  # of an attempt that ended before its first checkpoint
+        starts = [*before.get("starts", []), {"time_unix_s": round(time.time(), 3), "step": state.global_step, "argv": sys.argv[1:]}]
+        facts = {
+            "status": RUNNING,
+            "command": self.command,
+            "starts": starts,
+            "configuration": as_facts(self.config),
+            "versions": versions(),
+            "device": describe_device(self.args.device),
+            "world_size": self.args.world_size,
+            "compute_dtype": self.args.compute_dtype,
+            "engine": self.trainer.engine.name,
+            "seed": self.args.seed,
+            "objective": repr(self.trainer.objective),
+            "num_steps": state.max_steps,
+            "model": self.loaded.facts.to_dict(),
+            "data": {
+                "fingerprint": fingerprint(self.data.train),
+                "train": self.data.train_report.to_dict(),
+                "held_out": self.data.held_out_report.to_dict() if self.data.held_out_report else None,
+                "num_held_out": len(self.data.held_out) if self.data.held_out is not None else 0,
+                "template": self.data.encoder.describe(),
+            },
+        }
+        if not self.is_resumed:  # on resume the weights in memory are no longer those of the start
+            facts["starting_weights_sha256"] = weights_sha256(self.loaded.model)
+        self.folder.write(**facts)
+        self.is_started = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.trainer is not None  # noqa: S101  (set before train() is called)
+        save_final_weights(self.trainer, self.data)
+
+    def finish(self, metrics: dict[str, float]) -> None:
+        """All is done."""
+        self._end(COMPLETE, final_metrics=metrics)
+
+    def fail(self, status: str, error: BaseException) -> None:
+        """The run ended before its end; what for."""
+        self._end(status, ended_by=redact_text(f"{type(error).__name__}: {error}"))
+
+    def _end(self, status: str, **facts: Any) -> None:
+        if self.is_started and self.trainer is not None:
+            step = self.trainer.state.global_step
+            self.folder.write(status=status, ended_unix_s=round(time.time(), 3), last_step=step, **{"ended_by": None, **facts})
+
+
+def save_final_weights(trainer: ORPOTrainer, data: RunData) -> None:
+    """`model/` or `adapter/` with tokenizer and chat template, published by one rename."""
+    from orpo.models.export import export_adapter, export_merged
+    from orpo.models.load import is_adapted
+
+    folder = Path(trainer.args.output_dir or ".")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    name = "adapter" if is_adapted(model) else "model"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(str(folder / name))  # collective: no rank has the weights alone
+    elif trainer.args.should_save:
+        if name == "adapter":
+            export_adapter(model, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids, is_overwriting=True)
+        else:
+            export_merged(model, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids, is_overwriting=True)
+
+
+@contextmanager
+def _failures_recorded(journal: _Journal, args: ORPOConfig) -> Iterator[None]:
+    """Say in run.json how a run ended that did not reach its end; out of memory becomes advice with figures."""
+    try:
+        yield
+    except (SignalStop, GuardStop) as error:
+        journal.fail(STOPPED, error)
+        raise
+    except Exception as error:
+        advice = explain_out_of_memory(error, args)
+        journal.fail(FAILED, advice or error)
+        if advice is not None:
+            raise advice from error
+        raise
+
+
+def explain_out_of_memory(error: BaseException, args: ORPOConfig) -> UserError | None:
+    """Advice for an allocation that failed, or None for any other error."""
+    import torch
+
+    text = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        return None
+    held, total = peak_memory_bytes(args.device), memory_facts(args.device)["total_bytes"]
+    figures = f"this process has held {held / 2**30:.2f} of {total / 2**30:.1f} GiB; " if held and total else ""
+    smaller = max(args.microbatch_tokens // 2, 256)
+    return UserError(
+        f"out of memory: {figures}{text.splitlines()[0] if text else type(error).__name__}",
+        where=f"micro-batches of {args.microbatch_tokens} tokens",
+        mend=f"max_tokens_per_microbatch: {smaller} (changes no result), then gradient_checkpointing: true, a shorter max_length, or "
+        "use_peft: true; `orpo plan` estimates the memory of a configuration; the last checkpoint is whole, and the same command resumes",
+    )

@@ -1,0 +1,271 @@
+"""The part of the trainer that saves and resumes: transformers' hooks, turned to `orpo.checkpoint`.
+
+transformers writes into the published folder, trusts the newest one, pickles, and rotates at the end of training. None of that is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from orpo.checkpoint import (
+    checkpoint_name,
+    find_newest,
+    is_verified,
+    load_optimizer,
+    load_rng,
+    load_scaler,
+    load_scheduler,
+    prune,
+    publish,
+    read_manifest,
+    recover,
+    require_safe_weights,
+    require_same_facts,
+    save_optimizer,
+    save_rng,
+    save_scaler,
+    save_scheduler,
+    set_earlier_aside,
+    verify,
+)
+from orpo.data.dataset import fingerprint
+from orpo.errors import CheckpointError
+from orpo.system.redact import redact
+from orpo.training.guards.callbacks import SignalCallback
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "orpo_state.json"
+"""Sums since the last log, length of metrics.jsonl, guards."""
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class CheckpointMixin(_Base):
+    """Saving and resuming for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
+
+    control: Any
+    hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
+    _facts: dict[str, Any] | None = None
+    _signals: SignalCallback
+    _is_evaluation_due = False
+    _evaluated_from: int | None = None
+    """Length of metrics.jsonl before the evaluation that is running: what it has logged is logged again after a resume."""
+
+    # ---- save ----------------------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        run_dir = Path(self.args.output_dir)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / checkpoint_name(self.state.best_global_step))
+        # Gathered before the save: inside it a rank that fails would leave the others in a collective of another kind.
+        write = functools.partial(self._write_checkpoint, sums=self.ranks.gather(self.sums.state()))
+        folder = publish(run_dir, self.state.global_step, write, facts=self.facts(), ranks=self.ranks)
+        if self.ranks.is_first:
+            prune(run_dir, keep=self.hidden_args.get("save_total_limit"), best=self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def save_now(self, step: int) -> Path:
+        """Save the state after `step`, for a signal that comes during an evaluation; in place of one without the evaluation due."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return Path(self.args.output_dir) / checkpoint_name(step)
+
+    def _write_checkpoint(self, folder: Path, sums: list[Any]) -> None:
+        """This rank's files of a checkpoint."""
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            if self._is_sharded:
+                super()._save_optimizer_and_scheduler(str(folder))
+            elif self.ranks.is_first:
+                save_optimizer(self.optimizer, folder)
+                save_scheduler(self.lr_scheduler, folder)
+                if self.accelerator.scaler is not None:
+                    save_scaler(self.accelerator.scaler, folder)
+            save_rng(folder, rank=self.ranks.rank)
+        if self.ranks.is_first:
+            self._export_callbacks()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            self.run_folder.metrics.sync()
+            own = {
+                "sums": sums,
+                "metrics_bytes": self.run_folder.metrics.num_bytes if self._evaluated_from is None else self._evaluated_from,
+                "is_evaluation_due": self._evaluated_from is not None or self._signals.is_evaluation_due,
+                "nonfinite": self.nonfinite.state_dict(),
+                "learning": self.learning.state_dict(),
+                "divergence": self.divergence.state_dict(),
+            }
+            (folder / STATE_NAME).write_text(json.dumps(own))
+
+    def _export_callbacks(self) -> None:
+        """Callbacks with a state of their own put it into the trainer's, as transformers does before a save."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if not isinstance(callback, ExportableState):
+                continue
+            name, stored = type(callback).__name__, self.state.stateful_callbacks
+            if isinstance(stored.get(name), list):
+                stored[name].append(callback.state())
+            else:
+                stored[name] = callback.state()
+
+    def _evaluate(self, *arguments: Any, **keywords: Any) -> Any:
+        self._evaluated_from = self.run_folder.metrics.num_bytes
+        try:
+            return super()._evaluate(*arguments, **keywords)
+        finally:
+            self._evaluated_from = None
+
+    def make_up_evaluation(self) -> None:
+        """Run the evaluation that a signal cut short or put off before the checkpoint this run goes on from."""
+        if self._is_evaluation_due:
+            self._is_evaluation_due = False
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # transformers pickles its arguments beside the weights; nobody needs them, and nothing here is unpickled.
+        pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"
+        if self.args.should_save and pickled.exists():
+            pickled.unlink()
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that saved."""
+        if self._facts is None:
+            configuration = {**self.args.to_dict(), **self.hidden_args}
+            self._facts = {
+                "data": fingerprint(self.train_dataset),
+                "rows_per_step": self.train_sampler.rows_per_step,
+                "engine": self.engine.name,
+                "compute_dtype": self.args.compute_dtype,
+                "config": redact(json.loads(json.dumps(configuration, default=str))),
+            }
+        return self._facts
+
+    # ---- resume --------------------------------------------------------------------------------------------------------------------
+
+    def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to go on from, proved whole and of this run; None to start anew.
+
+        Raises:
+            CheckpointError: asked for and damaged, missing, or of another run.
+        """
+        run_dir = Path(self.args.output_dir)
+        recover(run_dir, ranks=self.ranks)
+        if not wanted:
+            if self.ranks.is_first:
+                set_earlier_aside(run_dir, with_files=[self.run_folder.metrics.path.name])
+            self.ranks.gather(None)
+            return None
+        if wanted is True:
+            folder = find_newest(run_dir, ranks=self.ranks)
+            if folder is None:
+                raise CheckpointError("no checkpoint verifies", where=str(run_dir), mend="start anew with resume_from_checkpoint=None")
+        else:
+            folder = Path(wanted)
+        manifest = read_manifest(folder) if is_verified(folder) else verify(folder)
+        self._engine_before_facts()
+        differences = require_same_facts(
+            {key: manifest.facts.get(key) for key in ("data", "rows_per_step", "engine", "compute_dtype", "config")},
+            self.facts(),
+            where=str(folder),
+            allow=self.args.allow_changed_resume,
+        )
+        for difference in differences:
+            logger.warning("resuming although this has changed: %s", difference)
+        if manifest.world_size != self.ranks.world_size:
+            logger.warning(
+                "the checkpoint was written by %d processes, now there are %d: the result equals neither run's bit for bit",
+                manifest.world_size,
+                self.ranks.world_size,
+            )
+        logger.info("resuming from %s", folder)
+        return str(folder)
+
+    def is_complete_at(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the run's last; transformers would do one step more before it notices."""
+        return read_manifest(Path(checkpoint)).step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def restore_complete(self, checkpoint: str) -> TrainOutput:
+        """State and weights of a run that is done already, without a step; only an evaluation that a signal put off is made up."""
+        logger.info("the run is complete")
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(checkpoint)
+        if _own_state(Path(checkpoint))["is_evaluation_due"]:
+            self._load_own_state(Path(checkpoint))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)  # makes up the evaluation
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / checkpoint_name(self.state.best_global_step))
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # writes the final weights
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _engine_before_facts(self) -> None:
+        self._facts = None
+        _ = self.engine
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._is_sharded:
+            require_safe_weights(resume_from_checkpoint)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except SafetensorError as error:
+            raise CheckpointError(f"the weights cannot be read ({error})", where=resume_from_checkpoint) from None
+
+    def _load_best_model(self) -> None:
+        folder = str(self.state.best_model_checkpoint)
+        verify(folder)
+        if not self._is_sharded:
+            require_safe_weights(folder)
+        super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer, checkpoint)
+        load_scheduler(self.lr_scheduler, checkpoint)
+        self._load_own_state(Path(checkpoint))
+
+    def _load_own_state(self, folder: Path) -> None:
+        state = _own_state(folder)
+        sums = state["sums"]
+        if self.ranks.rank < len(sums):
+            self.sums.restore(sums[self.ranks.rank])
+        self.nonfinite.load_state_dict(state["nonfinite"])
+        self.learning.load_state_dict(state["learning"])
+        if "divergence" in state:  # checkpoints of version 0.1.0 have none
+            self.divergence.load_state_dict(state["divergence"])
+        self._is_evaluation_due = state["is_evaluation_due"]
+        if self.ranks.is_first and os.path.realpath(folder.parent) == os.path.realpath(self.args.output_dir):
+            self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            load_scaler(self.accelerator.scaler, checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng(checkpoint, rank=self.ranks.rank)
+
+
+def _own_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_NAME).read_text())

@@ -1,0 +1,199 @@
+"""What `ORPOTrainer` is given, brought into the one form it works on: token groups, a model ready to train, an objective."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from orpo.config.options import ORPOConfig
+from orpo.data.types import TokenGroup
+from orpo.errors import UserError
+from orpo.models.adapters import text_layers_only
+from orpo.models.newtokens import positions_of, with_new_tokens
+from orpo.objective import DPO, ORPO, SFT, Objective, SimPO
+
+if TYPE_CHECKING:
+    from orpo.data.template import TemplateEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Arguments of TRL's trainer that have no meaning here."""
+    reasons = {
+        "data_collator": "rows are packed by the engine",
+        "compute_metrics": "it would need the logits of every position, which are never made; the metrics of the log are exact",
+        "preprocess_logits_for_metrics": "the logits are never made",
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} is not supported: {reasons[name]}", where="ORPOTrainer", mend="leave it out")
+
+
+def resolve_objective(args: ORPOConfig) -> Objective:
+    """The objective that the options name."""
+    objectives: dict[str, Objective] = {"orpo": ORPO(args.orpo_alpha, args.orpo_beta), "sft": SFT(), "dpo": DPO(), "simpo": SimPO()}
+    return objectives[args.objective]
+
+
+def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
+    """(model, its own tokenizer if it was loaded here by name)."""
+    if not isinstance(model, str):
+        if args.model_init_kwargs:
+            raise UserError("the model is loaded already", where="model_init_kwargs", mend="give the model by name, or leave them out")
+        return model, None
+    from orpo.models.load import load_model
+
+    given = args.model_init_kwargs
+    kwargs = dict(given) if isinstance(given, dict) else {}
+    revision = kwargs.pop("revision", args.model_revision)
+    kwargs.pop("trust_remote_code", None)
+    loaded = load_model(
+        model,
+        revision=revision,
+        trust_remote_code=args.trust_remote_code,
+        device=args.device,
+        dtype=kwargs.pop("dtype", None),
+        model_init_kwargs=kwargs,
+    )
+    return loaded.model, loaded.tokenizer
+
+
+def resolve_tokenizer(processing_class: Any, tokenizer: Any, own: Any, model: Any) -> Any:
+    """The one tokenizer of the run.
+
+    Raises:
+        UserError: two different ones were given, or none can be found.
+    """
+    from orpo.models.load import as_tokenizer, load_tokenizer
+
+    if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:
+        raise UserError("tokenizer and processing_class are two different tokenizers", where="ORPOTrainer", mend="give one of them")
+    given = processing_class if processing_class is not None else tokenizer
+    if given is not None:
+        return as_tokenizer(given)
+    if own is not None:
+        return own
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise UserError("no tokenizer is given and the model does not say where its own is", where="processing_class")
+    return load_tokenizer(name)
+
+
+def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: Any, encoder: TemplateEncoder | None) -> Any:
+    """The model ready to train: embeddings for new tokens, adapter, no dropout, trainable weights in float32.
+
+    Raises:
+        UserError: an encoder-decoder model, an adapter on an adapter, or weights that cannot be trained as they are.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder model", where="model", expected="a causal language model (decoder only)"
+        )
+    adapters = getattr(model, "peft_config", {}).values() if peft_config is None else [peft_config]
+    if kinds := [type(item).__name__ for item in adapters if getattr(item, "is_prompt_learning", False)]:
+        raise UserError(
+            f"{kinds[0]} puts virtual tokens before the prompt, which would shift what every position predicts",
+            where="peft_config",
+            expected="an adapter of weights, such as LoRA",
+        )
+    if encoder is not None and encoder.new_tokens:
+        _grow_embeddings(model, tokenizer)
+        if peft_config is not None:
+            peft_config = with_new_tokens(peft_config, model, tokenizer.convert_tokens_to_ids(list(encoder.new_tokens)))
+    if peft_config is not None:
+        model = _with_adapter(model, args, peft_config)
+    elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    if args.disable_dropout:
+        disable_dropout(model)
+        if rate := getattr(peft_config, "lora_dropout", 0.0):
+            logger.warning("lora_dropout of %g is off, as all dropout is; disable_dropout: false turns it on", rate)
+    else:
+        logger.warning("dropout is on: how a step is cut into micro-batches then changes its update, and the engines cannot be compared")
+    from orpo.models.load import upcast_trainable
+
+    if note := upcast_trainable(model):
+        logger.warning("%s", note)
+    return model
+
+
+def _with_adapter(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if isinstance(model, PeftModel):
+        raise UserError("the model has an adapter already", where="peft_config", mend="merge it first, or leave peft_config out")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    return get_peft_model(model, text_layers_only(peft_config, model))
+
+
+def _grow_embeddings(model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+        logger.info("the vocabulary has grown from %d to %d for the chat template's tokens", rows, len(tokenizer))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0: modules, and the rates that layers keep as a number (`attention_dropout`, OPT's `dropout`)."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name.endswith(("dropout", "layerdrop")):
+                setattr(module, name, 0.0)
+
+
+def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
+    """Every token of the rows has a row of the embeddings, and no row is longer than the model's positions.
+
+    Args:
+        sets: token groups, a dict of lists of them, or None.
+
+    Raises:
+        UserError: a token beyond the embeddings, or a row beyond the positions of a model without rope scaling.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    lists = [inner for one in sets if one for inner in (one.values() if isinstance(one, dict) else [one])]
+    groups = [group for inner in lists for group in inner]
+    if embeddings is None or not groups:
+        return
+    num_rows = embeddings.weight.shape[0]
+    worst = max(groups, key=_largest_id)
+    token_id = _largest_id(worst)
+    if token_id >= num_rows:
+        raise UserError(
+            f"the token {tokenizer.convert_ids_to_tokens(int(token_id))!r} has id {token_id}, the model's embeddings have {num_rows} rows",
+            where=str(worst.where),
+            expected="a tokenizer that belongs to the model",
+            mend="use the model's own tokenizer and chat template, or give the model rows for it first: "
+            f"model.resize_token_embeddings({len(tokenizer)}), then model.save_pretrained(…)",
+        )
+    _check_positions(model, groups)
+
+
+def _largest_id(group: TokenGroup) -> int:
+    return max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids) if len(ids))
+
+
+def _check_positions(model: Any, groups: Sequence[TokenGroup]) -> None:
+    limit = positions_of(model.config)
+    longest = max(groups, key=lambda group: group.longest_tokens)
+    if limit is None or longest.longest_tokens <= limit:
+        return
+    what = f"a row has {longest.longest_tokens} tokens, the model has {limit} positions"
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {str(value["rope_type"]) for value in (rope, *rope.values()) if isinstance(value, dict) and value.get("rope_type")} - {
+        "default"
+    }
+    if kinds:
+        logger.warning("%s (%s); its rope scaling (%s) may reach further", what, longest.where, ", ".join(sorted(kinds)))
+        return
+    raise UserError(what, where=str(longest.where), expected=f"at most {limit}", mend=f"max_length: {limit}")

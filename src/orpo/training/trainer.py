@@ -1,0 +1,442 @@
+"""`ORPOTrainer`: transformers' Trainer around an optimizer step of our own.
+
+The Trainer keeps what it is good at (arguments, callbacks, schedules, devices, trackers). This class owns what decides the result: which
+rows a step holds and how it is normalised (`orpo.training.steps`), how log-probabilities are computed (`orpo.engine`), what is logged
+(`orpo.training.metrics`), and what is saved and resumed (`orpo.training.saving`). To the Trainer one batch is one whole optimizer step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from orpo.checkpoint import RunLock, current_ranks
+from orpo.config.options import ORPOConfig
+from orpo.data.types import TokenGroup
+from orpo.engine.choose import Engine, choose
+from orpo.engine.fused import fused_modules
+from orpo.engine.layout import PreferenceBatch
+from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
+from orpo.errors import UserError
+from orpo.objective import METRICS, ORPO, Objective
+from orpo.run.data import as_eval_groups, as_groups
+from orpo.run.folder import RunFolder
+from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
+from orpo.system.files import make_run_folder
+from orpo.system.ranks import all_reduce_sum
+from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
+from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback, SignalCallback
+from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means, response_sums
+from orpo.training.outside import OutsideMixin
+from orpo.training.saving import CheckpointMixin
+from orpo.training.setup import check_rows, prepared_model, refuse_arguments, resolve_model, resolve_objective, resolve_tokenizer
+from orpo.training.steps import EpochCallback, StepBatch, StepDataset, StepSampler, only_item
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_PIECE = 32
+"""Micro-batches of a rank that are packed at a time in evaluation: enough to even them out, little enough to hold in memory."""
+
+
+class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
+    """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
+
+    Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed.
+
+    Args:
+        model: a model, or its name: hub id, folder, GGUF file, or the alias `smollm2-135m-instruct`.
+        args: options; `ORPOConfig()` if None.
+        train_dataset: rows of any shape that `orpo.data.formats` knows (`datasets.Dataset`, list of dicts, path, hub id), or token groups.
+        eval_dataset: the same, or a dict of several.
+        processing_class: the tokenizer; `tokenizer` is the same. If None, the model's own.
+        model_init: makes the model anew for every `train()`, in place of `model`.
+        callbacks, optimizers, compute_metrics, preprocess_logits_for_metrics: as in transformers; the last two need logits, which are never
+            made, and are refused.
+        peft_config: adapter to put on the model.
+        objective: what to optimise, in place of the ORPO objective of `args`.
+
+    Raises:
+        UserError: anything wrong with the model, the data or the options, before anything is trained.
+    """
+
+    _tag_names = ("orpo",)
+    control: TrainerControl
+    optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Any = None,
+        *,
+        tokenizer: Any = None,
+        objective: Objective | None = None,
+    ) -> None:
+        args = ORPOConfig() if args is None else args
+        refuse_arguments(
+            data_collator=data_collator, compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics
+        )
+        if not isinstance(args, ORPOConfig):
+            raise UserError(f"args is a {type(args).__name__}", where="args", expected="an orpo.ORPOConfig")
+        limit_kernel_cache()  # not in train(): who scores or generates with this trainer before it must not come first
+        args.ensure_output_dir()
+        if args.n_gpu > 1:
+            # Or transformers would wrap the model in DataParallel, which cuts along a batch dimension that packed rows do not have.
+            logger.warning(
+                "%d GPUs are visible, and one process uses one; to use all: torchrun --nproc_per_node %d …", args.n_gpu, args.n_gpu
+            )
+            args._n_gpu = 1
+        self.objective = resolve_objective(args) if objective is None else objective
+        self._peft_config = peft_config
+        self._engine: Engine | None = None
+        self._working: WorkingWeights | None = None
+        self._grad_norm: float | None = None
+        loaded, own_tokenizer = resolve_model(model, args)
+        tokenizer = resolve_tokenizer(processing_class, tokenizer, own_tokenizer, loaded)
+        if train_dataset is None:
+            raise UserError("train_dataset is missing", where="ORPOTrainer")
+        train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True, model=loaded)
+        eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
+        self.encoder = encoder
+        self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
+        if args.should_save:
+            make_run_folder(str(args.output_dir))
+        super().__init__(
+            model=None if loaded is None else prepared_model(loaded, args, peft_config, tokenizer, encoder),
+            args=args,
+            data_collator=only_item,
+            train_dataset=train_groups,
+            eval_dataset=eval_groups,
+            processing_class=tokenizer,
+            model_init=model_init,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_rows(self.model, tokenizer, train_groups, eval_groups)
+        self.tolerate_trackers()
+        self.ranks = current_ranks()
+        self.sums = MetricSums(self.args.device)
+        self.run_folder = RunFolder(self.args.output_dir)
+        self.add_callback(EpochCallback(self))
+        self._stand_guard()
+        self.add_callback(MetricsCallback(self.run_folder.metrics))
+        self.train_sampler = self._sampler(self.train_dataset, is_training=True)
+
+    def _stand_guard(self) -> None:
+        """Guards against steps that are not finite, runs in which nothing learns, and runs whose weights are destroyed."""
+        self.nonfinite = NonFiniteGuard(self.args.on_nonfinite, self.args.max_nonfinite_skips, ranks=self.ranks)
+        self.learning = ProofOfLearning(has_two_terms=isinstance(self.objective, ORPO))
+        self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
+        self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=self.ranks)
+        self.add_callback(DivergenceCallback(self.divergence, self.sums.step_nll))
+
+    # ---- model and engine ----------------------------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from `model_init`, brought into the same state as one that is handed over."""
+        self._engine, self._working = None, None
+        return prepared_model(super().call_model_init(trial), self.args, self._peft_config, self.processing_class, self.encoder)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of this model, chosen at first use by running the first rows through both."""
+        if self._engine is None:
+            self._engine = choose(
+                self.model,
+                self.train_dataset,
+                self.objective,
+                requested=self.args.engine,
+                nll_scope=self.args.nll_scope,
+                budget_bytes=self.args.logits_budget_mb * 2**20,
+            )
+        return self._engine
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of matrix products; the objective is float32 whatever this is."""
+        return getattr(torch, self.args.compute_dtype)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Low-precision compute: bf16 working weights for a single process on a CPU, autocast elsewhere, nothing for float32."""
+        if self._uses_working_weights():
+            with self._working_weights().active():
+                yield
+        else:
+            with autocast_to(self.args.device, self.compute_dtype):
+                yield
+
+    def _working_weights(self) -> WorkingWeights:
+        if self._working is None:
+            self._working = WorkingWeights(self.model, self.compute_dtype)
+        return self._working
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; on working weights AdamW updates masters and copies in one visit."""
+        wants_adamw = self.optimizer is None and self.args.optim in ("adamw_torch", "adamw_torch_fused") and not self.args.optim_args
+        if wants_adamw and self._uses_working_weights() and self.optimizer_cls_and_kwargs is None:
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = (MasterAdamW, options)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.working = self._working_weights()
+        return optimizer
+
+    def _uses_working_weights(self) -> bool:
+        wanted = self.args.bf16_weights
+        is_possible = self.compute_dtype == torch.bfloat16 and self.ranks.world_size == 1 and not self._is_sharded
+        is_useful = self.args.device.type == "cpu" if wanted is None else wanted
+        return is_possible and is_useful
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- data ----------------------------------------------------------------------------------------------------------------------
+
+    def _sampler(self, groups: Sequence[TokenGroup], *, is_training: bool) -> StepSampler:
+        args = self.args
+        rows = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
+        steps = args.gradient_accumulation_steps if is_training else 1
+        return StepSampler(
+            groups,
+            rows_per_step=rows * steps * args.world_size * (1 if is_training else EVALUATION_PIECE),
+            max_rows=rows,
+            max_tokens=args.microbatch_tokens,
+            nll_scope=args.nll_scope,
+            seed=(args.seed if args.data_seed is None else args.data_seed) if is_training else None,
+            rank=args.process_index,
+            world_size=args.world_size,
+            normalise_over_all=not is_training,
+        )
+
+    def _loader(self, groups: Sequence[TokenGroup], sampler: StepSampler) -> DataLoader:
+        """Not prepared by accelerate: the sampler already knows the ranks, and every batch is one whole step."""
+        return DataLoader(
+            StepDataset(groups, nll_scope=self.args.nll_scope, world_size=self.args.world_size),
+            batch_sampler=sampler,
+            collate_fn=only_item,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(0),  # or the loader draws a seed from the global state, and resuming would not be exact
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item is one optimizer step of this rank."""
+        return self._loader(self.train_dataset, self.train_sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All rows, normalised together, cut into micro-batches over the ranks; an item is a piece of them."""
+        if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict):
+            rows = self.eval_dataset[eval_dataset]
+        else:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise UserError("there are no rows to evaluate on", where="eval_dataset", mend="give eval_dataset, or dataset_test_split")
+        groups = as_groups(rows, self.processing_class, self.args, encoder=self.encoder)[0]
+        return self._loader(groups, self._sampler(groups, is_training=False))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    # ---- training ------------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
+        """Train. Arguments as in transformers; a checkpoint is resumed only if it verifies and belongs to this run.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or data or configuration have changed since.
+            GuardStop: loss or gradient is not finite, or nothing can learn.
+            SignalStop: SIGTERM or SIGINT; one checkpoint was saved.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(RunLock(self.args.output_dir, ranks=self.ranks))
+            stack.enter_context(first_cause(self.args.output_dir, self.ranks))
+            guard = stack.enter_context(SignalGuard(ranks=self.ranks))
+            self._signals = SignalCallback(guard, self.save_now)
+            self.add_callback(self._signals)
+            stack.callback(self.remove_callback, self._signals)
+            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+            engine = self.engine  # chosen before the model is wrapped
+            if self.args.device.type == "cpu":
+                return_freed_memory()  # that of the choice
+                keep_freed_memory()
+                if engine.name == "shared":
+                    stack.enter_context(fused_modules(self.model))
+            stack.enter_context(guard.hold())
+            stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
+            if checkpoint is not None and self.is_complete_at(checkpoint):
+                return self.restore_complete(checkpoint)
+            return super().train(resume_from_checkpoint=checkpoint, trial=trial, **kwargs)
+
+    @contextmanager
+    def _whole_steps(self, *, is_resumed: bool) -> Iterator[None]:
+        """What the Trainer may see while it trains: one batch is one step, it rotates no checkpoints, a resumed run does not start anew."""
+        hidden = {"gradient_accumulation_steps": 1, "save_total_limit": None, **({"eval_on_start": False} if is_resumed else {})}
+        self.hidden_args = {name: getattr(self.args, name) for name in hidden}
+        for name, value in hidden.items():
+            setattr(self.args, name, value)
+        try:
+            yield
+        finally:
+            for name, value in self.hidden_args.items():
+                setattr(self.args, name, value)
+            self.hidden_args = {}
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of an optimizer step over all ranks."""
+        return self.train_sampler.rows_per_step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[StepBatch], None]:
+        """The next step; its counts are in it."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:
+        """One whole optimizer step up to the gradients: every micro-batch forward and backward, then the norm, the clip, the guard.
+
+        Returns:
+            The step's loss, this rank's part times the number of ranks, so that the mean over ranks is the loss.
+        """
+        self.sums.start()
+        model.train()
+        if callable(optimizer_train := getattr(self.optimizer, "train", None)):
+            optimizer_train()
+        loss = torch.zeros((), device=self.args.device)
+        logps: list[Tensor] = []
+        last = len(inputs.microbatches) - 1
+        for number, microbatch in enumerate(inputs.microbatches):
+            with self._synchronised(model, is_last=number == last), self._computing():
+                result = self.engine.step(model, microbatch.to(self.args.device), self.objective)
+                self.accelerator.backward(result.loss)
+            loss += result.loss.detach()
+            logps.append(result.logp_N)
+            self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=end_logps(microbatch, result.logp_N))
+        if self._working is not None:
+            self._release_gradients()
+        self.sums.end_step(loss / self.args.world_size, inputs.num_rows / self.args.world_size)
+        self._finish_gradients(model, loss, inputs, logps)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        self.sums.stop()
+        return loss
+
+    def _release_gradients(self) -> None:
+        """Hand the step's gradients over; an optimizer that does not know low-precision ones gets float32."""
+        self._working.release()  # type: ignore[union-attr]
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), MasterAdamW):
+            for parameter in self.model.parameters():
+                if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
+                    parameter.grad = parameter.grad.to(parameter.dtype)
+
+    def _synchronised(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients are reduced over ranks once per step, with the last micro-batch."""
+        return nullcontext() if is_last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+
+    def _finish_gradients(self, model: nn.Module, loss: Tensor, inputs: StepBatch, logps: list[Tensor]) -> None:
+        """Total norm, clip, and the guard before any weight is touched."""
+        if self._is_sharded:
+            self._grad_norm = None
+            return
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self._grad_norm = total_norm(gradients)
+        is_fine = self.accelerator.scaler is not None or self.nonfinite.check(
+            step=self.state.global_step + 1,
+            loss=loss,
+            grad_norm=self._grad_norm,
+            groups=inputs.groups,
+            logp_sums=response_sums(inputs, logps),
+        )
+        if not is_fine:
+            model.zero_grad(set_to_none=True)
+        elif 0 < self.args.max_grad_norm < self._grad_norm:
+            self._scale_gradients(gradients, self.args.max_grad_norm / (self._grad_norm + 1e-6))
+
+    def _scale_gradients(self, gradients: list[Tensor], scale: float) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.gradient_scale = scale  # in the same visit as the update
+        else:
+            torch._foreach_mul_(gradients, scale)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Already done in the step; transformers would read and write every gradient once more."""
+        return super()._clip_grad_norm(model) if self._grad_norm is None else self._grad_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, grad_norm) if self._grad_norm is None else self._grad_norm
+
+    def compute_loss(self, model: nn.Module, inputs: StepBatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Loss of a step's micro-batches with a graph to the model, for callers of transformers' interface; training does not use it."""
+        results = [self.engine.step(model, batch.to(self.args.device), self.objective) for batch in inputs.microbatches]
+        loss = torch.stack([result.loss for result in results]).sum()
+        return (loss, {"logp_N": [result.logp_N for result in results]}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: StepBatch) -> int:
+        """6 floating-point operations per weight and packed token: forward, and twice that backward."""
+        num_tokens = sum(batch.num_tokens for batch in inputs.microbatches)
+        return 6 * num_tokens * sum(parameter.numel() for parameter in self.model.parameters())
+
+    # ---- logs and evaluation -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training logs become the exact means since the last log; others pass as they are."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs |= self.sums.take(orpo_alpha=self.args.orpo_alpha, reduce=all_reduce_sum, world_size=self.args.world_size)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics over all rows, each counted once on one rank, normalised together."""
+        _ = self.engine  # chosen on the model as it is, not in the middle of low-precision compute
+        is_training = self.model.training
+        self.model.eval()
+        totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.args.device)
+        for inputs in dataloader:
+            for microbatch in inputs.microbatches:
+                result = self._evaluate_microbatch(microbatch)
+                totals[:-1] += result.sums
+                totals[-1] += result.loss / self.args.world_size
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train(is_training)
+        *values, loss = all_reduce_sum(totals).tolist()
+        found = means(dict(zip(METRICS, values, strict=True)), orpo_alpha=self.args.orpo_alpha)
+        found.pop("grad_share/odds_ratio", None)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **found}.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
+
+    def _evaluate_microbatch(self, microbatch: PreferenceBatch) -> Any:
+        with torch.no_grad(), self._computing():
+            return self.engine.step(self.model, microbatch.to(self.args.device), self.objective)

@@ -1,0 +1,105 @@
+"""Perplexity and the shape of answers, against arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from orpo.errors import DataError, UserError
+from orpo.evaluate import prompts
+from orpo.evaluate.tasks import retention
+from orpo.inference.generate import Answer
+from orpo.inference.scores import score_groups
+
+
+def test_perplexity_equals_a_plain_forward(tiny_model_factory, tiny_tokenizer):
+    model = tiny_model_factory(vocab_size=384)
+    passages = ["The boat left the harbour.", "Open the settings, choose the account, then press reset." * 3, "x"]
+    groups = retention.passage_groups(tiny_tokenizer, passages, max_tokens=20)
+    found = retention.summarise_text(passages, groups, score_groups(model, groups))
+    total, count = 0.0, 0
+    for passage in passages:
+        ids = tiny_tokenizer.encode(passage)
+        for start in range(0, len(ids) - 1, 20):
+            piece = torch.tensor([ids[start : start + 21]])
+            with torch.no_grad():
+                loss = torch.nn.functional.cross_entropy(model(piece).logits[0, :-1].double(), piece[0, 1:], reduction="sum")
+            total, count = total + float(loss), count + piece.shape[1] - 1
+    assert found.num_tokens == count
+    assert found.num_passages == 2  # one token says nothing
+    assert found.nll.value == pytest.approx(total / count, abs=1e-5)
+    assert found.perplexity.value == pytest.approx(math.exp(total / count), rel=1e-4)
+    num_bytes = sum(len(passage.encode()) for passage in passages[:2])
+    assert found.bits_per_byte == pytest.approx(total / math.log(2) / num_bytes, rel=1e-4)
+    assert found.nll.low <= found.nll.value <= found.nll.high
+
+
+def make_result(passages, shift: float = 0.0) -> retention.TextResult:
+    generator = np.random.default_rng(0)
+    from orpo.data.types import TokenGroup, Where
+
+    groups, scores = [], []
+    for row in range(len(passages)):
+        count = int(generator.integers(5, 40))
+        ids = np.arange(count, dtype=np.int32)
+        groups.append(TokenGroup(ids[:1], (ids,), (), (False,), Where("text", row)))
+        scores.append(np.array([generator.normal(-3, 1) - shift - generator.normal(0, 0.01)]))
+    return retention.summarise_text(passages, groups, scores)
+
+
+def test_a_small_loss_of_language_is_seen():
+    passages = [f"passage {number}" for number in range(40)]
+    before, after = make_result(passages), make_result(passages, shift=0.05)
+    change = retention.text_difference(before, after)
+    assert change.value == pytest.approx(0.05, abs=0.02)
+    assert change.excludes_zero
+    assert not retention.text_difference(before, before).excludes_zero
+    with pytest.raises(UserError, match="bits per byte"):
+        retention.text_difference(before, make_result(passages[:20]))
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("", 0.0), ("three words only", 0.0), ("a b c d e f", 0.0), ("a b c d a b c d", 1 - 4 / 5), ("go " * 100, 1 - 1 / 97)],
+)
+def test_repetition_counts_runs_of_four_words(text, share):
+    assert retention.repetition(text) == pytest.approx(share)
+
+
+def test_the_shape_of_answers():
+    answers = [
+        Answer("a b c", 4, "stop"),
+        Answer("go " * 50, 50, "length"),
+        Answer("  ", 1, "stop"),
+        Answer("one two three four five", 5, "stop"),
+    ]
+    found = retention.shape_of_answers(answers)
+    assert found.mean_tokens.value == 15.0
+    assert (found.cut.value, found.empty.value, found.loops.value) == (0.25, 0.25, 0.25)
+    assert found.repetition.value == pytest.approx((1 - 1 / 47) / 4)
+    assert retention.mean_change([1, 2], [2, 5]).value == 2.0
+
+
+def test_the_text_that_ships_is_sound():
+    passages = prompts.read_passages()
+    assert len(passages) == len(set(passages)) >= 30
+    assert all(30 <= len(passage.split()) <= 120 for passage in passages)
+    prompts = prompts.read_passages(prompts.NEUTRAL_PROMPTS)
+    assert len(prompts) == len(set(prompts)) == 24
+
+
+def test_any_text_file_is_taken(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\ntwo\r\n\r\n\r\n  three  \n\n\n")
+    assert prompts.read_passages(path) == ["one two", "three"]
+    path.write_bytes(b"\n\n")
+    with pytest.raises(DataError, match="no text"):
+        prompts.read_passages(path)
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(DataError, match="UTF-8"):
+        prompts.read_passages(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        prompts.read_passages(tmp_path / "none.txt")
