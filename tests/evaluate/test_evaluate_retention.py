@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orpo.errors import DataError, UserError
-from orpo.evaluate import prompts
+from orpo.evaluate import prompts as evaluate_prompts
 from orpo.evaluate.tasks import retention
 from orpo.inference.generate import Answer
 from orpo.inference.scores import score_groups
@@ -84,22 +84,22 @@ def test_the_shape_of_answers():
 
 
 def test_the_text_that_ships_is_sound():
-    passages = prompts.read_passages()
+    passages = evaluate_prompts.read_passages()
     assert len(passages) == len(set(passages)) >= 30
     assert all(30 <= len(passage.split()) <= 120 for passage in passages)
-    prompts = prompts.read_passages(prompts.NEUTRAL_PROMPTS)
+    prompts = evaluate_prompts.read_passages(evaluate_prompts.NEUTRAL_PROMPTS)
     assert len(prompts) == len(set(prompts)) == 24
 
 
 def test_any_text_file_is_taken(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"one\r\ntwo\r\n\r\n\r\n  three  \n\n\n")
-    assert prompts.read_passages(path) == ["one two", "three"]
+    assert evaluate_prompts.read_passages(path) == ["one two", "three"]
     path.write_bytes(b"\n\n")
     with pytest.raises(DataError, match="no text"):
-        prompts.read_passages(path)
+        evaluate_prompts.read_passages(path)
     path.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DataError, match="UTF-8"):
-        prompts.read_passages(path)
+        evaluate_prompts.read_passages(path)
     with pytest.raises(UserError, match="cannot be read"):
-        prompts.read_passages(tmp_path / "none.txt")
+        evaluate_prompts.read_passages(tmp_path / "none.txt")
