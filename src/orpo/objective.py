@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LOGP = -1e-12
-"""log(1 - p) has no value at p = 1: a log-probability above this counts as this, with gradient 0 (SEMANTICS, "Log-odds")."""
+"""log(1 - p) has no value at p = 1: a log-probability above this counts as this, with gradient 0 (docs/semantics.md, "Log-odds")."""
 
 METRICS = (
     "num_nll_tokens",

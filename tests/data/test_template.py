@@ -42,7 +42,7 @@ def messages_of(prompt: Text, answer: Text, *, parts: bool = False) -> list[Mess
 
 
 def assert_is_templates_own(encoder: TemplateEncoder, group: TokenGroup, prompt: Text, answers: tuple[Text, ...], **options: Any) -> None:
-    """FAULTS 16: prompt + answer are the first ids of apply_chat_template, and only blanks and special tokens follow there."""
+    """Prompt + answer are the first ids of apply_chat_template, and only blanks and special tokens follow there."""
     tokenizer, facts = encoder.tokenizer, encoder.facts
     assert facts is not None
     for answer, response in zip(answers, group.response_ids, strict=True):

@@ -1,4 +1,4 @@
-"""What holds for any text: FAULTS 10-13, 16 and 17 as properties, over templates and kinds of tokenizers."""
+"""What holds for any text, as properties: lengths, ends, ids and special-token text, over templates and kinds of tokenizers."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_whatever_the_lengths(
     max_length: int,
     max_prompt: int | None,
 ) -> None:
-    """FAULTS 10-12: one prompt, at least one token of each answer, everything within the limits, ends only where answers end."""
+    """One prompt, at least one token of each answer, everything within the limits, ends only where answers end."""
     assume(max_prompt is None or max_prompt < max_length)
     tokenizer = encoder_for(style, kind).tokenizer
     encoder = encoder_for(style, kind, max_length=10_000)

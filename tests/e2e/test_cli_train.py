@@ -93,7 +93,7 @@ def test_a_run_from_start_to_end_and_again(tmp_path: Path, options: dict[str, ob
 def test_no_secret_reaches_a_file_or_the_terminal(
     tmp_path: Path, options: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FAULTS 60: the hub token of the configuration, that of the environment, and one inside a nested option."""
+    """The hub token of the configuration, that of the environment, and one inside a nested option."""
     monkeypatch.setenv("HF_TOKEN", "environment-secret-1")
     secrets = {"hub_token": "configured-secret-2", "run_name": "on environment-secret-1", "max_steps": 2}
     config = write_config(tmp_path, {**options, **secrets, "model_init_kwargs": {"token": "nested-secret-3"}})

@@ -181,6 +181,6 @@ def test_an_empty_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("broken", [group([1, 2], [3], []), group([], [3], [4])], ids=["answer", "prompt"])
 def test_an_empty_answer_or_prompt_cannot_reach_the_loss(broken: TokenGroup) -> None:
-    """FAULTS 23: a mean over no tokens is 0/0, and an answer without a prompt would be predicted from the row before it."""
+    """A mean over no tokens is 0/0, and an answer without a prompt would be predicted from the row before it."""
     with pytest.raises(ValueError, match="no token"):
         collate([group([1], [2], [3]), broken])

@@ -1,4 +1,4 @@
-"""Every moment of a save at which the machine may stop leaves a checkpoint that verifies (FAULTS 32).
+"""Every moment of a save at which the machine may stop leaves a checkpoint that verifies.
 
 A SIGKILL cannot show this: what a killed process wrote is safe in the system's cache. Here the file operations of a save are recorded
 and each prefix is replayed on a model disk that drops what was not synced (crashfs).

@@ -1,4 +1,4 @@
-"""Publishing, verifying, keeping and replacing checkpoints (FAULTS 36, 38, 41; 49 with threads in place of processes)."""
+"""Publishing, verifying, keeping and replacing checkpoints."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     assert find_newest(tmp_path) == tmp_path / "checkpoint-100"
 
 
-# --- retention (FAULTS 41)
+# --- retention
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_staging_of_dead_runs_is_removed_at_start(tmp_path: Path) -> None:
     assert _names(tmp_path) == [".staging-notes", "checkpoint-1"]
 
 
-# --- a full disk (FAULTS 36)
+# --- a full disk
 
 
 @pytest.fixture(params=disks.KINDS)

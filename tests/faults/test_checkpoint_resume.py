@@ -1,4 +1,4 @@
-"""Whether a run may resume: the same facts (FAULTS 40), and nobody else in its folder (FAULTS 42)."""
+"""Whether a run may resume: the same facts, and nobody else in its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole command under faults: no memory in mid-run (FAULTS 44), kills and power cuts at its end (FAULTS 32)."""
+"""The whole command under faults: no memory in mid-run, kills and power cuts at its end."""
 
 from __future__ import annotations
 

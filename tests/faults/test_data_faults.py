@@ -1,4 +1,4 @@
-"""FAULTS 1-9 and 18-20: what each broken row or file leads to."""
+"""What each broken row or file leads to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes over gloo, on a tiny model (FAULTS 24, 36, 46 to 51)."""
+"""Two processes over gloo, on a tiny model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def uninterrupted(forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Fi
 def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
     line: str, rank: int, pair: Pair, uninterrupted: Finished
 ) -> None:
-    """FAULTS 46."""
+    """A rank that is killed: the others leave in time, and nothing half-published stays."""
     ends = pair.train(act=pair.signal_at(line, rank, signal.SIGKILL), slow_save_s=0.05 if line == "saving" else 0.0)
     assert ends[rank].status == -signal.SIGKILL
     assert ends[1 - rank].status == 1
@@ -91,7 +91,7 @@ def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_one_rank_is_told_once(rank: int, pair: Pair) -> None:
-    """FAULTS 47."""
+    """An exception on one rank: the others leave, and the first cause is told once."""
     ends = pair.train(trouble="exception", trouble_rank=rank)
     assert [end.status for end in ends] == [1, 1]
     assert max(end.after_s for end in ends) < LEAVE_S
@@ -103,7 +103,7 @@ def test_an_exception_on_one_rank_is_told_once(rank: int, pair: Pair) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_save_stops_all_and_nothing_is_published(rank: int, pair: Pair, uninterrupted: Finished) -> None:
-    """FAULTS 36 and 47: a failure inside the save, where ranks wait for each other."""
+    """A failure inside the save, where ranks wait for each other."""
     ends = pair.train(trouble="full disk", trouble_rank=rank)
     assert max(end.after_s for end in ends) < LEAVE_S
     assert ends[rank].status == 2
@@ -116,7 +116,7 @@ def test_a_rank_that_cannot_save_stops_all_and_nothing_is_published(rank: int, p
 
 @pytest.mark.parametrize("trouble", ["nan weight", "inf gradient"])
 def test_bad_numbers_on_one_rank_stop_both_before_the_step(trouble: str, pair: Pair) -> None:
-    """FAULTS 24 and 25 on all ranks: gradients are averaged, so both have it; a loss is this rank's own."""
+    """Gradients are averaged, so both have it; a loss is this rank's own."""
     ends = pair.train(trouble=trouble, trouble_rank=1)
     assert [end.status for end in ends] == [3, 3], pair.text()
     stops = [next(line for line in pair.text(rank).splitlines() if "GuardStop" in line) for rank in range(2)]
@@ -126,7 +126,7 @@ def test_bad_numbers_on_one_rank_stop_both_before_the_step(trouble: str, pair: P
 
 
 def test_uneven_rows_neither_hang_nor_count_twice(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
-    """FAULTS 48: 11 rows in steps of 8 and an evaluation of 5, on two ranks and on one with the same rows per step."""
+    """11 rows in steps of 8 and an evaluation of 5, on two ranks and on one with the same rows per step."""
     options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1}
     assert [end.status for end in pair.train(num_rows=11, options=options)] == [0, 0], pair.text()
     alone = tmp_path / "alone"
@@ -141,7 +141,7 @@ def test_uneven_rows_neither_hang_nor_count_twice(forks: Zygote, pair: Pair, tmp
 
 
 def test_only_rank_0_publishes_and_only_when_all_have_written(pair: Pair) -> None:
-    """FAULTS 49."""
+    """Only rank 0 publishes, after all have written."""
     options = {"max_steps": 3}
     assert [end.status for end in pair.train(trouble="late", trouble_rank=1, options=options)] == [0, 0], pair.text()
     manifest = verify(pair.run / "checkpoint-3")
@@ -150,12 +150,12 @@ def test_only_rank_0_publishes_and_only_when_all_have_written(pair: Pair) -> Non
 
 
 def test_rank_1_makes_no_name_final(pair: Pair) -> None:
-    """FAULTS 49."""
+    """Only rank 0 publishes, after all have written."""
     assert [end.status for end in pair.train(trouble="cannot publish", trouble_rank=1, options={"max_steps": 3})] == [0, 0], pair.text()
 
 
 def test_another_number_of_processes_is_refused_unless_allowed(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
-    """FAULTS 50."""
+    """Another number of ranks on resume is told, and refused unless it is allowed."""
     pair.train(trouble="exception")
     log = tmp_path / "alone.log"
     assert forks.run("train", log, run_dir=str(pair.run)) == 2
@@ -170,7 +170,7 @@ def test_another_number_of_processes_is_refused_unless_allowed(forks: Zygote, pa
 def test_sigterm_on_one_rank_stops_all_at_one_step(
     line: str, options: dict[str, Any], rank: int, pair: Pair, uninterrupted: Finished
 ) -> None:
-    """FAULTS 51."""
+    """SIGTERM on one rank stops all at one step."""
     line = "step 3" if line == "saving" and rank == 1 else line
     ends = pair.train(act=pair.signal_at(line, rank, signal.SIGTERM), **options)
     assert [end.status for end in ends] == [143, 143], pair.text()

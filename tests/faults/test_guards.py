@@ -30,7 +30,7 @@ def _groups(number: int = 2) -> list[TokenGroup]:
     return [TokenGroup(ids, (ids, ids), ((0, 1),), (True, True), Where("data.jsonl", row, row + 1)) for row in range(number)]
 
 
-# --- non-finite steps (FAULTS 24, 25)
+# --- non-finite steps
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (INF, 1.0), (1.0, NAN), (1.0, INF), (torch.tensor(-INF), torch.tensor(2.0))])
@@ -117,7 +117,7 @@ def test_a_bad_step_of_one_rank_stops_both_with_one_message() -> None:
     assert "data.jsonl:2" in messages[0]
 
 
-# --- signals (FAULTS 34, 35)
+# --- signals
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,7 @@ def test_the_launchers_echo_of_a_signal_is_no_second_one() -> None:
     assert "SignalStop" in errors
 
 
-# --- proof of learning (FAULTS 31)
+# --- proof of learning
 
 
 def _codes(proof: ProofOfLearning) -> list[str]:

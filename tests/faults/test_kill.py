@@ -1,4 +1,4 @@
-"""Real kills of real runs (FAULTS 32, 33, 39, 45).
+"""Real kills of real runs.
 
 SIGKILL in the stages of a save and at random moments, then the same run again to its end: weights, optimizer state and the lines of
 metrics.jsonl must equal the uninterrupted run's, bit for bit. `make faults` runs the long version.
@@ -129,7 +129,7 @@ def test_three_kills_at_random_moments(seed: int, forks: Zygote, reference: Call
 def test_two_resumes_within_an_epoch_see_the_batches_of_one_run(
     forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path
 ) -> None:
-    """FAULTS 39: killed after step 8 of an epoch that has steps 7 to 12, and again after step 10."""
+    """Killed after step 8 of an epoch that has steps 7 to 12, and again after step 10."""
     run = tmp_path / "run"
     settings = {**KINDS["padded"], "options": {"save_steps": 2}}
     for name in ("checkpoint-8", "checkpoint-10"):

@@ -1,4 +1,4 @@
-"""Proof of learning on a real model (FAULTS 31): SmolLM2-135M on the demo's rows, trained in ways that teach nothing or the wrong thing."""
+"""Proof of learning on a real model: SmolLM2-135M on the demo's rows, trained in ways that teach nothing or the wrong thing."""
 
 from __future__ import annotations
 

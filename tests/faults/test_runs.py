@@ -1,4 +1,4 @@
-"""Guards and signals in real runs of `ORPOTrainer` (FAULTS 24, 25, 31, 34, 35, 36, 39, 40, 42)."""
+"""Guards and signals in real runs of `ORPOTrainer`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_term_that_takes_no_part_is_told(alpha: float, text: str, forks: Zygot
 
 
 def test_a_last_step_on_a_remainder_is_done_and_saved(forks: Zygote, tmp_path: Path) -> None:
-    """FAULTS 45: 22 rows in steps of 4 are five whole steps and one of two rows."""
+    """22 rows in steps of 4 are five whole steps and one of two rows."""
     run, log = tmp_path / "run", tmp_path / "log"
     options = {"max_steps": -1, "num_train_epochs": 1, "save_steps": 100, "logging_steps": 1}
     assert forks.run("train", log, run_dir=str(run), options=options) == 0, log.read_text()
@@ -155,7 +155,7 @@ def test_a_second_signal_in_a_save_leaves_at_once_with_nothing_torn(forks: Zygot
     assert not any(path.name.startswith(".staging-") for path in run.iterdir())
 
 
-# --- errors and memory (FAULTS 44)
+# --- errors and memory
 
 
 def test_an_error_in_a_step_tears_nothing(forks: Zygote, uninterrupted: Finished, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_out_of_memory_is_advice_with_figures(error: Exception) -> None:
     assert explain_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), args) is None
 
 
-# --- the outside world (FAULTS 43)
+# --- the outside world
 
 
 def test_a_tracker_that_is_down_is_one_warning(forks: Zygote, uninterrupted: Finished, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FAULTS.md rows 8 and 10-19 on the way from a preference to ids; each test is named after its row."""
+"""Broken and awkward rows on the way from a preference to ids: what each leads to."""
 
 from __future__ import annotations
 

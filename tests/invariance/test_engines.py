@@ -197,7 +197,7 @@ def test_prompts_of_one_token() -> None:
 
 
 def test_a_group_of_four_answers_equals_its_six_pairs() -> None:
-    """SEMANTICS, "Groups": through the model, loss and gradient."""
+    """Groups equal their pairs, through the model, loss and gradient."""
     groups = random_groups(2, kinds=("four", "partial"))
     model = build("llama")
     together = gradients(model, by_sharing, collate(groups))
@@ -327,7 +327,7 @@ def test_bf16_is_as_near_to_float32_as_padded_bf16(architecture: str, how: str, 
     assert padded_grad <= 0.15
 
 
-# --- FAULTS 29: a row's values depend on the row alone -----------------------------------------------------------------------------------
+# --- a row's values depend on the row alone -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=12)

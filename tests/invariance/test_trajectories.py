@@ -1,4 +1,4 @@
-"""FAULTS 28: the same data gives the same thirty steps, however a step is cut, packed or padded, and equals a loop written by hand."""
+"""The same data gives the same thirty steps, however a step is cut, packed or padded, and equals a loop written by hand."""
 
 from __future__ import annotations
 

@@ -378,7 +378,7 @@ def test_second_adapter_is_refused() -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_merge_equals_adapter_and_leaves_it_usable(use_dora: bool) -> None:
-    """FAULTS 30."""
+    """An adapter switched on, off and merged: the same model to rounding, and an untouched base."""
     original = build_tiny_model("llama")
     adapted = trained_adapter(build_tiny_model("llama"), r=4, use_dora=use_dora)
     with_adapter = logits(adapted)

@@ -35,7 +35,7 @@ from orpo.training.steps import without_weight
 from randomgroups import as_pairs, group, random_groups
 
 FAULT_VALUES = (0.0, -1e-12, -1e-8, -1e-7, -0.69, -50.0, -1e4)
-"""FAULTS 21, where TRL 1.16's log-odds is not finite or has no finite gradient for most pairs."""
+"""Log-probabilities where TRL 1.16's log-odds is not finite or has no finite gradient for most pairs."""
 
 
 def floats(lowest: float) -> st.SearchStrategy[float]:
@@ -189,7 +189,7 @@ def test_half_precision_input_is_computed_in_float32(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_objective_of_half_precision_values_is_computed_in_float32(dtype: torch.dtype) -> None:
-    """FAULTS 26: of the same values, so that the only loss of precision is that of the values themselves."""
+    """Of the same values, so that the only loss of precision is that of the values themselves."""
     logp_N, index = random_tokens(3)
     logp_N = logp_N.to(dtype)
     found, expected = evaluate(ORPO(1.0), logp_N, index), evaluate(ORPO(1.0), logp_N.float(), index)

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest cannot reach outside its folder, and pruning touches only what a manifest owns (FAULTS 53, 54)."""
+"""A checkpoint's manifest cannot reach outside its folder, and pruning touches only what a manifest owns."""
 
 from __future__ import annotations
 

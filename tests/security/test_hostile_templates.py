@@ -1,4 +1,4 @@
-"""FAULTS 56: a chat template is foreign code. It is sandboxed, stopped when it does not end, and cannot flood the run."""
+"""A chat template is foreign code. It is sandboxed, stopped when it does not end, and cannot flood the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing of the package opens a port, and a run without hub and trackers speaks to nobody (FAULTS 59)."""
+"""Nothing of the package opens a port, and a run without hub and trackers speaks to nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint is unpickled (FAULTS 52): a pickle that leaves a canary when it is opened, in every place a resume looks at."""
+"""Nothing in a checkpoint is unpickled: a pickle that leaves a canary when it is opened, in every place a resume looks at."""
 
 from __future__ import annotations
 

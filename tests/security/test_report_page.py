@@ -1,4 +1,4 @@
-"""Nothing in a run runs in its report (FAULTS 57), and no secret gets into report or card (FAULTS 60): read by a parser.
+"""Nothing in a run runs in its report, and no secret gets into report or card: read by a parser.
 
 The same pages are opened in a real browser by tests/e2e/test_report_browser.py.
 """

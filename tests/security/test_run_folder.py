@@ -1,4 +1,4 @@
-"""Names and secrets around a real run: no shell sees a path (FAULTS 58), no secret lands in what a run writes (FAULTS 60)."""
+"""Names and secrets around a real run: no shell sees a path, no secret lands in what a run writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the source may not contain (FAULTS 52, 58, 61): unpickling, shells, unsafe YAML, evaluation of text."""
+"""What the source may not contain: unpickling, shells, unsafe YAML, evaluation of text."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_no_rows_at_all(tmp_path: Path) -> None:
 
 
 def test_everything_dropped_stops_with_the_reasons(tmp_path: Path) -> None:
-    """FAULTS 19."""
+    """Everything dropped, or fewer rows than one step: stopped with the histogram of reasons."""
     with pytest.raises(UserError, match=r"(?s)no row.*empty"):
         trainer_of(tmp_path, [{**row, "chosen": " "} for row in ROWS])
 
@@ -194,7 +194,7 @@ def test_rows_with_one_answer_are_taken_if_asked_for(tmp_path: Path) -> None:
 
 
 def test_prompts_in_training_and_evaluation_stop_unless_allowed(tmp_path: Path) -> None:
-    """FAULTS 9."""
+    """Prompts that are in training and evaluation data are counted, and stop the run unless they are allowed."""
     for eval_dataset in (HELD_OUT + ROWS[:1], {"clean": HELD_OUT, "leaky": ROWS[:1]}):
         with pytest.raises(UserError, match="prompts"):
             trainer_of(tmp_path, arguments={"eval_dataset": eval_dataset})

@@ -373,7 +373,7 @@ def poisoned(groups: list[TokenGroup], tmp_path: Path, **options: Any) -> ORPOTr
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_numbers_that_are_none_stop_before_the_optimizer_step(bf16: bool, tmp_path: Path, groups: list[TokenGroup]) -> None:
-    """FAULTS 24: the other weights are those of the step before."""
+    """The other weights are those of the step before."""
     trainer = poisoned(groups, tmp_path, bf16=bf16)
     with pytest.raises(GuardStop, match="step 2"):
         trainer.train()

@@ -134,7 +134,7 @@ def test_from_every_step_of_two_epochs(step: int, tmp_path: Path, groups: list[T
 
 
 def test_resuming_twice_in_an_epoch_trains_the_same_rows(tmp_path: Path, groups: list[TokenGroup]) -> None:
-    """FAULTS 39."""
+    """Resumed twice within an epoch: identical batches."""
     whole = build(tmp_path / "whole", groups, save_strategy="no")
     whole.train()
     run = tmp_path / "run"
@@ -162,7 +162,7 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path, groups: list[TokenGroup])
 
 @pytest.mark.parametrize("change", [{"learning_rate": 2e-3}, {"gradient_accumulation_steps": 4}, {"orpo_alpha": 0.5}], ids=str)
 def test_another_configuration_is_refused_with_the_difference(change: dict[str, Any], tmp_path: Path, groups: list[TokenGroup]) -> None:
-    """FAULTS 40."""
+    """Changed data, configuration or batch size is refused with a diff."""
     build(tmp_path, groups, stop_at=3).train()
     with pytest.raises(CheckpointError, match=next(iter(change))):
         build(tmp_path, groups, **change).train(resume_from_checkpoint=True)
@@ -183,7 +183,7 @@ def kept(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, {2, 4, 6, 8, 9}), (3, {6, 8, 9}), (1, {8, 9})])
 def test_the_newest_checkpoints_are_kept(limit: int | None, expected: set[int], tmp_path: Path, groups: list[TokenGroup]) -> None:
-    """Never fewer than two, whatever the limit (SEMANTICS, "Runs")."""
+    """Never fewer than two, whatever the limit."""
     build(tmp_path, groups, save_total_limit=limit).train()
     assert kept(tmp_path) == expected
 

@@ -20,7 +20,7 @@ _FLAGS_AS_FOUND = ("replacement_character", "mojibake", "control_characters", "s
 _LENGTH_CODES = ("too_long", "prompt_too_long", "identical_after_truncation", "prompt_trimmed", "answer_cut")
 _LOOKS_CUT_SHARE = 0.05
 _MANY = 0.01
-"""Share of the rows from which identical pairs are warned about beyond their being dropped (FAULTS 8)."""
+"""Share of the rows from which identical pairs are warned about beyond their being dropped."""
 
 
 class Findings:

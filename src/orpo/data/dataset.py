@@ -161,7 +161,7 @@ class DataReport:
         }
 
     def check(self, min_rows: int = 1, *, name: str = "the data") -> None:
-        """Stop where too little is left to train on (FAULTS 19).
+        """Stop where too little is left to train on.
 
         Args:
             min_rows: groups needed, such as those of one batch.
@@ -271,7 +271,7 @@ class Overlap:
     examples: tuple[tuple[Where, Where], ...]
 
     def check(self, *, allow: bool = False) -> None:
-        """Stop at any overlap, unless it is allowed (FAULTS 9).
+        """Stop at any overlap, unless it is allowed.
 
         Raises:
             DataError: training and evaluation share prompts.

@@ -1,6 +1,6 @@
 """Preferences to token groups: one prompt segment, the response segments after it, and proof on the tokens that they fit together.
 
-What holds for every group that comes out (DESIGN.md guarantees 4 and 7, FAULTS 8, 10-18):
+What holds for every group that comes out:
 
 - The ids of prompt + answer are those of `apply_chat_template(tokenize=True)` up to the turn terminator, which is there exactly once. What
   the template prints after it is left out. Rows with special-token text are the one exception, under `special_tokens_in_text: split`.

@@ -169,7 +169,7 @@ def adapter_base(source: ModelSource) -> tuple[str, str | None]:
 
 
 def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on its base model. Only safetensors are read (FAULTS 52).
+    """Put a saved adapter on its base model. Only safetensors are read.
 
     Raises:
         UserError: no safetensors, damaged, or made for another model.

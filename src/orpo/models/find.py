@@ -130,7 +130,7 @@ def _inner_model(folder: Path) -> str | None:
 
 
 def check_folder(source: ModelSource) -> None:
-    """A configuration and weights as safetensors, all inside the folder. Pickles are refused: loading one can run any code (FAULTS 52).
+    """A configuration and weights as safetensors, all inside the folder. Pickles are refused: loading one can run any code.
 
     Raises:
         UserError: one of them is missing, or the index of the weights names a file elsewhere.

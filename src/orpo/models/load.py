@@ -283,7 +283,7 @@ def _compute_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def _check_remote_code(source: ModelSource, options: ModelOptions) -> None:
-    """Remote code is refused unless it is named by a revision that does not move (FAULTS 55)."""
+    """Remote code is refused unless it is named by a revision that does not move."""
     if not options.trust_remote_code or source.kind in ("alias", "gguf"):
         return
     if source.kind == "hub" and (not options.revision or options.revision.lower() in _MOVING_REVISIONS):
