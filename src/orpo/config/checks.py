@@ -6,8 +6,11 @@ Works on plain values, so that a file and flags can be checked before there is a
 from __future__ import annotations
 
 import difflib
+import inspect
+import json
 import math
 import typing
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +65,15 @@ _UNCHECKED_TYPES = frozenset(
 _HIGHEST_USUAL_RATE = 1e-2
 # Whose step is the gradient times the rate, or which set their own scale; Adam and its kin move every weight by about the rate itself.
 _OPTIMIZERS_OF_LARGE_RATES = ("sgd", "adagrad", "lomo", "adafactor", "rmsprop")
+EVALUATED = (
+    *("loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected", "log_odds_ratio", "log_odds_chosen"),
+)
+"""What an evaluation reports, each under `eval_` and its name; a test holds it to one."""
+
+_SIMPLE_SCHEDULES = frozenset({"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"})
+"""Those that work without arguments, which need no trial."""
+_SET_BY_THE_TRAINER = frozenset({"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"})
 
 # Those that transformers can be asked about whether they are there.
 _TRACKERS_WITH_A_PACKAGE = frozenset(
@@ -98,7 +110,8 @@ def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserErro
     problems += _choice_problems(usable) + _range_problems(usable)
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
-    return problems + compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
+    problems += compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
+    return problems + _schedule_problems(usable)
 
 
 def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
@@ -185,6 +198,69 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
             )
         )
     return problems
+
+
+def _schedule_problems(values: dict[str, Any]) -> list[UserError]:
+    """Arguments that the schedule does not take, lacks, or cannot compute with; transformers makes it after the model has been loaded."""
+    given = values.get("lr_scheduler_kwargs")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            shown = found(values["lr_scheduler_kwargs"])
+            return [UserError(f"found {shown}", where="lr_scheduler_kwargs", expected="a mapping such as {min_lr: 1.0e-6}")]
+    name, arguments = str(_name_of(values.get("lr_scheduler_type"))), dict(given or {})
+    if "lr_scheduler_type" not in values or (not arguments and name in _SIMPLE_SCHEDULES):
+        return []
+    taken = _schedule_arguments(name)
+    needed = [key for key, is_needed in taken.items() if is_needed]
+    expected = f"what {name} takes: " + (", ".join(f"{key} (needed)" if key in needed else key for key in taken) or "nothing")
+    problems = [
+        UserError(f"unknown argument {key!r}", where="lr_scheduler_kwargs", expected=expected, mend=did_you_mean(key, taken))
+        for key in arguments
+        if key not in taken
+    ]
+    missing = [key for key in needed if key not in arguments]
+    if missing:
+        what = f"{name} needs {' and '.join(missing)}"
+        mend = f"lr_scheduler_kwargs: {{{', '.join(f'{key}: …' for key in missing)}}}"
+        problems.append(UserError(what, where="lr_scheduler_kwargs", expected=expected, mend=mend))
+    if not problems and (failure := _try_schedule(name, arguments, values)) is not None:
+        problems.append(UserError(f"{name}: {failure}", where="lr_scheduler_kwargs", expected=expected))
+    return problems
+
+
+def _schedule_arguments(name: str) -> dict[str, bool]:
+    """What a schedule takes -> whether it must be given, read from the function or class that transformers calls."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, SchedulerType
+
+    classes: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    parameters = inspect.signature(classes.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+    return {key: item.default is item.empty for key, item in parameters.items() if key not in _SET_BY_THE_TRAINER}
+
+
+def _try_schedule(name: str, arguments: dict[str, Any], values: dict[str, Any]) -> str | None:
+    """What goes wrong when the schedule is made and asked for a few of its rates; None where nothing does."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=values.get("learning_rate") or 1e-5)
+    num_steps = values["max_steps"] if (values.get("max_steps") or 0) > 0 else 1_000_000
+    num_warmup = num_steps // 10
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedule = get_scheduler(name, optimizer, num_warmup, num_steps, scheduler_specific_kwargs=arguments)
+        for _ in range(0 if hasattr(schedule, "lr_lambdas") else 50):  # those that follow a metric: one that does not get better
+            schedule.step(1.0)
+        rates = [factor(step) for factor in getattr(schedule, "lr_lambdas", ()) for step in (0, num_warmup, num_steps // 2, num_steps)]
+    except Exception as error:  # whatever a schedule raises over its arguments
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    is_sound = all(isinstance(rate, (int, float)) and math.isfinite(rate) for rate in rates)
+    return None if is_sound else f"the learning rate would be multiplied by {', '.join(map(str, rates))}"
 
 
 def _tracker_problems(report_to: Any) -> list[UserError]:

@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_ASSIGNMENTS = re.compile(r"[A-Za-z_]\w*=[^=,{}\[\]/]+(,\s*[A-Za-z_]\w*=[^=,{}\[\]/]+)*")
+"""`min_lr=1e-6,num_cycles=2`; a slash would be a file's."""
 _TRUE, _FALSE = frozenset({"true", "yes", "on", "1"}), frozenset({"false", "no", "off", "0"})
 
 
@@ -118,18 +120,30 @@ def _number(text: str, *, is_whole: bool) -> int | float:
     return int(value)
 
 
+def _with_numbers(value: Any) -> Any:
+    """A mapping's texts that read as numbers, as numbers (`{min_lr: 1e-6}`); a revision stays text: a commit may look so (1234e56)."""
+    if isinstance(value, dict):
+        return {key: item if str(key).endswith("revision") else _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return _number(value, is_whole=False) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+
+
 def from_yaml(hint: Any, value: Any) -> Any:
     """Fit a value that YAML has already read.
 
     YAML 1.1 reads `1e-5` (no dot) as text; where a number and no text is asked for it is taken as the number that was meant. A single
-    item stands for a list of one. Nothing else is converted: `"4"` for a whole number is, `"four"` is not.
+    item stands for a list of one. Nothing else is converted: `"4"` for a whole number is, `"four"` is not. Inside a mapping of anything,
+    what reads as a number is one, too.
 
     Raises:
         NotAcceptedError: the value does not fit.
     """
+    alternatives = members(hint)
+    if isinstance(value, dict) and not any(typing.get_args(member)[1:] == (str,) for member in alternatives):
+        value = _with_numbers(value)
     if is_accepted(hint, value):
         return value
-    alternatives = members(hint)
     if isinstance(value, str):
         for kind in (int, float):
             if kind in alternatives:
@@ -147,7 +161,7 @@ def from_yaml(hint: Any, value: Any) -> Any:
 
 
 def from_flag(hint: Any, text: str) -> Any:
-    """Fit the text of a command-line flag: `true`, `1e-5`, `none`, `[a, b]`, `{k: v}`, or `a,b` for a list of texts.
+    """Fit the text of a command-line flag: `true`, `1e-5`, `none`, `[a, b]`, `{k: v}` or `k=v,l=w`, or `a,b` for a list of texts.
 
     Raises:
         NotAcceptedError: the text does not fit.
@@ -167,10 +181,13 @@ def from_flag(hint: Any, text: str) -> Any:
                 return _number(text, is_whole=kind is int)
             except NotAcceptedError:
                 continue
+    mapping = next((member for member in alternatives if member is dict or typing.get_origin(member) is dict), None)
+    if mapping is not None and _ASSIGNMENTS.fullmatch(text.strip()):
+        text = "{" + text.strip().replace("=", ": ") + "}"
     if text.lstrip()[:1] in ("{", "["):
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = from_yaml(hint, yaml.safe_load(text))
+        except (yaml.YAMLError, NotAcceptedError) as error:
             if str not in alternatives:
                 raise NotAcceptedError(text) from error
         else:

@@ -7,6 +7,7 @@ Every problem of both is told in one go, with file and line. Nothing is loaded, 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -208,7 +209,23 @@ def _run_problems(values: dict[str, Any], *, has_broken_keys: bool) -> list[User
                 mend="name dataset_test_split or eval_dataset_name, or hold rows out with eval_fraction",
             )
         )
-    return problems
+    return problems + _best_metric_problems(values["metric_for_best_model"])
+
+
+def _best_metric_problems(metric: str | None) -> list[UserError]:
+    """A metric that no evaluation reports; transformers would look for it at the first one."""
+    if metric is None:
+        return []
+    from orpo.config.checks import EVALUATED
+
+    name = metric.removeprefix("eval_")
+    if name in EVALUATED:
+        return []
+    by_last_word = {known.rpartition("/")[2]: known for known in reversed(EVALUATED)}
+    near = difflib.get_close_matches(name, EVALUATED, n=1, cutoff=0.6)
+    near = near or [by_last_word[word] for word in difflib.get_close_matches(name, by_last_word, n=1, cutoff=0.5)]
+    mend = f"did you mean {near[0]!r}?" if near else None
+    return [UserError(f"found {metric!r}", where="metric_for_best_model", expected=f"one of {', '.join(EVALUATED)}", mend=mend)]
 
 
 def as_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
