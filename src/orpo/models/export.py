@@ -78,6 +78,7 @@ def export_merged(
 
     wanted = parse_dtype(dtype)
     plain = merge(model)
+    check_merge(model, plain)  # before it is brought into another dtype: what that rounds is asked for
     if wanted is not None and plain.dtype != wanted:
         plain = (plain if plain is not model else copy.deepcopy(plain)).to(wanted)
     with _staged_folder(Path(folder), is_overwriting=is_overwriting) as staging:
@@ -85,7 +86,7 @@ def export_merged(
         tokenizer.save_pretrained(staging)
         if stop_token_ids:
             _add_stop_ids(plain, staging / "generation_config.json", stop_token_ids)
-        check_merged(model, plain, staging)
+        check_merged(plain, staging)
     return Path(folder)
 
 
