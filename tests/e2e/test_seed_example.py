@@ -99,7 +99,7 @@ def test_the_seeds_example_runs(given: dict[str, Any], tmp_path: Path) -> None:
     exec(compile(EXAMPLE, "example.py", "exec"), given)  # noqa: S102
     trainer = given["trainer"]
     assert trainer.state.global_step == 2
-    assert (trainer.objective.orpo_alpha, trainer.objective.orpo_beta) == (1.0, 0.1)
+    assert (trainer.training_objective.orpo_alpha, trainer.training_objective.orpo_beta) == (1.0, 0.1)
     (run,) = (tmp_path / "runs").iterdir()
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
     assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
@@ -108,7 +108,7 @@ def test_the_seeds_example_runs(given: dict[str, Any], tmp_path: Path) -> None:
 def test_a_script_for_trl_runs(given: dict[str, Any], tmp_path: Path) -> None:
     exec(compile(TRL_SCRIPT, "script.py", "exec"), given)  # noqa: S102
     assert given["trainer"].state.global_step == 2
-    assert given["trainer"].objective.orpo_alpha == 0.1
+    assert given["trainer"].training_objective.orpo_alpha == 0.1
     assert "eval_held_out_rewards/margins" in given["metrics"]
     assert (tmp_path / "tiny-orpo" / "adapter_model.safetensors").exists()
 

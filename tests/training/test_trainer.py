@@ -423,7 +423,7 @@ def test_no_args_are_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_alpha_and_beta_reach_the_objective(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, orpo_alpha=1.0, orpo_beta=0.1)
-    assert (trainer.objective.orpo_alpha, trainer.objective.orpo_beta) == (1.0, 0.1)
+    assert (trainer.training_objective.orpo_alpha, trainer.training_objective.orpo_beta) == (1.0, 0.1)
     from orpo.config.options import ORPOConfig as Config
 
     by_trls_name = ORPOTrainer(
@@ -432,7 +432,7 @@ def test_alpha_and_beta_reach_the_objective(tmp_path: Path) -> None:
         train_dataset=ROWS,
         processing_class=build_tiny_tokenizer(),
     )
-    assert (by_trls_name.objective.orpo_alpha, by_trls_name.objective.orpo_beta) == (0.25, 1.0)
+    assert (by_trls_name.training_objective.orpo_alpha, by_trls_name.training_objective.orpo_beta) == (0.25, 1.0)
 
 
 def test_a_template_with_new_tokens_grows_the_embeddings(tmp_path: Path) -> None:
@@ -530,3 +530,132 @@ def test_a_model_that_cannot_share_trains_padded(tmp_path: Path, caplog: pytest.
     assert any("MambaForCausalLM" in record.message for record in caplog.records)
     with pytest.raises(UserError, match="MambaForCausalLM"):
         make_trainer(tmp_path, random_groups(4), model=build_tiny_model("mamba", num_layers=1), engine="shared").train()
+
+
+# --- methods of one's own -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("compute_loss", "objective="),
+        ("get_batch_loss_metrics", "objective="),
+        ("odds_ratio_loss", "objective="),
+        ("concatenated_forward", "objective="),
+        ("get_batch_logps", "objective="),
+        ("compute_loss_context_manager", "objective="),
+        ("tokenize_row", "column_map"),
+        ("build_tokenized_answer", "column_map"),
+        ("concatenated_inputs", "column_map"),
+        ("_get_train_sampler", "data_seed"),
+        ("_prepare_inputs", "training_step"),
+        ("prediction_step", "evaluation_loop"),
+        ("generate_from_model", "evaluation_loop"),
+        ("store_metrics", "on_log"),
+        ("_save_optimizer_and_scheduler", "on_save"),
+    ],
+)
+@pytest.mark.parametrize("how", ["subclass", "mixin", "instance"])
+def test_a_method_that_nothing_would_call_is_refused(name: str, mend: str, how: str, tmp_path: Path) -> None:
+    mixin = type("Own", (), {name: lambda self, *args, **keywords: pytest.fail("called")})
+    bases = {"subclass": (mixin, ORPOTrainer), "mixin": (ORPOTrainer, mixin), "instance": (ORPOTrainer,)}[how]
+    if how == "mixin" and hasattr(ORPOTrainer, name):
+        return  # ours comes first: the mixin's overrides nothing
+    kind = type("Mine", bases, {})
+
+    def make_and_train() -> None:
+        trainer = kind(tiny_model(), make_config(tmp_path), train_dataset=ROWS, processing_class=build_tiny_tokenizer())
+        assert how == "instance"
+        setattr(trainer, name, lambda *args: None)
+        trainer.train()
+
+    with pytest.raises(UserError, match=f"(?s)overrides what has no effect.*{name}: is overridden.*{mend}"):
+        make_and_train()
+
+
+def test_methods_that_are_called_may_be_overridden(tmp_path: Path) -> None:
+    """Each of these has its effect; and who has a step of one's own may call a loss of one's own in it."""
+    called = set()
+
+    def noting(name: str) -> Any:
+        def method(self: Any, *args: Any, **keywords: Any) -> Any:
+            called.add(name)
+            return getattr(ORPOTrainer, name)(self, *args, **keywords)
+
+        return method
+
+    names = {
+        "training_step",
+        "evaluation_loop",
+        "log",
+        "create_optimizer",
+        "create_scheduler",
+        "get_train_dataloader",
+        "evaluate",
+        "save_model",
+    }
+    kind = type("Mine", (ORPOTrainer,), {**{name: noting(name) for name in names}, "compute_loss": noting("compute_loss")})
+    args = make_config(tmp_path, max_steps=2, eval_strategy="epoch", save_strategy="steps", save_steps=2)
+    trainer = kind(tiny_model(), args, train_dataset=ROWS, eval_dataset=HELD_OUT, processing_class=build_tiny_tokenizer())
+    trainer.train()
+    assert called == names
+
+
+# --- search for hyperparameters -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_gives_its_values_to_every_trial_s_objective(tmp_path: Path) -> None:
+    """What a trial logs is what a run of its own with the same values logs, alpha, beta, rate, rows of a step and seed alike."""
+    pytest.importorskip("optuna")
+    values = [
+        {"orpo_alpha": 0.5, "orpo_beta": 1.0, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
+        {"orpo_alpha": 3.0, "orpo_beta": 2.0, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ]
+
+    def search(folder: Path, **options: Any) -> ORPOTrainer:
+        args = make_config(folder, num_train_epochs=1, **options)
+        kinds: dict[str, Any] = {"train_dataset": ROWS, "eval_dataset": HELD_OUT, "processing_class": build_tiny_tokenizer()}
+        return ORPOTrainer(args=args, model_init=lambda: tiny_model(), **kinds)
+
+    trainer = search(tmp_path / "search", save_strategy="epoch")
+    before = trainer.args.to_dict()
+
+    def space(trial: Any) -> dict[str, Any]:
+        return values[trial.number] | {"seed": trial.suggest_int("seed", 3, 3)}
+
+    best = trainer.hyperparameter_search(space, n_trials=2, backend="optuna", direction="minimize")
+    losses = []
+    for number, chosen in enumerate(values):
+        alone = search(tmp_path / f"alone-{number}", seed=3, **chosen)
+        alone.train()
+        losses.append(alone.evaluate()["eval_loss"])
+        folder = tmp_path / "search" / f"run-{number}"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["loss"] for line in lines if "nll_loss" in line] == logged(alone)
+        assert lines[-1]["eval_loss"] == losses[-1]
+        assert len(list(folder.glob("checkpoint-*"))) == 1
+    assert best.objective == min(losses)
+    assert trainer.args.to_dict() == before
+    for name, value in values[0].items():  # as transformers' own documentation goes on
+        setattr(trainer.args, name, value)
+    trainer.args.seed = 3
+    trainer.train()
+    first = [json.loads(line) for line in (tmp_path / "search" / "run-0" / "metrics.jsonl").read_text().splitlines()]
+    assert logged(trainer) == [line["loss"] for line in first if "nll_loss" in line]
+
+
+def test_a_trial_that_is_destroyed_is_pruned_and_the_search_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("optuna")
+    args = make_config(tmp_path, max_steps=8)
+    rows: dict[str, Any] = {"train_dataset": ROWS, "eval_dataset": HELD_OUT, "processing_class": build_tiny_tokenizer()}
+    trainer = ORPOTrainer(args=args, model_init=lambda: tiny_model(), **rows)
+    rates = [5.0, 1e-3]
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": rates[trial.number], "orpo_alpha": trial.suggest_float("orpo_alpha", 0.1, 1.0)},
+        lambda metrics: metrics["eval_rewards/accuracies"],
+        n_trials=2,
+        direction="maximize",
+        backend="optuna",
+    )
+    assert best.run_id == "1"
+    assert "trial 0: step 8: the next-token loss is" in caplog.text

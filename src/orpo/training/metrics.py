@@ -36,6 +36,11 @@ class MetricSums:
         self._started_s: float | None = None
         self._step = torch.zeros_like(self.values[: len(METRICS)])
 
+    def clear(self) -> None:
+        """Forget what has been added up, of a training that ended before its log."""
+        self.values.zero_()
+        self.busy_s = 0.0
+
     def start(self) -> None:
         """A step begins: time runs until `stop`, so evaluation and saving are not counted against throughput."""
         self._started_s = time.perf_counter()

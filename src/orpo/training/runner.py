@@ -243,7 +243,7 @@ def describe_schedule(trainer: ORPOTrainer) -> str:
     args, sampler = trainer.args, trainer.train_sampler
     steps = args.max_steps if args.max_steps > 0 else -(-len(sampler) * args.num_train_epochs // 1)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    objective = trainer.objective
+    objective = trainer.training_objective
     what = f"lambda {objective.orpo_alpha:g}" if isinstance(objective, ORPO) else repr(objective)
     return (
         f"{steps:g} steps of {sampler.rows_per_step} rows, {trainable / 1e6:,.1f} M weights trained, {args.compute_dtype}, "
@@ -329,7 +329,7 @@ class _Journal(TrainerCallback):
             "compute_dtype": self.args.compute_dtype,
             "engine": self.trainer.engine.name,
             "seed": self.args.seed,
-            "objective": repr(self.trainer.objective),
+            "objective": repr(self.trainer.training_objective),
             "num_steps": state.max_steps,
             "model": self.loaded.facts.to_dict(),
             "data": {

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from orpo.config.options import ORPOConfig
 from orpo.data.types import TokenGroup
-from orpo.errors import UserError
+from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import text_layers_only
 from orpo.models.newtokens import positions_of, with_new_tokens
 from orpo.objective import DPO, ORPO, SFT, Objective, SimPO
@@ -20,6 +20,64 @@ if TYPE_CHECKING:
     from orpo.data.template import TemplateEncoder
 
 logger = logging.getLogger(__name__)
+
+
+_OBJECTIVE = (
+    "the loss of a step comes from the engine and the objective",
+    "give objective=, a function (logp_N, index) -> {'nll': …, 'preference': …} of the tokens' log-probabilities (orpo.objective), "
+    "or override training_step",
+)
+_ROWS = (
+    "rows are read and tokenised by orpo.data",
+    "prepare the rows before (column_map, chat_template and truncation say how they are read), or give token groups as train_dataset",
+)
+_ORDER = ("which rows a step holds, and in which order, is orpo.steps' part", "give the rows in another order, or data_seed")
+_BATCHES = ("batches are packed by the engine and moved by the step", "override training_step, which gets one whole optimizer step")
+_EVALUATION = ("evaluation goes through evaluation_loop alone", "override evaluation_loop or evaluate, or use orpo.evaluate")
+_STATE = ("checkpoints are written and pruned by orpo.checkpoint", "a callback with on_save sees every checkpoint; save_total_limit prunes")
+_UNUSED_HOOKS = {
+    **dict.fromkeys(
+        (
+            *("compute_loss", "get_batch_loss_metrics", "odds_ratio_loss", "concatenated_forward", "get_batch_logps"),
+            *("compute_loss_context_manager", "autocast_smart_context_manager"),
+        ),
+        _OBJECTIVE,
+    ),
+    **dict.fromkeys(("tokenize_row", "build_tokenized_answer", "concatenated_inputs", "_prepare_dataset"), _ROWS),
+    **dict.fromkeys(("_get_train_sampler", "_get_eval_sampler"), _ORDER),
+    **dict.fromkeys(
+        ("_prepare_inputs", "_prepare_input", "_get_collator_with_removed_columns", "_remove_unused_columns", "_get_num_items_in_batch"),
+        _BATCHES,
+    ),
+    **dict.fromkeys(("prediction_step", "prediction_loop", "generate_from_model"), _EVALUATION),
+    "store_metrics": ("metrics are exact sums over all rows", "add to what `log` is given, or use a callback's on_log"),
+    **dict.fromkeys(("_save_rng_state", "_save_optimizer_and_scheduler", "_rotate_checkpoints"), _STATE),
+}
+"""Methods of transformers' or TRL's trainers that nothing calls here -> (why, what to do instead)."""
+
+
+def refuse_overrides(trainer: Any, base: type) -> None:
+    """Refuse a subclass, or an instance, with a method of its own that would never be called: it would train something else in silence.
+
+    One that also has its own `training_step` or `evaluation_loop` may well call them from there.
+
+    Raises:
+        UserErrors: all of them, each with what to do instead.
+    """
+    own: dict[str, str] = {}
+    for cls in type(trainer).__mro__:
+        if cls not in base.__mro__:
+            own = {**dict.fromkeys(vars(cls), cls.__name__), **own}
+    own = {**own, **dict.fromkeys(vars(trainer), "the trainer")}
+    allowed = {_OBJECTIVE, _BATCHES} if "training_step" in own else set()
+    allowed |= {_OBJECTIVE, _BATCHES, _EVALUATION} if "evaluation_loop" in own else set()
+    problems = [
+        UserError(f"is overridden by {own[name]}, and nothing calls it: {reason[0]}", where=name, mend=reason[1])
+        for name, reason in _UNUSED_HOOKS.items()
+        if name in own and reason not in allowed
+    ]
+    if problems:
+        raise UserErrors(problems, title=f"{type(trainer).__name__} overrides what has no effect:")
 
 
 def refuse_arguments(**given: Any) -> None:
@@ -32,6 +90,14 @@ def refuse_arguments(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} is not supported: {reasons[name]}", where="ORPOTrainer", mend="leave it out")
+
+
+def use_one_gpu(args: ORPOConfig) -> None:
+    """One process computes on one GPU, however many it sees."""
+    if args.n_gpu > 1:
+        # Or transformers would wrap the model in DataParallel, which cuts along a batch dimension that packed rows do not have.
+        logger.warning("%d GPUs are visible, and one process uses one; to use all: torchrun --nproc_per_node %d …", args.n_gpu, args.n_gpu)
+        args._n_gpu = 1
 
 
 def resolve_objective(args: ORPOConfig) -> Objective:

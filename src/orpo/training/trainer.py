@@ -39,7 +39,17 @@ from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback,
 from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means, response_sums
 from orpo.training.outside import OutsideMixin
 from orpo.training.saving import CheckpointMixin
-from orpo.training.setup import check_rows, prepared_model, refuse_arguments, resolve_model, resolve_objective, resolve_tokenizer
+from orpo.training.search import SearchMixin
+from orpo.training.setup import (
+    check_rows,
+    prepared_model,
+    refuse_arguments,
+    refuse_overrides,
+    resolve_model,
+    resolve_objective,
+    resolve_tokenizer,
+    use_one_gpu,
+)
 from orpo.training.steps import EpochCallback, StepBatch, StepDataset, StepSampler, only_item
 
 if TYPE_CHECKING:
@@ -51,10 +61,11 @@ EVALUATION_PIECE = 32
 """Micro-batches of a rank that are packed at a time in evaluation: enough to even them out, little enough to hold in memory."""
 
 
-class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
+class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
-    Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed.
+    Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed. A subclass with a method that
+    nothing calls here, such as `compute_loss` or TRL's `odds_ratio_loss`, is refused with what to do instead.
 
     Args:
         model: a model, or its name: hub id, folder, GGUF file, or the alias `smollm2-135m-instruct`.
@@ -95,6 +106,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         objective: Objective | None = None,
     ) -> None:
         args = ORPOConfig() if args is None else args
+        refuse_overrides(self, ORPOTrainer)
         refuse_arguments(
             data_collator=data_collator, compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics
         )
@@ -102,13 +114,9 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             raise UserError(f"args is a {type(args).__name__}", where="args", expected="an orpo.ORPOConfig")
         limit_kernel_cache()  # not in train(): who scores or generates with this trainer before it must not come first
         args.ensure_output_dir()
-        if args.n_gpu > 1:
-            # Or transformers would wrap the model in DataParallel, which cuts along a batch dimension that packed rows do not have.
-            logger.warning(
-                "%d GPUs are visible, and one process uses one; to use all: torchrun --nproc_per_node %d …", args.n_gpu, args.n_gpu
-            )
-            args._n_gpu = 1
-        self.objective = resolve_objective(args) if objective is None else objective
+        use_one_gpu(args)
+        self._own_objective = objective
+        self.training_objective = resolve_objective(args) if objective is None else objective
         self._peft_config = peft_config
         self._engine: Engine | None = None
         self._working: WorkingWeights | None = None
@@ -147,17 +155,12 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
     def _stand_guard(self) -> None:
         """Guards against steps that are not finite, runs in which nothing learns, and runs whose weights are destroyed."""
         self.nonfinite = NonFiniteGuard(self.args.on_nonfinite, self.args.max_nonfinite_skips, ranks=self.ranks)
-        self.learning = ProofOfLearning(has_two_terms=isinstance(self.objective, ORPO))
+        self.learning = ProofOfLearning(has_two_terms=isinstance(self.training_objective, ORPO))
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
         self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=self.ranks)
         self.add_callback(DivergenceCallback(self.divergence, self.sums.step_nll))
 
     # ---- model and engine ----------------------------------------------------------------------------------------------------------
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, brought into the same state as one that is handed over."""
-        self._engine, self._working = None, None
-        return prepared_model(super().call_model_init(trial), self.args, self._peft_config, self.processing_class, self.encoder)
 
     @property
     def engine(self) -> Engine:
@@ -166,7 +169,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             self._engine = choose(
                 self.model,
                 self.train_dataset,
-                self.objective,
+                self.training_objective,
                 requested=self.args.engine,
                 nll_scope=self.args.nll_scope,
                 budget_bytes=self.args.logits_budget_mb * 2**20,
@@ -271,7 +274,10 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
             GuardStop: loss or gradient is not finite, or nothing can learn.
             SignalStop: SIGTERM or SIGINT; one checkpoint was saved.
         """
+        refuse_overrides(self, ORPOTrainer)  # what was put on the trainer since
         with ExitStack() as stack:
+            stack.enter_context(self.trial_pruned(trial))
+            self.begin_training(trial)
             stack.enter_context(RunLock(self.args.output_dir, ranks=self.ranks))
             stack.enter_context(first_cause(self.args.output_dir, self.ranks))
             guard = stack.enter_context(SignalGuard(ranks=self.ranks))
@@ -330,7 +336,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
         last = len(inputs.microbatches) - 1
         for number, microbatch in enumerate(inputs.microbatches):
             with self._synchronised(model, is_last=number == last), self._computing():
-                result = self.engine.step(model, microbatch.to(self.args.device), self.objective)
+                result = self.engine.step(model, microbatch.to(self.args.device), self.training_objective)
                 self.accelerator.backward(result.loss)
             loss += result.loss.detach()
             logps.append(result.logp_N)
@@ -394,7 +400,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: StepBatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Loss of a step's micro-batches with a graph to the model, for callers of transformers' interface; training does not use it."""
-        results = [self.engine.step(model, batch.to(self.args.device), self.objective) for batch in inputs.microbatches]
+        results = [self.engine.step(model, batch.to(self.args.device), self.training_objective) for batch in inputs.microbatches]
         loss = torch.stack([result.loss for result in results]).sum()
         return (loss, {"logp_N": [result.logp_N for result in results]}) if return_outputs else loss
 
@@ -439,4 +445,4 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, Trainer):
 
     def _evaluate_microbatch(self, microbatch: PreferenceBatch) -> Any:
         with torch.no_grad(), self._computing():
-            return self.engine.step(self.model, microbatch.to(self.args.device), self.objective)
+            return self.engine.step(self.model, microbatch.to(self.args.device), self.training_objective)

@@ -37,7 +37,12 @@ class DivergenceGuard:
 
     def __init__(self, vocabulary: int, *, learning_rate: float, ranks: Ranks = ALONE) -> None:
         self.guess = math.log(max(vocabulary, 2))
-        self._learning_rate, self._ranks = learning_rate, ranks
+        self._ranks = ranks
+        self.start_anew(learning_rate)
+
+    def start_anew(self, learning_rate: float) -> None:
+        """Another training begins."""
+        self._learning_rate = learning_rate
         self._first: list[float] = []
         self._num_above = 0
 

@@ -54,8 +54,12 @@ class ProofOfLearning:
 
     def __init__(self, *, window_steps: int = 10, has_two_terms: bool = True, say: Callable[[LearningFinding], None] | None = None) -> None:
         self.window_steps, self.has_two_terms = window_steps, has_two_terms
-        self.findings: list[LearningFinding] = []
         self._say = say or (lambda finding: logger.warning("step %d: %s", finding.step, finding.message))
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Another training begins, with its own first steps and findings."""
+        self.findings: list[LearningFinding] = []
         self._before: dict[str, int] = {}
         self._num_steps = self._num_zero_rate = 0
         self._is_window_done = False
