@@ -77,3 +77,7 @@ class SignalStop(OrpoError):
         self.signum = signum
         self.exit_code = 128 + signum
         super().__init__(message)
+
+
+class ToldElsewhereError(OrpoError):
+    """This process stops with the others of its run, and another one says why; the command line says nothing more."""

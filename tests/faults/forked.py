@@ -44,6 +44,18 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+def marks(log: Path) -> list[str]:
+    """What a job has marked so far (`faults.jobs.mark`), whole lines only."""
+    path = Path(f"{log}.marks")
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def last_step(log: Path) -> int:
+    """The last step that a job has ended, 0 for none."""
+    return max((int(line.split()[1]) for line in marks(log) if line.startswith("step ")), default=0)
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,6 +92,8 @@ class Zygote:
         self, job: str, logs: list[Path], *, while_running: Callable[[list[int]], None] | None = None, **arguments: Any
     ) -> list[Exit]:
         """Run a job as several ranks over gloo, one per log; their ends in rank order."""
+        for log in logs:  # marks are those of this run; a log grows, as a user's does
+            Path(f"{log}.marks").unlink(missing_ok=True)
         command = {"job": job, "logs": [str(log) for log in logs], "port": _free_port(), "arguments": arguments}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from faults import jobs
-from faults.forked import Exit, Finished, Zygote, send
+from faults.forked import Exit, Finished, Zygote, last_step, marks, send
 from orpo.checkpoint import find_newest, read_manifest, verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
@@ -46,14 +46,14 @@ class Pair:
         return 0 if newest is None else read_manifest(newest).step
 
     def last_step(self, rank: int) -> int:
-        return max(int(line.split()[1]) for line in self.text(rank).splitlines() if line.startswith("step "))
+        return last_step(self.logs[rank])
 
     def signal_at(self, line: str, rank: int, number: int) -> Callable[[list[int]], None]:
-        """Signal one rank as soon as its log has a line."""
+        """Signal one rank as soon as it has marked a line."""
 
         def act(pids: list[int]) -> None:
             end = time.monotonic() + 60
-            while time.monotonic() < end and line not in self.text(rank):
+            while time.monotonic() < end and line not in marks(self.logs[rank]):
                 time.sleep(0.005)
             send(pids[rank], number)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from faults.forked import Finished, Zygote, send
+from faults.forked import Finished, Zygote, marks, send
 from orpo.checkpoint import find_newest, read_manifest
 
 BY_EPOCH = {"logging_strategy": "epoch", "eval_strategy": "epoch", "eval_on_start": True, "load_best_model_at_end": False}
@@ -72,7 +72,7 @@ def _kill_after(seconds: float) -> Callable[[int], None]:
 def _must_have_checkpoint(run: Path, log: Path) -> None:
     """Whatever was published stays: nothing before the last published checkpoint is lost."""
     newest = find_newest(run)
-    steps = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("step ")]
+    steps = [int(line.split()[1]) for line in marks(log) if line.startswith("step ")]
     # The save after step 3k is over when the next step is done.
     published = [step for step in steps if step % 3 == 0 and step < max(steps)]
     if published:
@@ -141,10 +141,10 @@ def test_kill_after_the_last_save(forks: Zygote, reference: Callable[[str], Fini
     """No step is done twice, and what comes at the end (the final weights are written there) is made up."""
     run = tmp_path / "run"
     assert forks.run("train", run.with_suffix(".log"), run_dir=str(run), kill_after="checkpoint-14") == -signal.SIGKILL
-    assert "train end" not in run.with_suffix(".log").read_text()
+    assert "train end" not in marks(run.with_suffix(".log"))
     _finish(forks, run, "padded", reference("padded"))
-    assert run.with_suffix(".log").read_text().splitlines()[-1] == "train end"
-    assert "step 15" not in run.with_suffix(".log").read_text()
+    assert marks(run.with_suffix(".log"))[-1] == "train end"
+    assert "step 15" not in marks(run.with_suffix(".log"))
 
 
 def test_resuming_a_finished_run_changes_nothing(forks: Zygote, reference: Callable[[str], Finished], tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     weights.write_bytes(content)
     log.unlink()
     _finish(forks, run, "padded", reference("padded"))
-    assert "step 13" in log.read_text()
+    assert "step 13" in marks(log)
     assert "checksum differs" in log.read_text()
 
 

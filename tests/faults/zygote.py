@@ -4,6 +4,7 @@ It never computes anything itself: a fork of a process whose autograd threads ha
 
 Standard input: one JSON object per line, {"job": name, "logs": a path per rank, "port": n, "arguments": {...}}; a name is that of a
 function in faults.jobs, or module:function.
+Beside each log FILE.marks has one line per step, saved file and so on (faults.jobs.mark), and nothing else.
 Standard output: for each, {"pids": [...]} at once and, at the end of all, {"exits": [[rank, status, seconds since the first end], ...]};
 a status is the exit code, or minus the signal's number.
 """
@@ -66,6 +67,7 @@ def _fork(command: dict[str, Any], rank: int) -> int:
     log = os.open(command["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
+    os.environ["MARKS"] = f"{command['logs'][rank]}.marks"
     if len(command["logs"]) > 1:
         size = str(len(command["logs"]))
         os.environ |= {

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from typing import TYPE_CHECKING
+
+from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from orpo.training.runner import RunResult
@@ -23,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that are no keys of the configuration, and list the keys that are most often needed."""
     from orpo.run.keys import RunKeys
 
-    parser.usage = "orpo train [CONFIG.yaml] [--key value …]"
+    parser.usage = "orpo train [CONFIG.yaml] [--num_processes N] [--key value …]"
+    parser.add_argument(
+        "--num_processes", "--num-processes", type=int, metavar="N", help="train with N processes of this machine, as torchrun does"
+    )
     keys = [
         (item.name, str(item.metadata["help"])) for item in dataclasses.fields(RunKeys) if not item.metadata["help"].startswith("TRL's")
     ]
@@ -39,12 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit code 0 also where the run was complete already."""
+    if args.num_processes is not None:
+        from orpo.system.launch import start, started_by
+
+        launcher = started_by(os.environ)
+        if args.num_processes < 1:
+            raise UserError(f"found {args.num_processes}", where="--num_processes", expected="at least 1")
+        if launcher is not None and args.num_processes > 1:
+            raise UserError(f"{launcher} has started this process already", where="--num_processes", mend="use one of the two")
+        if args.num_processes > 1:
+            return start([sys.executable, "-m", "orpo", "train", *args.keys], args.num_processes)
+        if launcher is None:
+            os.environ["WORLD_SIZE"] = "1"  # what a scheduler says of its allocation is not meant
     from orpo.run.config import resolve
     from orpo.system.console import say, stderr_console
+    from orpo.system.group import told_together
     from orpo.system.process import quiet_libraries
 
     quiet_libraries()
-    config = resolve(None, args.keys)
+    config = told_together(lambda: resolve(None, args.keys))
     console = stderr_console()
     from orpo.cli.progress import ProgressReport
     from orpo.training.runner import run_training

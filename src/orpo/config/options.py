@@ -21,8 +21,15 @@ from transformers import TrainingArguments
 from orpo.config import compat
 from orpo.config.checks import check_values, did_you_mean
 from orpo.errors import UserError, UserErrors
+from orpo.system import group
 
 CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 2_048
+
+# Options in which the processes of one run may differ: what they say and where to, how each fetches its rows.
+_OWN_TO_A_PROCESS = frozenset(
+    {"local_rank", "log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "hub_token"}
+    | {"push_to_hub", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers"}
+)
 
 
 class _NotGiven(float):
@@ -125,7 +132,7 @@ class ORPOConfig(TrainingArguments):
         for name, note in compat.ignored({item.name: getattr(self, item.name) for item in fields(self)}):
             warnings.warn(note, UserWarning, stacklevel=4)
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
-        output_dir, bf16 = self.output_dir, self.bf16
+        output_dir, bf16, use_cpu = self.output_dir, self.bf16, self.use_cpu
         if self.__dict__["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
             self.__dict__["report_to"] = "none"
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
@@ -134,11 +141,14 @@ class ORPOConfig(TrainingArguments):
         # TrainingArguments raises on bf16 without a GPU, and makes accelerate wrap the forward in autocast. The dtype is the engine's
         # business here, so it never sees the flag.
         self.bf16 = False
+        # Without use_cpu accelerate would let every process of a machine without accelerator train alone.
+        self.use_cpu = group.join(use_cpu=self.use_cpu or _accelerate_wants_cpu(), backend=self.ddp_backend, timeout_s=self.ddp_timeout)
         try:
             super().__post_init__()
         except ValueError as error:
             raise UserError(str(error), where="configuration") from error
-        self.bf16 = bf16
+        group.require_group(self.world_size)
+        self.bf16, self.use_cpu = bf16, use_cpu
         self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.
         self.output_dir = os.path.expanduser(output_dir) if output_dir is not None else None
@@ -164,8 +174,12 @@ class ORPOConfig(TrainingArguments):
     def ensure_output_dir(self) -> str:
         """The run's folder; a fresh name under `runs/`, the same on all ranks, where none was given. Creates nothing.
 
-        Collective: with several processes all of them must call it.
+        Collective: with several processes all of them must call it, and all must have the same options.
+
+        Raises:
+            UserError: the processes differ in an option.
         """
+        group.agree({name: value for name, value in self.to_dict().items() if name not in _OWN_TO_A_PROCESS})
         if self.output_dir is None:
             chosen = [fresh_run_dir()]
             if self.world_size > 1:
@@ -185,6 +199,11 @@ class ORPOConfig(TrainingArguments):
         """Every value that cannot be right, each with where, what was expected and the mend; empty if all is well."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return check_values(values, field_types())
+
+
+def _accelerate_wants_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this, which transformers obeys too."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes", "y", "on", "t")
 
 
 def fresh_run_dir(root: str = "runs") -> str:

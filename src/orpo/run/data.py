@@ -84,6 +84,26 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts.of(held_out or []))
 
 
+def agree_on_rows(train: Sequence[TokenGroup], held_out: Any) -> None:
+    """Go on only if every process has the same rows, in the same order. All processes call it.
+
+    Args:
+        train: what is trained on.
+        held_out: what is evaluated on: groups, a dict of them by name, or None.
+
+    Raises:
+        UserError: on process 0, naming what differs.
+    """
+    from orpo.data.dataset import fingerprint
+    from orpo.system.group import agree
+    from orpo.system.ranks import current_ranks
+
+    if current_ranks().world_size == 1:  # a fingerprint reads every row
+        return
+    sets = {"training rows": train, **({} if held_out is None else held_out if isinstance(held_out, dict) else {"held-out rows": held_out})}
+    agree({name: f"{len(groups)} rows, hash {fingerprint(groups)[:12]}" for name, groups in sets.items()})
+
+
 class _Prompts:
     """Prompts as the rows have them, kept while rows pass by: of every row, or of every second, fourth, … where there are many."""
 

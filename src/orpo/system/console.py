@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from orpo.system.place import own_rank
 from orpo.system.redact import redact, redact_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def stderr_console() -> Console:
     """
     # While a bar is up, sys.stderr is rich's stand-in: another console would write through it into the bar's own line.
     stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-    return _console_on(stream, os.environ.get("RANK", "0") != "0")
+    return _console_on(stream, own_rank() != 0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from orpo.errors import EXIT_BUG, EXIT_OK, OrpoError, SignalStop
+from orpo.errors import EXIT_BUG, EXIT_OK, OrpoError, SignalStop, ToldElsewhereError
 from orpo.system.console import say_on_stderr
+from orpo.system.place import own_rank
 
 
 def guarded_exit(command: str, run: Callable[[], int]) -> int:
@@ -26,6 +27,8 @@ def guarded_exit(command: str, run: Callable[[], int]) -> int:
         with _sigterm_raises():
             code = int(run())
         sys.stdout.flush()
+    except ToldElsewhereError as error:
+        return error.exit_code
     except OrpoError as error:
         say_on_stderr(f"orpo {command}: {error}")
         return error.exit_code
@@ -67,7 +70,7 @@ def configure_logging() -> None:
     handler.setFormatter(_Plain())
     root = logging.getLogger("orpo")
     root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    root.setLevel(logging.INFO if own_rank() == 0 else logging.WARNING)
     root.propagate = False
     # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -90,7 +93,7 @@ def show_warnings_plainly() -> None:
     """Python warnings as `warning: text` on stderr, each once, without the source line that means nothing to a user."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        if issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
+        if own_rank() == 0 and issubclass(category, UserWarning) and not issubclass(category, (FutureWarning, DeprecationWarning)):
             say_on_stderr(f"warning: {message}")
 
     warnings.showwarning = show  # type: ignore[assignment]

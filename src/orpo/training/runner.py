@@ -5,6 +5,7 @@ What the command line, the demo and the recipes share. Nothing here prints; `tel
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
@@ -13,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from orpo.config.options import ORPOConfig
 from orpo.data.dataset import fingerprint
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.run.config import RunConfig, as_facts
-from orpo.run.data import RunData, Tell, prepare_data
+from orpo.run.data import RunData, Tell, agree_on_rows, prepare_data
 from orpo.run.folder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder
+from orpo.run.keys import RunKeys
 from orpo.system.files import check_writable
+from orpo.system.group import agree, on_all
 from orpo.system.machine import describe_device, memory_facts, peak_memory_bytes, versions
 from orpo.system.redact import redact, redact_text
 from orpo.training.guards import SignalGuard
@@ -186,17 +190,21 @@ def _run_training(
     objective: Objective | None,
 ) -> RunResult:
     args = config.training_args()
+    run_keys = {item.name: config[item.name] for item in dataclasses.fields(RunKeys)}  # the trainer's own are compared with its folder
+    agree({**redact(run_keys), **{name: version for name, version in versions().items() if name != "platform"}})
     tell = tell if args.process_index == 0 else lambda line: None
     for note in config.notes:
         tell(f"note         {note}")
     folder = RunFolder(args.ensure_output_dir())
-    check_writable(folder.path)
-    if _is_complete(folder, config):
+    if on_all(lambda: _is_done(folder, config)):
         return RunResult(folder.path, final_weights(folder.path), {}, is_already_complete=True)
     tell(f"folder       {folder.path}")
     checkpoint = args.resume_from_checkpoint or _newest_checkpoint(folder, args)
-    data = prepare_data(config, args, tell) if data is None else data
-    loaded = load_run_model(config, args, data)
+    if args.world_size > 1:
+        tell(f"processes    {args.world_size}, {torch.distributed.get_backend()}")
+    data = on_all(lambda: prepare_data(config, args, tell)) if data is None else data
+    agree_on_rows(data.train, data.held_out)
+    loaded = on_all(lambda: load_run_model(config, args, data))
     tell(f"model        {describe_model(loaded)}")
     for note in loaded.facts.notes:
         tell(f"             {note}")
@@ -254,6 +262,11 @@ def describe_schedule(trainer: ORPOTrainer) -> str:
 def final_weights(folder: Path) -> Path | None:
     """`model/` or `adapter/` of a run, whichever is there."""
     return next((folder / name for name in ("model", "adapter") if (folder / name).is_dir()), None)
+
+
+def _is_done(folder: RunFolder, config: RunConfig) -> bool:
+    check_writable(folder.path)
+    return _is_complete(folder, config)
 
 
 def _is_complete(folder: RunFolder, config: RunConfig) -> bool:
@@ -398,8 +411,6 @@ def _failures_recorded(journal: _Journal, args: ORPOConfig) -> Iterator[None]:
 
 def explain_out_of_memory(error: BaseException, args: ORPOConfig) -> UserError | None:
     """Advice for an allocation that failed, or None for any other error."""
-    import torch
-
     text = str(error)
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
         return None

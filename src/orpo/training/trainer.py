@@ -29,7 +29,7 @@ from orpo.engine.layout import PreferenceBatch
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
 from orpo.errors import UserError
 from orpo.objective import METRICS, ORPO, Objective
-from orpo.run.data import as_eval_groups, as_groups
+from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
 from orpo.run.folder import RunFolder
 from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
 from orpo.system.files import make_run_folder
@@ -127,6 +127,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
             raise UserError("train_dataset is missing", where="ORPOTrainer")
         train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True, model=loaded)
         eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
+        agree_on_rows(train_groups, eval_groups)
         self.encoder = encoder
         self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
         if args.should_save:

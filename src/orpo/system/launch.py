@@ -1,0 +1,69 @@
+"""Several processes of one command on this machine, by torch's own launcher: the short form of torchrun.
+
+One start, no restarts: a run that failed is resumed by the same command. Everything talks over the loopback interface.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+from collections.abc import Mapping, Sequence
+
+from orpo.errors import SignalStop
+
+SHUTDOWN_S = 600
+"""How long processes may take to save after a signal before they are killed; torchrun's own 30 s are short for a large model."""
+
+
+def started_by(environ: Mapping[str, str]) -> str | None:
+    """The launcher that has started this process, or None."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun"
+    return "a launcher (RANK is set)" if "RANK" in environ else None
+
+
+def start(command: Sequence[str], num_processes: int) -> int:
+    """Run a command in several processes, to the end of all.
+
+    Returns:
+        The exit code of the process that failed first, or 0; for one that was killed by a signal, 128 and its number.
+
+    Raises:
+        SignalStop: this process was asked to stop; so were the others, and they have left.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say why they stop
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo0" if platform.system() == "Darwin" else "lo")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=f"orpo-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except SignalException as stop:
+        number = int(stop.sigval)
+        raise SignalStop(number, f"stopped by {signal.Signals(number).name}") from None
+    except ChildFailedError as error:
+        return _exit_code([failure.exitcode for _, failure in sorted(error.failures.items())])
+    return 0
+
+
+def _exit_code(codes: Sequence[int]) -> int:
+    """Of the first cause: the launcher ends the others by SIGTERM as soon as one has failed, and they leave with 143."""
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    code = next((code for code in codes if code not in (*ended, 0)), next((code for code in codes if code), 1))
+    return 128 - code if code < 0 else code

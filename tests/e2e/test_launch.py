@@ -1,0 +1,351 @@
+"""Several processes, started as a user types it, with no flag for them: one training, or a stop that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orpo.config.checks import sharding_problems
+from orpo.errors import UserError
+from orpo.system.launch import _exit_code
+from orpo.system.place import Place, adopt, read_place
+
+SOURCE = Path(__file__).parents[2] / "src"
+BIN = Path(sys.executable).parent
+NUM_ROWS = 24
+SAID_ONCE = ("folder  ", "model  ", "step 1/4", "step 4/4", "done  ")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory, tiny_tokenizer_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = tiny_tokenizer_factory()
+    tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Desk:
+    """A folder with rows and a configuration, in which commands are typed."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.run = folder, folder / "run"
+        self.write_rows(NUM_ROWS)
+        config = {
+            "model_name_or_path": str(model), "dataset_name": "rows.jsonl", "output_dir": "run", "per_device_train_batch_size": 2,
+            "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "orpo_alpha": 1.0, "bf16": False,
+        }  # fmt: skip
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def write_rows(self, number: int, name: str = "rows.jsonl") -> None:
+        rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(number)]
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        """Type a command; the environment is that of a user without GPU, and what is given."""
+        known = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ACCELERATE_", "RANK", "WORLD_"))}
+        return subprocess.Popen(
+            words,
+            cwd=self.folder,
+            env={**known, "PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def type(self, *words: str, **environment: str) -> tuple[int, str]:
+        process = self.start(*words, **environment)
+        text, _ = process.communicate(timeout=200)
+        return process.returncode, text
+
+    def ranks(self, *environments: dict[str, str], words: tuple[str, ...] = ("train", "run.yaml")) -> list[tuple[int, str]]:
+        """One process per environment, as a scheduler starts them; the output of each stays apart."""
+        processes = [self.start(sys.executable, "-m", "orpo", *words, **environment) for environment in environments]
+        texts = [process.communicate(timeout=200)[0] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+    def assert_one_training(self, text: str, world_size: int = 2) -> None:
+        facts = json.loads((self.run / "run.json").read_text())
+        assert (facts["status"], facts["world_size"]) == ("complete", world_size), text
+        steps = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in steps if "nll_loss" in line] == [1, 2, 3, 4], text
+        assert (self.run / "model" / "model.safetensors").is_file()
+        for line in SAID_ONCE:
+            assert text.count(line) == 1, text
+
+
+@pytest.fixture
+def desk(tmp_path: Path, model_folder: Path) -> Desk:
+    return Desk(tmp_path, model_folder)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def torch_names(rank: int, port: str, size: int = 2) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def slurm_names(rank: int, job: str) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "node07",
+    }  # fmt: skip
+
+
+# ---- one training
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "words",
+    [
+        (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo", "train", "run.yaml"),
+        (str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2"),
+        pytest.param((str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo.cli", "train", "run.yaml"), marks=pytest.mark.slow),
+        pytest.param(
+            (str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "-m", "orpo", "train", "run.yaml"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param((str(BIN / "torchrun"), "--nproc_per_node", "3", str(BIN / "orpo"), "train", "run.yaml"), marks=pytest.mark.slow),
+    ],
+    ids=["torchrun", "num_processes", "torchrun of the package", "accelerate", "three of the script"],
+)
+def test_a_launch_without_a_flag_for_it_is_one_training(words: tuple[str, ...], desk: Desk) -> None:
+    code, text = desk.type(*words)
+    assert code == 0, text
+    desk.assert_one_training(text, world_size=3 if "3" in words else 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_tasks_that_srun_starts_are_one_training(desk: Desk) -> None:
+    """As Slurm describes tasks; no launcher has set torch's names."""
+    job = str(int(free_port()))
+    ends = desk.ranks(slurm_names(0, job), slurm_names(1, job))
+    assert [code for code, _ in ends] == [0, 0], ends
+    desk.assert_one_training(ends[0][1])
+    assert not [line for line in SAID_ONCE if line in ends[1][1]]
+
+
+SCRIPT = """
+import sys
+from orpo import ORPOConfig, ORPOTrainer
+trainer = ORPOTrainer(
+    model=sys.argv[1], args=ORPOConfig(output_dir="run", max_steps=4, logging_steps=1, per_device_train_batch_size=2, report_to="none"),
+    train_dataset="rows.jsonl",
+)
+trainer.train()
+print("world", trainer.args.world_size, trainer.args.use_cpu, flush=True)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_a_script_under_torchrun_is_one_training(desk: Desk, model_folder: Path) -> None:
+    (desk.folder / "script.py").write_text(SCRIPT)
+    code, text = desk.type(str(BIN / "torchrun"), "--nproc_per_node", "2", "script.py", str(model_folder))
+    assert code == 0, text
+    steps = [json.loads(line) for line in (desk.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "nll_loss" in line] == [1, 2, 3, 4]
+    assert text.count("world 2 False") == 2, "the user's options are as they were"
+
+
+# ---- a stop
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        pytest.param(["--learning_rte", "1"], "did you mean 'learning_rate'", marks=pytest.mark.slow),
+        (["--fsdp", "full_shard"], "asks for FSDP, which would not be applied"),
+    ],
+    ids=["a wrong key", "fsdp on the CPU"],
+)
+def test_what_is_wrong_on_all_processes_is_told_once_with_exit_code_2(flags: list[str], told: str, desk: Desk) -> None:
+    code, text = desk.type(str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2", *flags)
+    assert code == 2, text
+    assert text.count(told) == 1
+    assert "Traceback" not in text
+    assert not desk.run.exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        (["--learning_rate", "2e-3"], "learning_rate: rank 0 has 0.001, rank 1 has 0.002"),
+        pytest.param(["--dataset_name", "other.jsonl"], "dataset_name: rank 0 has 'rows.jsonl', rank 1 has", marks=pytest.mark.slow),
+        pytest.param(["--learning_rte", "1"], "rank 1: The configuration has 1 problem", marks=pytest.mark.slow),
+    ],
+    ids=["an option", "the data", "a mistake on one"],
+)
+def test_processes_that_would_train_different_things_stop_and_rank_0_names_it(second: list[str], told: str, desk: Desk) -> None:
+    desk.write_rows(NUM_ROWS - 1, "other.jsonl")
+    port = free_port()
+    commands = [(torch_names(0, port), []), (torch_names(1, port), second)]
+    processes = [desk.start(sys.executable, "-m", "orpo", "train", "run.yaml", *flags, **names) for names, flags in commands]
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], texts
+    assert told in texts[0]
+    assert texts[1].strip() == ""
+    assert "model  " not in texts[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_a_file_that_differs_between_machines_is_found_before_the_model_is_loaded(desk: Desk, tmp_path: Path) -> None:
+    """The same command, the same name, other rows: each process sees its own disk."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    other = Desk(elsewhere, Path(yaml.safe_load((desk.folder / "run.yaml").read_text())["model_name_or_path"]))
+    other.write_rows(NUM_ROWS - 1)
+    port = free_port()
+    processes = [
+        one.start(sys.executable, "-m", "orpo", "train", "run.yaml", **torch_names(r, port)) for r, one in enumerate((desk, other))
+    ]
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], texts
+    assert "training rows: rank 0 has '24 rows, hash" in texts[0]
+    assert "rank 1 has '23 rows, hash" in texts[0]
+    assert texts[1].strip() == ""
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_a_process_that_never_comes_stops_the_others(desk: Desk) -> None:
+    code, text = desk.type(sys.executable, "-m", "orpo", "train", "run.yaml", "--ddp_timeout", "3", **torch_names(0, free_port()))
+    assert code == 2, text
+    assert "not all of 2 processes met" in text
+    assert "unset WORLD_SIZE to train with one process" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_to_the_short_form_saves_and_the_same_command_goes_on(number: int, desk: Desk) -> None:
+    words = [str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2", "--max_steps", "2000", "--save_steps", "1000"]
+    process = desk.start(*words)
+    while not (desk.run / "metrics.jsonl").exists() or not (desk.run / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 128 + number, text
+    assert text.count("saved") >= 1
+    assert list(desk.run.glob("checkpoint-*")), text
+
+
+def test_accelerate_that_starts_one_of_several_is_stopped(desk: Desk) -> None:
+    """It sets an address to meet at, and no more, when it has no GPUs to start processes for."""
+    code, text = desk.type(
+        sys.executable, "-m", "orpo", "train", "run.yaml",
+        ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
+    )  # fmt: skip
+    assert code == 2, text
+    assert "orpo train --num_processes N" in text
+
+
+# ---- the rules, without processes
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, Place()),
+        ({"WORLD_SIZE": "1"}, Place(0, 1, 0, 1, "WORLD_SIZE")),
+        ({"WORLD_SIZE": "1", "SLURM_NTASKS": "4"}, Place(0, 1, 0, 1, "WORLD_SIZE")),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Place(3, 4, 1, 2, "WORLD_SIZE")),
+        ({**slurm_names(1, "7")}, Place(1, 2, 1, 2, "SLURM_STEP_NUM_TASKS")),
+        ({**slurm_names(1, "7"), "WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4"}, Place(5, 8, 1, 4, "WORLD_SIZE")),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Place()),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Place(1, 2, 1, 2, "OMPI_COMM_WORLD_SIZE")),
+        (
+            {"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"},
+            Place(4, 5, 0, 1, "SLURM_STEP_NUM_TASKS"),
+        ),
+    ],
+)
+def test_a_place_is_read_from_what_the_launcher_says(environ: dict[str, str], place: Place) -> None:
+    assert read_place(environ) == place
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 of WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is -1"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE 0"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "nothing says where the processes meet"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "was not started by srun"),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "has started one"),
+    ],
+)
+def test_an_environment_that_contradicts_itself_is_refused_with_a_mend(environ: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        adopt(dict(environ))
+    assert caught.value.mend or caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"), [("node07", "node07"), ("node[03-05,9]", "node03"), ("a-1,b-2", "a-1"), ("gpu-[7],login", "gpu-7")]
+)
+def test_tasks_on_several_nodes_meet_at_the_first(nodes: str, host: str) -> None:
+    environ = {**slurm_names(1, "70001"), "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": nodes}
+    adopt(environ)
+    assert environ["MASTER_ADDR"] == host
+    assert 20_000 <= int(environ["MASTER_PORT"]) < 32_000
+
+
+@pytest.mark.parametrize("names", [{}, torch_names(0, "1")], ids=["one process", "two on the CPU"])
+@pytest.mark.parametrize(
+    ("values", "environ", "where"),
+    [
+        ({"deepspeed": "x.json"}, {}, "deepspeed"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"fsdp": True}, {}, "fsdp"),
+        ({"fsdp": "full_shard auto_wrap"}, {}, "fsdp"),
+        ({"fsdp": ["full_shard"]}, {}, "fsdp"),
+        ({"fsdp_config": {"version": 2}}, {}, "fsdp_config"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP"),
+        ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM"),
+    ],
+)
+def test_a_sharding_that_would_not_be_applied_is_refused(
+    values: dict[str, Any], environ: dict[str, str], where: str, names: dict[str, str]
+) -> None:
+    problems = sharding_problems({"use_cpu": True, **values}, {**names, **environ})
+    assert [problem.where for problem in problems] == [where]
+    assert problems[0].mend
+
+
+@pytest.mark.parametrize("values", [{}, {"fsdp": ""}, {"fsdp": []}, {"fsdp": False, "fsdp_config": None, "deepspeed": None}])
+def test_no_sharding_asked_for_is_no_problem(values: dict[str, Any]) -> None:
+    assert sharding_problems(values, {"ACCELERATE_USE_FSDP": "false"}) == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [([2, 143], 2), ([143, 3], 3), ([-15, 1], 1), ([143, 143], 143), ([-9, -15], 137), ([0, 2], 2), ([130, 130], 130)]
+)
+def test_the_exit_code_is_that_of_the_first_cause(codes: list[int], code: int) -> None:
+    assert _exit_code(codes) == code
