@@ -132,7 +132,7 @@ class ORPOConfig(TrainingArguments):
         for name, note in compat.ignored({item.name: getattr(self, item.name) for item in fields(self)}):
             warnings.warn(note, UserWarning, stacklevel=4)
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
-        output_dir, bf16, use_cpu = self.output_dir, self.bf16, self.use_cpu
+        output_dir, bf16 = self.output_dir, self.bf16
         if self.__dict__["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
             self.__dict__["report_to"] = "none"
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
@@ -142,13 +142,17 @@ class ORPOConfig(TrainingArguments):
         # business here, so it never sees the flag.
         self.bf16 = False
         # Without use_cpu accelerate would let every process of a machine without accelerator train alone.
-        self.use_cpu = group.join(use_cpu=self.use_cpu or _accelerate_wants_cpu(), backend=self.ddp_backend, timeout_s=self.ddp_timeout)
+        use_cpu = bool(self.__dict__["use_cpu"])
+        self.__dict__["use_cpu"] = group.join(
+            use_cpu=use_cpu or _accelerate_wants_cpu(), backend=self.ddp_backend, timeout_s=self.ddp_timeout
+        )
         try:
             super().__post_init__()
         except ValueError as error:
             raise UserError(str(error), where="configuration") from error
         group.require_group(self.world_size)
-        self.bf16, self.use_cpu = bf16, use_cpu
+        self.bf16 = bf16
+        self.__dict__["use_cpu"] = use_cpu  # as the user has it: what a resumed run is compared with
         self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.
         self.output_dir = os.path.expanduser(output_dir) if output_dir is not None else None
