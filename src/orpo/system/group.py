@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-from orpo.system.ranks import current_ranks
 from orpo.errors import OrpoError, ToldElsewhereError, UserError
 from orpo.system.place import Place, adopt
+from orpo.system.ranks import current_ranks
 
 T = TypeVar("T")
 
