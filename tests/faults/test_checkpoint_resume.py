@@ -159,6 +159,42 @@ def test_the_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert victim.read_text() == "mine"
 
 
+WITHOUT_POSIX = """
+import os, sys, types
+import fcntl as real
+{imports}  # theirs to mend where they need more
+
+def locking(descriptor, mode, number):
+    try:
+        real.lockf(descriptor, real.LOCK_EX | real.LOCK_NB, number, os.lseek(descriptor, 0, os.SEEK_CUR))
+    except BlockingIOError as error:
+        raise PermissionError(*error.args)
+
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_DIRECTORY", "O_NONBLOCK", "pread", "pwrite", "register_at_fork"):
+    if hasattr(os, name):
+        delattr(os, name)
+from orpo.checkpoint import RunLock
+"""
+"""What Windows lacks, and its way to lock a part of a file, made of POSIX's."""
+
+
+def test_the_package_imports_and_locks_where_posix_is_not(tmp_path: Path) -> None:
+    code = WITHOUT_POSIX.format(imports="import accelerate, datasets, peft, torch, transformers.trainer")
+    code += f"from orpo import ORPOTrainer\nfor _ in range(2):\n    with RunLock({str(tmp_path)!r}):\n        print('held', flush=True)\n"
+    first = subprocess.Popen(
+        [sys.executable, "-c", f"{code}        input()\n"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    code = WITHOUT_POSIX.format(imports="import torch") + f"with RunLock({str(tmp_path)!r}):\n    pass\n"
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert f"another run is using this folder (process {first.pid} on" in second.stderr
+    assert first.communicate("\n\n")[0] == "held\n"
+    assert first.returncode == 0
+
+
 def test_unwritable_folder_is_the_users_to_mend(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,29 @@ from types import TracebackType
 from typing import Any
 
 from orpo.errors import UserError
+from orpo.system import files as fs
 from orpo.system.ranks import ALONE, Ranks
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    _FAR_BYTE = 2**30
+    """Beyond what is written in the file: Windows keeps others from reading a byte that is locked."""
+
+    def _lock_now(descriptor: int) -> None:
+        """Take the kernel's lock on an open file, or raise OSError at once."""
+        os.lseek(descriptor, _FAR_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError as error:  # what Windows says where another process has it
+            raise BlockingIOError(*error.args) from None
+else:
+
+    def _lock_now(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +56,16 @@ def _close_in_child() -> None:
     _open_descriptors.clear()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if hasattr(os, "register_at_fork"):  # where processes fork
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunLock:
     """Exclusive hold on a run's folder, as a context manager; all ranks enter, rank 0 takes it and the others share the outcome.
 
-    `flock` on `<run_dir>/.lock` decides on one machine: the kernel frees it when its process dies, so a killed run leaves nothing stale.
-    Between machines that share a file system `flock` may not reach, so the holder also writes its host and pid and touches the file every
-    `beat_s`; a holder on another host whose beat is not seen for three beats counts as dead.
+    `flock` on `<run_dir>/.lock` (on Windows a locked byte) decides on one machine: the kernel frees it when its process dies, so a killed
+    run leaves nothing stale. Between machines that share a file system `flock` may not reach, so the holder also writes its host and pid
+    and touches the file every `beat_s`; a holder on another host whose beat is not seen for three beats counts as dead.
 
     Raises:
         UserError: another run holds the folder, or the folder cannot be written.
@@ -86,7 +108,7 @@ class RunLock:
     def _acquire(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.path, fs.flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC"), 0o644)
         except OSError as error:
             raise UserError(
                 f"the run's folder cannot be written ({error.strerror})", where=str(self.path.parent), mend="choose another output_dir"
@@ -99,11 +121,9 @@ class RunLock:
             if holder:
                 logger.warning("%s was left by a run that is gone (%s); taking over", self.path, _name(holder))
             os.ftruncate(descriptor, 0)
-            os.pwrite(
-                descriptor,
-                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode(),
-                0,
-            )
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            own = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            os.write(descriptor, json.dumps(own).encode())
             os.fsync(descriptor)
         except BaseException:
             os.close(descriptor)
@@ -118,7 +138,7 @@ class RunLock:
         end = time.monotonic() + _ORPHANS_S
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_now(descriptor)
                 return True
             except BlockingIOError:
                 holder = _read(descriptor)
@@ -161,7 +181,8 @@ class RunLock:
 
 def _read(descriptor: int) -> dict[str, Any]:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = json.loads(os.read(descriptor, 4096) or b"{}")
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
@@ -174,6 +195,8 @@ def _name(holder: dict[str, Any]) -> str:
 def _is_running(pid: Any) -> bool:
     if type(pid) is not int or pid <= 0:
         return False
+    if os.name == "nt":
+        return True  # os.kill would end it there, and the kernel's lock decides
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

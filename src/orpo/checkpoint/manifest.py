@@ -158,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and sha256 of a plain file; a link is not followed."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path, fs.flags("O_RDONLY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"))
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(f"{path} is not a plain file")

@@ -15,15 +15,11 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orpo.errors import CheckpointError, UserError
-from orpo.system.files import write_atomically
+from orpo.system.files import flags, write_atomically
 from orpo.system.redact import redact
-
-if TYPE_CHECKING:
-    pass
-
 
 FORMAT = 1
 """Of run.json; raised when a reader of older files would misread a new one."""
@@ -117,7 +113,7 @@ class MetricsLog:
         """Write one record, in one call unless the disk is full, so that a killed process leaves at most one broken line, the last."""
         line = json.dumps(redact(_finite(record)), ensure_ascii=False, allow_nan=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self.path, flags("O_WRONLY", "O_CREAT", "O_APPEND"), 0o644)
         try:
             data = line.encode()
             while data:
@@ -128,11 +124,8 @@ class MetricsLog:
     def sync(self) -> None:
         """Make what was written durable; called before a checkpoint records the length."""
         if self.path.exists():
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with self.path.open("r+b") as file:
+                os.fsync(file.fileno())
 
     def truncate_to(self, num_bytes: int) -> None:
         """Cut back to the length at a checkpoint.

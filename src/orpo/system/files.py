@@ -7,6 +7,7 @@ every moment at which the machine may stop (tests/faults/test_checkpoint_crash.p
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import secrets
 import stat
@@ -19,13 +20,19 @@ _NO_DIR_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES}
 """What file systems answer that cannot sync a folder (CIFS, some FUSE); there a rename is as durable as it gets."""
 
 
+def flags(*names: str) -> int:
+    """Flags of `os.open` by their names; what a platform has no word for (Windows: O_NOFOLLOW, O_CLOEXEC) counts as nothing."""
+    # Without O_BINARY Windows would translate line ends in what is hashed and written.
+    return functools.reduce(int.__or__, (getattr(os, name, 0) for name in (*names, "O_BINARY")))
+
+
 def make_dir(path: Path) -> None:
     os.mkdir(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Create a file (never over another, never through a link) and sync its content."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, flags("O_WRONLY", "O_CREAT", "O_EXCL", "O_NOFOLLOW", "O_CLOEXEC"), 0o644)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
@@ -33,7 +40,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # Windows flushes only what is open for writing; elsewhere reading is enough, also of a file that forbids to be written.
+    descriptor = os.open(path, flags("O_RDWR" if os.name == "nt" else "O_RDONLY", "O_NOFOLLOW", "O_CLOEXEC"))
     try:
         os.fsync(descriptor)
     finally:
@@ -42,7 +50,9 @@ def sync_file(path: Path) -> None:
 
 def sync_dir(path: Path) -> None:
     """Make the folder's entries durable; without it a rename may be lost with the power."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if os.name == "nt":
+        return  # a folder cannot be opened there, and NTFS journals its entries
+    descriptor = os.open(path, flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC"))
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -127,7 +137,7 @@ def _unwritable(folder: Path, reason: str | None) -> UserError:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, sync, rename over, sync the folder."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(beside, flags("O_WRONLY", "O_CREAT", "O_EXCL"), 0o644)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -137,9 +147,4 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_dir(path.parent)

@@ -13,6 +13,7 @@ from typing import Any
 
 from orpo.checkpoint.publish import PeerError
 from orpo.errors import EXIT_BUG
+from orpo.system.files import flags
 from orpo.system.ranks import Ranks
 
 _FAILURE_NAME = ".failure.json"
@@ -59,7 +60,7 @@ def _is_lost_contact(error: BaseException) -> bool:
 def _note(path: Path, rank: int, error: BaseException) -> None:
     note = {"rank": rank, "error": f"{type(error).__name__}: {error}"[:2000], "exit_code": getattr(error, "exit_code", EXIT_BUG)}
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(path, flags("O_WRONLY", "O_CREAT", "O_EXCL", "O_NOFOLLOW"), 0o644)
     except OSError:
         return  # another rank was first, or the disk is the problem
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
