@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,56 @@ def test_merging_into_a_quantized_base_gives_advice_that_can_be_followed(tmp_pat
     again = load_model(export_adapter(adapted, tokenizer, tmp_path / "adapter"), device="cpu")
     gaps = logits(again.model) - logits(adapted)  # training keeps norms in float32, loading does not
     assert gaps.square().mean().sqrt() < 0.1 * logits(adapted).std()
+
+
+@pytest.fixture
+def hub_base(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A base in the hub's cache, of which a tag and `main` hold different weights; the commit of each."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
+    commits = {"v1": "a" * 40, "main": "b" * 40}
+    for seed, (name, commit) in enumerate(commits.items()):
+        snapshot = cache / "models--owner--base" / "snapshots" / commit
+        build_tiny_model("llama", vocab_size=384, seed=seed).save_pretrained(snapshot)
+        tokenizer.save_pretrained(snapshot)
+        reference = cache / "models--owner--base" / "refs" / name
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
+    return commits
+
+
+def test_an_adapter_names_the_commit_of_its_base(hub_base: dict[str, str], tmp_path: Path, tokenizer: Any) -> None:
+    """Without it the adapter would be put on `main`, which is another model here."""
+    for revision, commit in (("v1", hub_base["v1"]), (None, hub_base["main"])):
+        adapted = moved(adapt(load_model("owner/base", revision=revision, device="cpu").model, r=2))
+        folder = export_adapter(adapted, tokenizer, tmp_path / f"adapter-{revision}")
+        assert json.loads((folder / "adapter_config.json").read_text())["revision"] == commit
+        torch.testing.assert_close(logits(load_model(folder, device="cpu").model), logits(adapted), rtol=0, atol=1e-5)
+
+
+def test_a_run_on_a_revision_keeps_its_adapter(hub_base: dict[str, str], tmp_path: Path) -> None:
+    """The whole way: the run's checkpoints and its last weights name the commit too."""
+    from orpo.cli import main
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {n}", "chosen": f"yes {n}", "rejected": f"no {n}"}) + "\n" for n in range(8)))
+    run = tmp_path / "run"
+    flags = {"model_name_or_path": "owner/base", "model_revision": "v1", "dataset_name": rows, "output_dir": run, "use_peft": "true"}
+    flags |= {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": "true", "save_strategy": "steps", "save_steps": 2}
+    assert main(["train", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]) == 0
+    for folder in (run / "adapter", run / "checkpoint-2"):
+        assert json.loads((folder / "adapter_config.json").read_text())["revision"] == hub_base["v1"]
+
+
+def test_an_adapter_whose_base_is_gone_is_written_with_a_word(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What was trained is kept: its tensors can be compared without the base."""
+    build_tiny_model("llama", vocab_size=384).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted = moved(adapt(load_model(tmp_path / "base", device="cpu").model, r=2))
+    (tmp_path / "base" / "model.safetensors").unlink()
+    folder = export_adapter(adapted, tokenizer, tmp_path / "adapter")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert "cannot be tried on its base" in caplog.text

@@ -189,10 +189,11 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
     from orpo.system.machine import bf16_is_fast
 
     config = config or Target.find(name).config
-    # Quantized runs are loaded as they were trained.
+    is_base = config is not None and name == config["model_name_or_path"]
+    # Quantized runs are loaded as they were trained, and their base at the revision that they started from.
     model, tokenizer, facts = load_model(
         name,
-        revision=loading.revision,
+        revision=loading.revision or (config["model_revision"] if config is not None and is_base else None),
         device=loading.device,
         trust_remote_code=loading.trust_remote_code,
         load_in_4bit=config is not None and bool(config["load_in_4bit"]),

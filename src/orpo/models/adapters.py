@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
 
+HUB_COMMIT = "hub_commit"
+"""Attribute of a model that came from the hub: the commit it came from."""
+
 
 def adapt(
     model: PreTrainedModel,
@@ -97,6 +100,14 @@ def text_layers_only(peft_config: PeftConfig, model: PreTrainedModel) -> PeftCon
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     wanted.exclude_modules = rf"(?!{re.escape(name)}\.)(?!{re.escape(head)}$).*"
     return wanted
+
+
+def pin_base(model: Any) -> None:
+    """Let an adapter's configuration name the commit of its base: without one it is put on whatever `main` is that day."""
+    settings = model.peft_config[model.active_adapter]
+    commit = getattr(model.get_base_model(), HUB_COMMIT, None)
+    if settings.revision is None and commit:
+        settings.revision = commit
 
 
 def is_adapted(model: Any) -> bool:

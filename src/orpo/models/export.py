@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
-from orpo.models.adapters import is_adapted, merge
+from orpo.models.adapters import is_adapted, merge, pin_base
 from orpo.models.verify import check_adapter, check_gguf, check_merge, check_merged
 from orpo.system.replace import recover_folder, replaced_folder
 
@@ -45,6 +45,7 @@ def export_adapter(
     """
     if not is_adapted(model):
         raise UserError("the model has no adapter", where=str(folder), mend="export the whole model instead (merged)")
+    pin_base(model)
     with _staged_folder(Path(folder), is_overwriting=is_overwriting) as staging:
         model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=_has_own_embeddings(model))
         (staging / "README.md").unlink(missing_ok=True)  # PEFT's card is a form to fill in; the run's own card stands in the run's folder
@@ -203,9 +204,11 @@ def _rows_of_base(model: Any) -> int | None:
 
     from orpo.models.find import find_source
 
-    base_name = model.peft_config[model.active_adapter].base_model_name_or_path
+    settings = model.peft_config[model.active_adapter]
     try:
-        return int(AutoConfig.from_pretrained(find_source(base_name).location, local_files_only=True).get_text_config().vocab_size)
+        source = find_source(settings.base_model_name_or_path)
+        config = AutoConfig.from_pretrained(source.location, revision=settings.revision or "main", local_files_only=True)
+        return int(config.get_text_config().vocab_size)
     except (OSError, ValueError, TypeError, AttributeError, UserError):
         return None
 
@@ -235,7 +238,8 @@ def _write_resize_note(model: Any, folder: Path) -> None:
     grown = _grown_rows(model)
     if grown is None:
         return
-    base_name = model.peft_config[model.active_adapter].base_model_name_or_path
+    settings = model.peft_config[model.active_adapter]
+    base = f'"{settings.base_model_name_or_path}"' + (f', revision="{settings.revision}"' if settings.revision else "")
     note = f"""# An adapter with new tokens
 
 Its base model has no rows for them yet. Add these before you load the adapter:
@@ -246,7 +250,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained("{base_name}")
+model = AutoModelForCausalLM.from_pretrained({base})
 model.resize_token_embeddings({grown})
 model = PeftModel.from_pretrained(model, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)  # where an answer ends

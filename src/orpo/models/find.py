@@ -205,6 +205,16 @@ def check_config(config: Any, source: ModelSource) -> None:
         raise UserError(f"transformers has no causal language model of type {config.model_type!r}", where=source.name, expected=expected)
 
 
+def hub_commit(source: ModelSource, revision: str | None) -> str | None:
+    """The commit that a branch or tag of the hub stands for in the cache, after its files were read from there."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    found = cached_file(
+        source.location, "config.json", revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    return extract_commit_hash(found, None) if isinstance(found, str) else None
+
+
 def fetch_hub_adapter(source: ModelSource, revision: str | None) -> Path | None:
     """A local copy of a hub repository that holds a PEFT adapter and no model of its own; None for every other one."""
     from huggingface_hub import hf_hub_download, snapshot_download

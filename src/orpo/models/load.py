@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo.errors import UserError
-from orpo.models.adapters import adapt, adapter_base, is_adapted, load_adapter, merge, set_generation
+from orpo.models.adapters import HUB_COMMIT, adapt, adapter_base, is_adapted, load_adapter, merge, set_generation
 from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
 from orpo.models.find import (
     ModelSource,
@@ -24,6 +24,7 @@ from orpo.models.find import (
     explain_failure,
     fetch_hub_adapter,
     find_source,
+    hub_commit,
     read_config,
 )
 from orpo.models.fingerprint import stored_dtype, weights_sha256
@@ -334,6 +335,8 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         model.to(device)
     if source.kind == "alias":
         model.config._name_or_path = model.name_or_path = source.name
+    if source.kind == "hub":
+        setattr(model, HUB_COMMIT, hub_commit(source, options.revision))
     return _with_facts(model.eval(), tokenizer, source, options, stored, notes)
 
 

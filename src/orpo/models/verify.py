@@ -33,6 +33,7 @@ _TOLERANCES = {"float32": 1e-3, "float32 elsewhere": 2e-2, "half": 0.1}
 def check_merged(plain: PreTrainedModel, folder: Path) -> None:
     """A folder, loaded again, has the merged model's weights bit for bit and computes the same.
 
+    Loaded in the precision of its files the second model's weights stay in them: what is read of it is cache that the system can take back.
     A quantized model, which only its own device can load, is compared by the tensors in the files.
 
     Raises:
@@ -59,26 +60,31 @@ def check_merge(model: Any, plain: PreTrainedModel) -> None:
 def check_adapter(model: Any, folder: Path) -> None:
     """An adapter's folder, loaded onto its base from where that is stored, computes what the model does.
 
-    Where the base cannot be loaded again (quantized, of foreign code, built in memory) the tensors are compared instead.
+    The base is read in the precision of its files, so that its weights stay in them and take no memory of their own. Where it cannot be
+    loaded again (quantized, of foreign code, built in memory, no longer where it was) the adapter's tensors are compared alone.
 
     Raises:
         UserError: it does not.
     """
+    _check_adapter_tensors(model, folder)
+    base = model.get_base_model()
+    if _is_quantized(base) or type(base).__module__.startswith("transformers_modules"):
+        return
+    written = _on_its_base(folder)
+    if written is not None:
+        _check_logits(model, written, "adapter")
+
+
+def _on_its_base(folder: Path) -> Any:
     from orpo.models.find import ModelSource, find_source
     from orpo.models.load import load_model
 
-    base = model.get_base_model()
-    is_reloadable = not _is_quantized(base) and not type(base).__module__.startswith("transformers_modules")
-    if is_reloadable:
-        try:
-            find_source(adapter_base(ModelSource(str(folder), "adapter", str(folder)))[0])
-        except UserError as error:
-            logger.warning("the adapter cannot be tried on its base model: %s", str(error).splitlines()[0])
-            is_reloadable = False
-    if not is_reloadable:
-        _check_adapter_tensors(model, folder)
-        return
-    _check_logits(model, load_model(folder, dtype=base.dtype, device="cpu").model, "adapter")
+    try:
+        find_source(adapter_base(ModelSource(str(folder), "adapter", str(folder)))[0])
+        return load_model(folder, dtype="auto", device="cpu").model
+    except UserError as error:  # weights that were trained are not thrown away since a base has moved
+        logger.warning("the adapter cannot be tried on its base model: %s", str(error).splitlines()[0])
+        return None
 
 
 def check_gguf(plain: PreTrainedModel, path: Path) -> None:

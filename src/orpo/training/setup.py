@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from orpo.config.options import ORPOConfig
 from orpo.data.types import TokenGroup
 from orpo.errors import UserError, UserErrors
-from orpo.models.adapters import text_layers_only
+from orpo.models.adapters import pin_base, text_layers_only
 from orpo.models.newtokens import positions_of, with_new_tokens
 from orpo.objective import DPO, ORPO, SFT, Objective, SimPO
 
@@ -197,7 +197,9 @@ def _with_adapter(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    return get_peft_model(model, text_layers_only(peft_config, model))
+    adapted = get_peft_model(model, text_layers_only(peft_config, model))
+    pin_base(adapted)
+    return adapted
 
 
 def _grow_embeddings(model: Any, tokenizer: Any) -> None:
