@@ -125,5 +125,5 @@ def test_no_class_name_twice() -> None:
 
 
 def test_file_names_stand_twice_only_where_the_rooms_tell_them_apart() -> None:
-    names = Counter(path.stem for path in modules().values() if path.stem != "__init__")
+    names = Counter(path.stem for path in modules().values() if path.stem not in ("__init__", "__main__"))
     assert {name for name, count in names.items() if count > 1} <= SHARED_NAMES

@@ -11,8 +11,6 @@ import platform
 import signal
 from collections.abc import Mapping, Sequence
 
-from orpo.errors import SignalStop
-
 SHUTDOWN_S = 600
 """How long processes may take to save after a signal before they are killed; torchrun's own 30 s are short for a large model."""
 
@@ -28,10 +26,8 @@ def start(command: Sequence[str], num_processes: int) -> int:
     """Run a command in several processes, to the end of all.
 
     Returns:
-        The exit code of the process that failed first, or 0; for one that was killed by a signal, 128 and its number.
-
-    Raises:
-        SignalStop: this process was asked to stop; so were the others, and they have left.
+        The exit code of the process that failed first, or 0; for one that was killed by a signal, and where this process was asked to
+        stop and the others have left with it, 128 and the signal's number. The processes say what happened.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,8 +51,7 @@ def start(command: Sequence[str], num_processes: int) -> int:
     try:
         elastic_launch(config, command[0])(*command[1:])
     except SignalException as stop:
-        number = int(stop.sigval)
-        raise SignalStop(number, f"stopped by {signal.Signals(number).name}") from None
+        return 128 + int(stop.sigval)
     except ChildFailedError as error:
         return _exit_code([failure.exitcode for _, failure in sorted(error.failures.items())])
     return 0

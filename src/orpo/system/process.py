@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from orpo.errors import EXIT_BUG, EXIT_OK, OrpoError, SignalStop, ToldElsewhereError
+from orpo.errors import EXIT_BUG, EXIT_OK, GuardStop, OrpoError, SignalStop, ToldElsewhereError
 from orpo.system.console import say_on_stderr
 from orpo.system.place import own_rank
 
@@ -28,6 +28,10 @@ def guarded_exit(command: str, run: Callable[[], int]) -> int:
             code = int(run())
         sys.stdout.flush()
     except ToldElsewhereError as error:
+        return error.exit_code
+    except (SignalStop, GuardStop) as error:
+        if own_rank() == 0:  # all processes of a run stop at one step, for one reason
+            say_on_stderr(f"orpo {command}: {error}")
         return error.exit_code
     except OrpoError as error:
         say_on_stderr(f"orpo {command}: {error}")
