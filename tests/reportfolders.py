@@ -11,6 +11,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import orpo.evaluate.tasks  # noqa: F401  registers them
+from orpo.evaluate.task import find_task
+
 TASKS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
@@ -287,6 +290,13 @@ def results(said: str = "") -> dict[str, dict[str, Any]]:
     }
 
 
+def show_of(task: str, result: dict[str, Any]) -> dict[str, Any]:
+    """What the task itself writes beside its result."""
+    shown = find_task(task)().show(result)
+    assert shown is not None
+    return shown.to_dict()
+
+
 def make_run(folder: Path, *, said: str = "", num_steps: int = 80, tasks: tuple[str, ...] = TASKS) -> Path:
     """A finished run with results of these tasks."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -306,6 +316,7 @@ def make_run(folder: Path, *, said: str = "", num_steps: int = 80, tasks: tuple[
                 "time_unix_s": 1795519800.0,
                 "wall_s": 31.5,
                 "result": result,
+                "show": show_of(task, result),
             }
             write_json(folder / "eval" / f"{task}.json", record)
     return folder
@@ -365,7 +376,9 @@ def _method(name: str, said: str, num_seeds: int) -> dict[str, Any]:
                 "test": summary(accuracy, chosen, rejected),
                 "change": change(accuracy - 0.42, chosen + 4.2, rejected + 4.2),
                 "curve": curve,
-                "evaluations": {"ifeval": {"task": "ifeval", "result": results(said)["ifeval"]}},
+                "evaluations": {
+                    "ifeval": {"task": "ifeval", "result": results(said)["ifeval"], "show": show_of("ifeval", results(said)["ifeval"])}
+                },
             }
         )
     trial = {"id": f"{name}-1{said}", "options": options, "validation": summary(accuracy - 0.02, chosen, rejected)}
@@ -413,7 +426,7 @@ def comparison_facts(said: str = "", *, num_seeds: int = 3) -> dict[str, Any]:
             "model": f"smollm2-135m-instruct{said}",
             "sha256": "2c6b" * 16,
             "test": summary(0.42, -4.2, -4.2),
-            "evaluations": {"ifeval": {"result": results(said)["ifeval"]}},
+            "evaluations": {"ifeval": {"result": results(said)["ifeval"], "show": show_of("ifeval", results(said)["ifeval"])}},
         },
         "grid": {"learning_rate": [1e-5, 5e-5], "tune_pairs": 200, "seed": 7},
         "methods": {name: _method(name, said, num_seeds) for name in _METHODS},

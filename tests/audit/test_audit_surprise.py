@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from orpo.audit import AuditOptions, as_it_stands, cross_fitted, run_audit
-from orpo.audit.surprise import SUSPECT_SHARE, folds_by_prompt, measure, wilson
+from orpo.audit.surprise import SUSPECT_SHARE, folds_by_prompt, measure
 from orpo.data.types import TokenGroup, Where
 
 
@@ -65,13 +65,6 @@ def test_accuracy_by_hand() -> None:
     assert result.num_pairs == 4
     assert result.accuracy == pytest.approx((1 + 0 + 0.5 + 0) / 4)
     assert result.margins.tolist() == [1.0, -1.0, 0.0, -2.0]
-
-
-@pytest.mark.parametrize(
-    ("right", "num", "low", "high"), [(50, 100, 0.404, 0.596), (0, 10, 0.0, 0.278), (10, 10, 0.722, 1.0), (0, 0, 0.0, 1.0)]
-)
-def test_wilson(right: int, num: int, low: float, high: float) -> None:
-    assert wilson(right, num) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
 
 
 def test_cross_fitting_never_trains_on_a_prompt_it_judges() -> None:

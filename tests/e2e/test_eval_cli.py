@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from evalruns import train_tiny
 from judgeserver import Break, Say, judge_server
 from orpo.cli import main
 from orpo.evaluate.judging.endpoint import EndpointJudge
@@ -26,29 +27,7 @@ QUICK = ["--judge_retries", "1", "--judge_timeout", "5", "--judge_workers", "1"]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory, tiny_tokenizer_factory) -> Path:
     """A finished run of a few steps, with a quarter of its prompts held out."""
-    folder = tmp_path_factory.mktemp("eval")
-    tokenizer = tiny_tokenizer_factory()
-    tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    rows = [
-        {"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!", "topic": "abc"[n % 3]} for n in range(40)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {
-        "model_name_or_path": folder / "base",
-        "dataset_name": folder / "rows.jsonl",
-        "output_dir": folder / "run",
-        "eval_fraction": 0.3,
-        "per_device_train_batch_size": 8,
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "orpo_alpha": 1.0,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-    }
-    assert main(["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]) == 0
-    return folder / "run"
+    return train_tiny(tmp_path_factory.mktemp("eval"), tiny_model_factory, tiny_tokenizer_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +88,7 @@ def test_a_second_run_computes_nothing(trained, capsys, monkeypatch):
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("orpo.evaluate.tasks.pairs.score_tokens", forbidden)
+    monkeypatch.setattr("orpo.evaluate.logprobs.score_tokens", forbidden)
     monkeypatch.setattr("orpo.evaluate.answers.generate", forbidden)
     again = evaluate(capsys, *words)
     for task in ("pairs", "retention"):

@@ -22,7 +22,7 @@ from orpo.report.facts import ComparisonFacts, Logs, RunFacts, read_logs
 from orpo.report.runpage import run_page
 from orpo.report.sections import bars, estimate, excludes_zero, human_bytes, human_count, human_seconds, show, text
 from orpo.report.tokens import token_section
-from reportfolders import TASKS, comparison_facts, logs, make_comparison, make_run, results, run_facts, shown_pair, write_json
+from reportfolders import TASKS, comparison_facts, logs, make_comparison, make_run, results, run_facts, show_of, shown_pair, write_json
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +136,15 @@ def test_the_page_of_a_run_has_every_part(whole: Path) -> None:
         "prompt, strict",
         "humanities",
         "Win rate over gpt4_turbo",
-        "The judge took the answer shown first in 55 % of its decisions.",
+        "The judge took the answer shown first in 55% of its decisions.",
         "training time, evaluations inside 6 min 52 s",
         "orpo train recipe.yaml --learning_rate 5e-5",
         "torch 2.13.0",
         "2c6b9cdac7be3e9088e9613254494ae5567c26cb4d4dc468e1e545fdd5fb6f9b",
     ):
         assert words in shown, words
-    drawn = {"loss", "logps", "odds", "accuracy", "share", "speed", "norm", "rate", "parting", "kinds", "radar", "winrate", "wins"}
+    drawn = {"loss", "logps", "odds", "accuracy", "share", "speed", "norm", "rate", "parting"}
+    drawn |= {f"{task}-1" for task in ("ifeval", "mtbench", "alpacaeval", "custom")}
     assert set(figures_of(page_of(whole))) == drawn
 
 
@@ -191,10 +192,11 @@ def test_radar_and_win_rates_stand_beside_others(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     write_report(one, beside=[two])
     figures = figures_of(page_of(one))
-    assert [trace["name"] for trace in figures["radar"]["traces"]] == ["this-run", "two"]
-    assert figures["winrate"]["traces"][0]["y"] == ["this-run", "two"]
+    assert [trace["name"] for trace in figures["mtbench-1"]["traces"]] == ["this-run", "two"]
+    assert [trace["name"] for trace in figures["alpacaeval-1"]["traces"]] == ["this-run", "two"]
+    assert figures["alpacaeval-1"]["traces"][0]["y"] == ["win rate", "length-controlled"]
     expected = [part["value"] for part in results()["mtbench"]["by_category"].values()]
-    assert figures["radar"]["traces"][0]["r"] == [*expected, expected[0]]  # closed
+    assert figures["mtbench-1"]["traces"][0]["r"] == [*expected, expected[0]]  # closed
 
 
 def test_results_alone_are_a_report_too(tmp_path: Path) -> None:
@@ -300,7 +302,7 @@ def test_no_value_of_a_wrong_kind_breaks_the_page(tmp_path: Path) -> None:
         for damaged in _each_replaced(run_facts(), other):
             run_page(RunFacts(tmp_path, damaged, Logs(), {}, {}, []))
         for task, result in found.items():
-            for damaged in _each_replaced({"task": task, "judge": {"model": "j"}, "result": result}, other):
+            for damaged in _each_replaced({"task": task, "judge": {"model": "j"}, "result": result, "show": show_of(task, result)}, other):
                 if isinstance(damaged["result"], dict):
                     page = run_page(RunFacts(tmp_path, {}, Logs(), {task: damaged}, {}, []))
     assert page.sections
@@ -454,7 +456,7 @@ def test_the_page_of_a_comparison_has_every_part(tmp_path: Path) -> None:
     ):
         assert words in shown, words
     figures = figures_of(page)
-    assert set(figures) >= {"accuracy", "margin", "parting0", "parting3", "margins", "flops", "train_s", "sweep0", "sweep1", "kinds"}
+    assert set(figures) >= {"accuracy", "margin", "parting0", "parting3", "margins", "flops", "train_s", "sweep0", "sweep1", "ifeval-1"}
     ranges = {tuple(figures[f"parting{place}"]["layout"]["yaxis"]["range"]) for place in range(4)}
     assert len(ranges) == 1  # one scale, or the panels could not be compared
     assert len(figures["parting1"]["layout"]["shapes"]) == 1  # where DPO begins

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from orpo.data.types import TokenGroup, Where
+from orpo.system.intervals import wilson
 
 Score = Callable[[Sequence[TokenGroup]], Sequence[np.ndarray]]
 """Groups -> for each, the mean log-probability of its responses, in nats."""
@@ -111,17 +112,6 @@ class Surprise:
                 for s in self.suspects
             ],
         }
-
-
-def wilson(num_right: float, num: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson's score interval); (0, 1) without observations."""
-    if num == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    share = num_right / num
-    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def measure(groups: Sequence[TokenGroup], scores: Sequence[np.ndarray], method: str) -> Surprise:

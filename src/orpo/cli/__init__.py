@@ -1,7 +1,8 @@
 """The command `orpo`: finds its subcommands, maps errors to exit codes, keeps stdout for results.
 
 A subcommand is a module of this package with NAME, HELP, `add_arguments(parser)` and `run(args) -> int`; its heavy imports are inside
-`run`. One that also has `TAKES_KEYS = True` gets every argument that it did not declare in `args.keys` (the keys of a run's configuration).
+`run`. One that has `before_parsing(words) -> words` may load what declares further options, and add words from a file. One that also has
+`TAKES_KEYS = True` gets every argument that it did not declare in `args.keys` (the keys of a run's configuration).
 
 Exit codes: 0 done, 2 the user's input, 3 stopped by a guard, 130 / 143 stopped by a signal, 1 a bug.
 """
@@ -16,12 +17,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from orpo.errors import EXIT_OK, EXIT_USER
+from orpo.errors import EXIT_OK, EXIT_USER, OrpoError
+from orpo.system.console import say_on_stderr
 from orpo.system.process import configure_logging, guarded_exit
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
 ORDER = ("demo", "train", "check", "audit", "preview", "eval", "compare", "chat", "report", "export", "plan", "doctor")
-_HELPERS = frozenset({"console", "progress"})
+_HELPERS = frozenset({"bars", "console", "progress"})
 
 
 def command_modules() -> dict[str, ModuleType]:
@@ -32,8 +34,13 @@ def command_modules() -> dict[str, ModuleType]:
     return dict(sorted(commands.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
 
 
-def build_parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    Args:
+        commands: all of them.
+        chosen: the one whose options are wanted: to know its own, a command may have to import what the others need not. None for all.
+    """
     parser = argparse.ArgumentParser(prog="orpo", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -45,7 +52,8 @@ def build_parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_arguments(subparser)
+        if chosen is None or name == chosen:
+            module.add_arguments(subparser)
         subparser.set_defaults(module=module, keys=[])
     return parser
 
@@ -53,12 +61,14 @@ def build_parser(commands: dict[str, ModuleType]) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; what a command that takes keys did not declare goes, in its order, to `args.keys`."""
     commands = command_modules()
-    parser = build_parser(commands)
     module = commands.get(argv[0]) if argv else None
     if argv and module is None and not argv[0].startswith("-"):
         near = difflib.get_close_matches(argv[0], commands, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(commands)}"
-        parser.error(f"there is no command {argv[0]!r}: {hint}")
+        build_parser(commands, "").error(f"there is no command {argv[0]!r}: {hint}")
+    if module is not None and hasattr(module, "before_parsing"):
+        argv = [argv[0], *module.before_parsing(argv[1:])]
+    parser = build_parser(commands, argv[0] if argv else "")
     if module is None or not getattr(module, "TAKES_KEYS", False):
         return parser.parse_args(argv)
     args, keys = parser.parse_known_args(argv)
@@ -73,13 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
     except SystemExit as stop:  # argparse has printed help or a usage error
         return int(stop.code or 0)
+    except OrpoError as error:
+        say_on_stderr(f"orpo {argv[0]}: {error}")
+        return error.exit_code
     if args.version:
         from orpo.system.machine import own_version
 
         print(f"orpo {own_version()}")
         return EXIT_OK
     if args.command is None:
-        build_parser(command_modules()).print_help(sys.stderr)
+        build_parser(command_modules(), "").print_help(sys.stderr)
         return EXIT_USER
     configure_logging()
     return guarded_exit(args.command, lambda: args.module.run(args))

@@ -4,6 +4,8 @@
   orpo eval runs/first --tasks ifeval --ifeval_prompts FILE
   orpo eval runs/first --tasks mtbench --mtbench FOLDER --judge_url http://127.0.0.1:8000/v1 --judge_model NAME
   orpo eval --tasks alpacaeval --answers OUTPUTS.json --alpaca_reference REFERENCE.json --judge_url …
+  orpo eval runs/first --plugins my_task.py --tasks my_task
+  orpo eval runs/first --config eval.yaml
 
 Results, answers and judgements go to the run's eval/ folder. The same command again continues what was interrupted.
 """
@@ -11,6 +13,7 @@ Results, answers and judgements go to the run's eval/ folder. The same command a
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,32 +21,42 @@ from typing import TYPE_CHECKING, Any
 from orpo.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from rich.console import Console
+    from collections.abc import Iterable, Mapping, Sequence
 
     from orpo.evaluate.options import EvalOptions
+    from orpo.evaluate.task import Task
 
 NAME = "eval"
 HELP = "evaluate a run or a model: pairs, retention, IFEval, MT-Bench, AlpacaEval, own prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options; those of the tasks are declared by them."""
+    from orpo.evaluate.suite import load_tasks
+    from orpo.evaluate.task import known_tasks
+
+    load_tasks()
+    parser.usage = "orpo eval RUN|MODEL [options]"
     parser.add_argument(
         "target", nargs="?", metavar="RUN|MODEL", help="run folder, model folder, hub id, GGUF file or smollm2-135m-instruct"
     )
+    tasks = known_tasks()
+    parser.add_argument("--tasks", default="pairs,retention", help=f"comma-separated: {', '.join(tasks)} (pairs,retention)")
     parser.add_argument(
-        "--tasks",
-        default="pairs,retention",
-        help="comma-separated: pairs, retention, ifeval, mtbench, alpacaeval, custom (pairs,retention)",
+        "--plugins",
+        action="append",
+        default=[],
+        metavar="MODULE|FILE.py",
+        help="modules or files that bring tasks of their own, commas between them; repeatable. Their code runs with your rights",
     )
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file, named as here; those given here go first")
+    parser.add_argument("--file_target", help=argparse.SUPPRESS)  # `target` of a file: two positional words would be one too many
     parser.add_argument("--output", type=Path, help="folder for results (the run's eval/, else eval/MODEL)")
     parser.add_argument("--json", action="store_true", help="print all results as one JSON object on stdout")
     parser.add_argument("--limit", type=int, help="most rows or prompts of each task")
     parser.add_argument("--seed", type=int, default=0, help="of samples and intervals (0)")
     _add_comparison(parser.add_argument_group("what it is compared with"))
-    _add_sources(parser.add_argument_group("data and prompts"))
+    _add_task_options(parser, tasks)
     _add_generation(parser.add_argument_group("model and generation"))
     _add_judge(parser.add_argument_group("judge (mtbench, alpacaeval, custom)"))
 
@@ -52,21 +65,29 @@ def _add_comparison(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--against", metavar="RUN|MODEL", help="model to compare with (the one that the run started from)")
     group.add_argument("--no_before", action="store_true", help="compare a run with nothing")
     group.add_argument("--answers", type=Path, help="file with answers instead of generating them (one of the tasks with prompts)")
-    group.add_argument("--against_answers", type=Path, help="custom: file with the other side's answers")
 
 
-def _add_sources(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data", help="pairs: rows with chosen and rejected answers (those that the run held out)")
-    group.add_argument("--split", help="pairs: split of --data")
-    group.add_argument("--slice", action="append", dest="slices", metavar="COLUMN", help="pairs: length_difference or a column; repeatable")
-    group.add_argument("--ifeval_prompts", help="ifeval: file or hub id (google/IFEval)")
-    group.add_argument(
-        "--mtbench", type=Path, metavar="FOLDER", help="mtbench: FastChat's question, judge_prompts and reference_answer files"
-    )
-    group.add_argument("--alpaca_reference", type=Path, help="alpacaeval: reference outputs (the hub's)")
-    group.add_argument("--alpaca_tables", type=Path, metavar="FOLDER", help="alpacaeval: df_gamed.csv, for length control (the hub's)")
-    group.add_argument("--prompts", type=Path, help="custom: own prompts, one per row, or a .txt with blank lines between them")
-    group.add_argument("--text", type=Path, help="retention: neutral text, passages parted by blank lines (one that ships)")
+def _add_task_options(parser: argparse.ArgumentParser, tasks: Mapping[str, type[Task]]) -> None:
+    for name, task in tasks.items():
+        if not task.options:
+            continue
+        group = parser.add_argument_group(f"task {name}", task.help)
+        for option in task.options:
+            # `--slice` was there before options had one name in all places.
+            flags = ["--slice", "--slices"] if option.name == "slices" else [f"--{option.name}"]
+            words: dict[str, Any] = {"dest": option.name, "help": option.help.replace("%", "%%"), "default": None}
+            if option.kind is bool:
+                words |= {"action": "store_true"}
+            else:
+                words |= {"action": "append" if option.is_repeated else "store", "type": option.kind, "metavar": option.metavar}
+            try:
+                group.add_argument(*flags, **words)
+            except argparse.ArgumentError as error:
+                raise UserError(
+                    f"its option {option.name!r} is one of `orpo eval` itself",
+                    where=f"the task {name}",
+                    mend=f"call it {name}_{option.name}",
+                ) from error
 
 
 def _add_generation(group: argparse._ArgumentGroup) -> None:
@@ -100,13 +121,6 @@ def _add_judge(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--retry_malformed", action="store_true", help="ask again where a kept verdict could not be read")
 
 
-# Options that are called the same in `EvalOptions`.
-_SAME_NAMES = (
-    *("target", "against", "answers", "against_answers", "data", "split", "limit", "ifeval_prompts", "mtbench", "alpaca_reference"),
-    *("alpaca_tables", "prompts", "text", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "output", "retry_malformed"),
-)
-
-
 def options_of(args: argparse.Namespace) -> EvalOptions:
     """The command line as options.
 
@@ -135,14 +149,45 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         revision=args.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
+    shared = {name: getattr(args, name) for name in _SAME_NAMES}
+    shared["target"] = args.target or args.file_target
+    own, given = _task_values(args)
     return EvalOptions(
-        **{name: getattr(args, name) for name in _SAME_NAMES},
-        tasks=tuple(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip())),
+        **shared,
+        **own,
+        given=given,
+        tasks=tuple(dict.fromkeys(_words([args.tasks]))),
         has_before=not args.no_before,
-        slices=tuple(args.slices or ("length_difference",)),
+        plugins=tuple(_words(args.plugins)),
         loading=loading,
         judge=judge,
     )
+
+
+# Options of the whole evaluation that are called the same in `EvalOptions`.
+_SAME_NAMES = (
+    *("target", "against", "answers", "limit", "max_new_tokens", "temperature", "top_p", "seed", "batch_size", "output"),
+    "retry_malformed",
+)
+
+
+def _task_values(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was given of the tasks' options: those that are fields of `EvalOptions`, and the others."""
+    from orpo.evaluate.options import EvalOptions
+    from orpo.evaluate.task import known_tasks
+
+    own: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    for option in (option for task in known_tasks().values() for option in task.options):
+        value = getattr(args, option.name, None)
+        if value is not None:
+            is_field = option.name in EvalOptions.__dataclass_fields__
+            (own if is_field else given)[option.name] = tuple(value) if option.is_repeated else value
+    return own, given
+
+
+def _words(given: Iterable[str]) -> list[str]:
+    return [word.strip() for text in given for word in text.split(",") if word.strip()]
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
@@ -159,17 +204,20 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Do the tasks; exit code 2 where one could not be done, with the others' results in place."""
-    from orpo.evaluate.suite import Evaluation
+    from orpo.cli.bars import PartBars
+    from orpo.evaluate.suite import Evaluation, lines_of, warnings_of
     from orpo.system.console import print_json, report_console, say, stderr_console
     from orpo.system.process import quiet_libraries
 
     quiet_libraries()
     options = options_of(args)
     console = stderr_console()
-    with _EvalProgress(console) as progress:
+    with PartBars(console) as progress:
         evaluation = Evaluation(options, tell=lambda line: say(console, line), progress=progress)
         records, errors = evaluation.run()
     report = report_console(is_json=args.json)
+    for warning in warnings_of(records):
+        say(report, f"warning      {warning}")
     for record in records.values():
         for line in lines_of(record):
             say(report, line)
@@ -182,142 +230,65 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _EvalProgress:
-    """A progress bar per part on a terminal, a line at its end elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Callable[[str, int, int], None]:
-        if self.progress is not None:
-            self.progress.start()
-        return self.show
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """A part has got so far."""
-        from rich.markup import escape
-
-        from orpo.system.console import say
-
-        if self.progress is None:
-            if done == total:
-                say(self.console, f"done         {what}: {total}")
-            return
-        if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(escape(what), total=total)
-        self.progress.update(self.tasks[what], completed=done, total=total)
+# ---- what is read before the command line ----------------------------------------------------------------------------------------------
 
 
-def lines_of(record: dict[str, Any]) -> list[str]:
-    """A record for the terminal."""
-    writers = {
-        "pairs": _pair_lines,
-        "retention": _retention_lines,
-        "ifeval": _ifeval_lines,
-        "mtbench": _mtbench_lines,
-        "alpacaeval": _alpaca_lines,
-        "custom": _custom_lines,
-    }
-    name = record["target"] or record["answers"]
-    return ["", f"{record['task']}: {name}", *(f"  {line}" for line in writers[record["task"]](record["result"]))]
+def before_parsing(words: Sequence[str]) -> list[str]:
+    """Load the tasks that plugins bring, so that their options are known; put the words of a file before those of the command line.
+
+    Raises:
+        UserError: a plugin or the file cannot be used.
+    """
+    from orpo.evaluate.suite import load_tasks
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugins", action="append", default=[])
+    early.add_argument("--config", type=Path)
+    first, _ = early.parse_known_args(list(words))
+    values = {} if first.config is None else _read_config(first.config)
+    plugins = values.pop("plugins", None) or []
+    if not isinstance(plugins, (str, list)):
+        raise UserError(f"found {plugins!r}", where=f"{first.config}: plugins", expected="modules or files, as a list")
+    load_tasks(tuple(_words([plugins] if isinstance(plugins, str) else map(str, plugins))), where=f"{first.config}: plugins")
+    load_tasks(tuple(_words(first.plugins)))
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    actions = {action.dest: action for action in parser._actions} | parser._option_string_actions
+    return [*(word for key, value in values.items() for word in _as_words(key, value, actions, str(first.config))), *words]
 
 
-def _interval(estimate: dict[str, float | None], style: str = ".3f") -> str:
-    value = format(estimate["value"], style)
-    if estimate["low"] is None or estimate["high"] is None:
-        return value
-    return f"{value} [{format(estimate['low'], style)}, {format(estimate['high'], style)}]"
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), mend="correct the path after --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"is no YAML: {' '.join(str(error).split())}", where=str(path)) from error
+    if not isinstance(values, dict):
+        raise UserError("holds no keys", where=str(path), expected="options of `orpo eval` as `name: value`, such as `tasks: [pairs]`")
+    return {str(key): value for key, value in values.items()}
 
 
-_PAIR_ROWS = (
-    ("accuracy", ".1%"),
-    ("log_odds_accuracy", ".1%"),
-    ("margin", "+.3f"),
-    ("log_odds_ratio", "+.3f"),
-    ("chosen_logp", "+.3f"),
-    ("rejected_logp", "+.3f"),
-)
-
-
-def _pair_lines(result: dict[str, Any]) -> Iterator[str]:
-    model, before, change = result["model"], result.get("against"), result.get("change")
-    yield f"{model['num_pairs']} pairs of {model['num_prompts']} prompts: {result['data']}"
-    for name, style in _PAIR_ROWS:
-        parts = [f"{name:<18} {_interval(model[name], style):<28}"]
-        if before is not None:
-            parts.append(f"before {_interval(before[name], style):<28}")
-        if change is not None and name in change:
-            parts.append(f"change {_interval(change[name], style.replace('.1%', '+.1%'))}")
-        yield " ".join(parts).rstrip()
-    for by, parts_by in result["slices"].items():
-        for label, part in parts_by.items():
-            text = f"accuracy {_interval(part['accuracy'], '.1%')}, margin {_interval(part['margin'], '+.3f')}"
-            yield f"{by} = {label}: {part['num_pairs']} pairs, {text}"
-
-
-def _retention_lines(result: dict[str, Any]) -> Iterator[str]:
-    yield f"text: {result['text']}; answers of at most {result['max_new_tokens']} tokens"
-    for which, label in (("against", "before"), ("model", "after" if "against" in result else "model")):
-        if which in result:
-            one = result[which]
-            shape = {name: value["value"] for name, value in one["answers"].items() if isinstance(value, dict)}
-            yield f"{label:<7} perplexity {_interval(one['perplexity'], '.2f')}, {one['bits_per_byte']:.3f} bits per byte"
-            lengths = f"answers of {shape['mean_tokens']:.0f} tokens, {shape['cut']:.0%} cut"
-            yield f"        {lengths}, repetition {shape['repetition']:.1%}, loops {shape['loops']:.0%}"
-    change = result.get("change", {})
-    if "nll" in change:
-        yield f"change  {_interval(change['nll'], '+.4f')} nats per token"
-
-
-def _ifeval_lines(result: dict[str, Any]) -> Iterator[str]:
-    yield f"{result['num_prompts']} prompts, {result['num_instructions']} instructions"
-    for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
-        yield f"{name:<19} {_interval(result[name], '.4f')}"
-    if result["num_cut"]:
-        yield f"{result['num_cut']} answers were cut at max_new_tokens"
-
-
-def _mtbench_lines(result: dict[str, Any]) -> Iterator[str]:
-    turns = ", ".join(f"turn {number} {_interval(turn, '.2f')}" for number, turn in enumerate(result["by_turn"], start=1))
-    yield f"score {_interval(result['score'], '.2f')} ({turns}), {result['num_judged']} judged turns"
-    for category, estimate in result["by_category"].items():
-        yield f"{category:<12} {_interval(estimate, '.2f')}"
-    yield from _gaps(result)
-
-
-def _alpaca_lines(result: dict[str, Any]) -> Iterator[str]:
-    yield f"{result['generator']} against {result['reference']}, {result['num_judged']} of {result['num_instructions']} judged"
-    counts = f"{result['num_wins']} won, {result['num_ties']} tied, {result['num_losses']} lost"
-    yield f"win rate {_interval(result['win_rate'], '.1%')} ({counts})"
-    if result["length_controlled"] is not None:
-        yield f"length-controlled win rate {result['length_controlled']:.1%} (standard error {result['length_controlled_error']:.1%})"
-    else:
-        yield f"no length-controlled win rate: {'; '.join(line.strip() for line in str(result['missing']).splitlines())}"
-    yield f"mean length {result['mean_chars']:.0f} characters, reference {result['reference_mean_chars']:.0f}"
-    yield from _gaps(result)
-
-
-def _custom_lines(result: dict[str, Any]) -> Iterator[str]:
-    judged = f"{result['num_judged']} of {result['num_prompts']} prompts judged"
-    yield f"win rate {_interval(result['win_rate'], '.1%')} over {result['against']}, {judged}"
-    yield ", ".join(f"{name} {_interval(result[name], '.1%')}" for name in ("wins", "ties", "losses"))
-    if result["first_place"] is not None:
-        share = f"{result['first_place']:.0%} of its decisions"
-        yield f"the judge took the answer shown first in {share}; {result['num_inconsistent']} prompts flipped with the order"
-    yield from _gaps(result)
-
-
-def _gaps(result: dict[str, Any]) -> Iterator[str]:
-    if result["num_malformed"]:
-        yield f"{result['num_malformed']} verdicts could not be read; they count for nothing"
-    if result["num_unanswered"]:
-        yield f"{result['num_unanswered']} questions got no reply; the same command asks them again"
+def _as_words(key: str, value: Any, actions: Mapping[str, argparse.Action], where: str) -> list[str]:
+    """A key of the file as words of a command line."""
+    action = actions.get(f"--{key}") or actions.get(key)
+    if key == "target":
+        return [f"--file_target={value}"]
+    if action is None or not action.option_strings or key in ("config", "json"):
+        names = sorted({action.dest for action in actions.values()} - {"file_target", "config", "json"})
+        near = difflib.get_close_matches(key, names, n=1)
+        mend = f"did you mean {near[0]}?" if near else "`orpo eval --help` names them all"
+        raise UserError(f"there is no option {key!r}", where=where, mend=mend)
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"found {value!r}", where=f"{where}: {key}", expected="true or false")
+        return [flag] if value else []
+    if value is None:
+        return []
+    if isinstance(value, list):
+        texts = [str(one) for one in value]
+        return [f"{flag}={','.join(texts)}"] if key == "tasks" else [f"{flag}={text}" for text in texts]
+    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orpo.evaluate.bootstrap import Estimate, estimate_mean
+from orpo.evaluate.bootstrap import Estimate, estimate_share, estimate_share_change
 from orpo.evaluate.pairs import PairDifference, paired_difference, summarise
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _moved_estimate(scored: Scored) -> Estimate:
         found, prompts = moved_right(scored.groups, scored.start, scores)
         values += found
         clusters += prompts
-    return estimate_mean(values, clusters)
+    return estimate_share(values, clusters)
 
 
 def _values(scored: Scored, seed: int) -> dict[str, float]:
@@ -122,13 +122,15 @@ def compare_methods(first: str, second: str, scored: dict[str, Scored], labels: 
 
 
 def _moved_difference(one: Scored, two: Scored) -> Estimate:
-    values: list[float] = []
+    ours: list[float] = []
+    theirs: list[float] = []
     clusters: list[bytes] = []
     for mine, other in zip(one.seeds, two.seeds, strict=True):
         right, prompts = moved_right(one.groups, one.start, mine)
-        values += list(np.subtract(right, moved_right(two.groups, two.start, other)[0]))
+        ours += right
+        theirs += moved_right(two.groups, two.start, other)[0]
         clusters += prompts
-    return estimate_mean(values, clusters)
+    return estimate_share_change(theirs, ours, clusters)
 
 
 def _verdict_text(metric: str, first: str, second: str, difference: dict[str, Any], *, is_clear: bool) -> str:

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals over prompts.
+"""Means with intervals over prompts: a bootstrap, and for shares of independent prompts what is honest for small counts.
 
 Pairs that share a prompt are not independent, so prompts are drawn with replacement and bring all their pairs along.
 """
@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from orpo.system.intervals import paired_shares, smallest_shown, wilson
+
 LEVEL = 0.95
 NUM_BOOTSTRAP = 2000
 _CHUNK_NUMBERS = 4_000_000
@@ -19,7 +21,7 @@ _CHUNK_NUMBERS = 4_000_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its 95 % bootstrap interval; `low` and `high` are NaN where a single prompt leaves nothing to draw from."""
+    """A mean and its 95 % interval; `low` and `high` are NaN where a single prompt leaves nothing to draw from."""
 
     value: float
     low: float
@@ -31,6 +33,11 @@ class Estimate:
     def to_dict(self) -> dict[str, float | None]:
         """As JSON; None for what has no value."""
         return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
+
+    @property
+    def smallest_shown(self) -> float | None:
+        """The difference that so many prompts would have shown with 80 % power; None without an interval."""
+        return smallest_shown(self.low, self.high)
 
     @property
     def excludes_zero(self) -> bool:
@@ -70,6 +77,52 @@ def estimate_mean(values: Iterable[float], clusters: Sequence[object] | None = N
     """Mean of one column; every value is its own cluster where none are given."""
     column = np.asarray(list(values), dtype=np.float64)[:, None]
     return estimate_means(column, range(len(column)) if clusters is None else clusters, **options)[0]
+
+
+def estimate_share(
+    values: Iterable[float], clusters: Sequence[object] | None = None, *, seed: int = 0, num_bootstrap: int = NUM_BOOTSTRAP
+) -> Estimate:
+    """Mean of zeros and ones (and ties, halves), with an interval that is honest for small counts.
+
+    Wilson's interval where every prompt has one row; where prompts have several, or values are weights and no counts, the bootstrap by
+    prompt; and Wilson's interval for as many cases as there are prompts where the draws all say the same.
+    """
+    column = list(values)
+    found = estimate_mean(column, clusters, seed=seed, num_bootstrap=num_bootstrap)
+    num_prompts = len(column) if clusters is None else len(set(clusters))
+    are_counts = num_prompts == len(column) and all(value in (0.0, 0.5, 1.0) for value in column)
+    if num_prompts < 2 or (not are_counts and found.low < found.high):
+        return found
+    return Estimate(found.value, *wilson(found.value * num_prompts, num_prompts))
+
+
+def estimate_share_change(
+    before: Sequence[float],
+    after: Sequence[float],
+    clusters: Sequence[object] | None = None,
+    *,
+    seed: int = 0,
+    num_bootstrap: int = NUM_BOOTSTRAP,
+) -> Estimate:
+    """Change of a share between two measurements of the same cases: Newcombe's paired interval, or the bootstrap by prompt.
+
+    Args:
+        before, after: zeros and ones, case by case.
+        clusters, seed, num_bootstrap: as in `estimate_share`.
+    """
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    found = estimate_mean(changes, clusters, seed=seed, num_bootstrap=num_bootstrap)
+    num_prompts = len(changes) if clusters is None else len(set(clusters))
+    if num_prompts < 2 or (num_prompts < len(changes) and found.low < found.high):
+        return found
+    if num_prompts < len(changes):  # every draw says the same: as many cases as prompts, each with the change that all have
+        half = 1 - wilson(num_prompts, num_prompts)[0]
+        return Estimate(found.value, max(found.value - half, -1.0), min(found.value + half, 1.0))
+    counts = [
+        sum(bool(old) is first and bool(new) is second for old, new in zip(before, after, strict=True))
+        for first, second in ((True, True), (True, False), (False, True), (False, False))
+    ]
+    return Estimate(found.value, *paired_shares(*counts))
 
 
 def _codes(clusters: Sequence[object]) -> Iterable[int]:

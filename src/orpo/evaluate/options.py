@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,7 @@ if TYPE_CHECKING:
     from orpo.evaluate.judging.judges import Judge
     from orpo.evaluate.judging.local import RewardModel
 
-TASKS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
 DEFAULT_TASKS = ("pairs", "retention")
-REPLAYED = ("ifeval", "mtbench", "alpacaeval", "custom")
-"""Tasks that published answers can be given for."""
 KEY_VARIABLES = ("ORPO_JUDGE_API_KEY", "OPENAI_API_KEY")
 
 
@@ -103,7 +101,7 @@ class EvalOptions:
 
     Attributes:
         target: run, model, or None where only given answers are judged.
-        tasks: of `TASKS`.
+        tasks: names of tasks, those of plugins among them.
         against: model or run to compare with; None takes the model that the run started from, where there is a run.
         has_before: compare with that one at all.
         answers, against_answers: files with answers, instead of generating them.
@@ -119,6 +117,8 @@ class EvalOptions:
         max_new_tokens, temperature: None for each task's own.
         output: folder for results; None for the run's `eval`.
         retry_malformed: ask again where a kept verdict could not be read.
+        given: options of further tasks, by name.
+        plugins: modules or files that bring tasks of their own.
     """
 
     target: str | None
@@ -144,6 +144,8 @@ class EvalOptions:
     batch_size: int = 64
     output: Path | None = None
     retry_malformed: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
     loading: Loading = field(default_factory=Loading)
     judge: JudgeOptions = field(default_factory=JudgeOptions)
 
@@ -153,33 +155,18 @@ class EvalOptions:
             if isinstance(value, (str, Path)):
                 object.__setattr__(self, name, kind(value))
 
+    def value_of(self, name: str) -> Any:
+        """An option's value: a field of this class, else what `given` holds."""
+        return getattr(self, name) if name in _FIELDS else self.given.get(name)
+
     def check(self) -> None:
-        """Find what does not fit together before anything is loaded.
+        """Find what does not fit together before anything is loaded; what a task needs it checks itself.
 
         Raises:
             UserError: the first such thing.
         """
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown or not self.tasks:
-            raise UserError(f"found {', '.join(unknown) or 'nothing'}", where="--tasks", expected="some of " + ", ".join(TASKS))
         if self.limit is not None and self.limit < 1:
             raise UserError(f"found {self.limit}", where="--limit", expected="at least 1")
-        if self.answers is not None and (len(self.tasks) != 1 or self.tasks[0] not in REPLAYED):
-            raise UserError(
-                f"given answers belong to one task, not to {', '.join(self.tasks)}",
-                where="--answers",
-                expected="--tasks with one of " + ", ".join(REPLAYED),
-            )
-        if self.target is None and self.answers is None:
-            raise UserError("there is nothing to evaluate", where="orpo eval", expected="a run, a model, or --answers FILE")
-        needs = {
-            "mtbench": (
-                self.mtbench,
-                "--mtbench",
-                "the folder with FastChat's question.jsonl, judge_prompts.jsonl and reference_answer….jsonl",
-            ),
-            "custom": (self.prompts, "--prompts", "a file with prompts, one per row"),
-        }
-        for task, (value, flag, expected) in needs.items():
-            if task in self.tasks and value is None:
-                raise UserError(f"{task} has no prompts", where=flag, expected=expected)
+
+
+_FIELDS = frozenset(field.name for field in fields(EvalOptions))

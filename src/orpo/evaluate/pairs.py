@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orpo.errors import UserError
-from orpo.evaluate.bootstrap import NUM_BOOTSTRAP, Estimate, estimate_means
+from orpo.evaluate.bootstrap import NUM_BOOTSTRAP, Estimate, estimate_means, estimate_share, estimate_share_change
 from orpo.inference.scores import TokenScores, score_groups, score_tokens
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _NEAR = 1.25
 
 @dataclass(frozen=True, slots=True)
 class PairSummary:
-    """What a model thinks of pairs. Means over pairs; intervals over prompts.
+    """What a model thinks of pairs. Means over pairs; intervals over prompts (of accuracies Wilson's, where each prompt has one pair).
 
     Attributes:
         accuracy: share of pairs whose chosen answer has the higher mean log-probability; a tie is a miss.
@@ -110,8 +110,10 @@ def summarise(
     """
     pairs = _pairs(groups, scores)
     columns = np.column_stack([_column(pairs, name) for name in _COLUMNS])
-    estimates = estimate_means(columns, pairs.prompts, seed=seed, num_bootstrap=num_bootstrap)
-    return PairSummary(len(pairs.prompts), len(set(pairs.prompts)), **dict(zip(_COLUMNS, estimates, strict=True)))
+    estimates = dict(zip(_COLUMNS, estimate_means(columns, pairs.prompts, seed=seed, num_bootstrap=num_bootstrap), strict=True))
+    for name in _SHARES:
+        estimates[name] = estimate_share(_column(pairs, name), pairs.prompts, seed=seed, num_bootstrap=num_bootstrap)
+    return PairSummary(len(pairs.prompts), len(set(pairs.prompts)), **estimates)
 
 
 def paired_difference(
@@ -130,8 +132,10 @@ def paired_difference(
     first, second = _pairs(groups, before), _pairs(groups, after)
     names = [field.name for field in fields(PairDifference)][2:]
     columns = np.column_stack([_column(second, name) - _column(first, name) for name in names])
-    estimates = estimate_means(columns, first.prompts, seed=seed, num_bootstrap=num_bootstrap)
-    return PairDifference(len(first.prompts), len(set(first.prompts)), **dict(zip(names, estimates, strict=True)))
+    estimates = dict(zip(names, estimate_means(columns, first.prompts, seed=seed, num_bootstrap=num_bootstrap), strict=True))
+    before_right, after_right = (_column(side, "accuracy").tolist() for side in (first, second))
+    estimates["accuracy"] = estimate_share_change(before_right, after_right, first.prompts, seed=seed, num_bootstrap=num_bootstrap)
+    return PairDifference(len(first.prompts), len(set(first.prompts)), **estimates)
 
 
 def slice_pairs(
@@ -171,6 +175,7 @@ def log_odds(logp: np.ndarray) -> np.ndarray:
 
 
 _COLUMNS = ("accuracy", "log_odds_accuracy", "margin", "log_odds_ratio", "chosen_logp", "rejected_logp")
+_SHARES = ("accuracy", "log_odds_accuracy")
 
 
 def _column(pairs: _Pairs, name: str) -> np.ndarray:

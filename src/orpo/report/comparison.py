@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo.report.evaluations import BEFORE, METRICS, Record, colour_of, error_bar, result_sections
+from orpo.report.evaluations import METRICS, Record, result_sections
 from orpo.report.facts import ComparisonFacts
 from orpo.report.methods import cost_section, parting_section, sweep_section, trial_section
 from orpo.report.runpage import environment_section, short_name
@@ -24,6 +24,7 @@ from orpo.report.sections import (
     parts,
     text,
 )
+from orpo.report.shown import BEFORE, colour_of, error_bar
 from orpo.webpage import Figure, figure, label
 
 _METRIC_WORDS = {key: (words, style) for key, words, style, _ in METRICS} | {"moved_accuracy": ("accuracy of the implicit reward", ".1%")}

@@ -14,7 +14,8 @@ from orpo.run.folder import RunFolder
 from orpo.system.redact import redact
 
 RESULTS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
-"""Results of `orpo eval`, in the order of the report."""
+"""Results of `orpo eval` that go before those of other tasks in a report, in this order."""
+_OTHER_FILES = frozenset({"run.json", "demo.json", "comparison.json"})
 COMPARISON_FILE = "comparison.json"
 _MAX_FILE_BYTES = 200_000_000
 
@@ -118,14 +119,12 @@ def is_comparison(folder: Path) -> bool:
 
 
 def _has_results(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or any(
-        (results / f"{task}.json").is_file() for results in _homes(folder) for task in RESULTS
-    )
+    return (folder / "metrics.jsonl").is_file() or bool(read_results(folder, []))
 
 
-def _homes(folder: Path) -> tuple[Path, Path]:
+def _homes(folder: Path) -> tuple[Path, ...]:
     """Where results may lie: in a run's `eval`, or in the folder itself, as `orpo eval MODEL` leaves them."""
-    return folder / "eval", folder
+    return (folder / "eval",) if (folder / "run.json").is_file() else (folder / "eval", folder)
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -212,19 +211,24 @@ def _lines(path: Path, damaged: list[int]) -> Iterator[tuple[int, dict[str, Any]
 
 
 def read_results(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
-    """Task -> record of each result that is there."""
-    found = {}
-    for task in RESULTS:
-        for home in _homes(folder):
-            record = read_json(home / f"{task}.json", notes)
+    """Task -> record of each result that is there, of whatever task: a result says itself which one it is of."""
+    found: dict[str, dict[str, Any]] = {}
+    for home in _homes(folder):
+        for path in sorted(home.glob("*.json"), key=lambda path: (_place(path.stem), path.stem)):
+            if path.stem in found or path.name in _OTHER_FILES:
+                continue
+            record = read_json(path, notes)
             if record is None:
                 continue
             if isinstance(record.get("result"), dict):
-                found[task] = record
-            else:
-                notes.append(f"{home.name}/{task}.json is no result of `orpo eval`; it is left out.")
-            break
+                found[path.stem] = record
+            elif path.stem in RESULTS or "task" in record:
+                notes.append(f"{home.name}/{path.name} is no result of `orpo eval`; it is left out.")
     return found
+
+
+def _place(task: str) -> int:
+    return RESULTS.index(task) if task in RESULTS else len(RESULTS)
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:

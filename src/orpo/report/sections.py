@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orpo.system.intervals import smallest_shown
 from orpo.webpage import Figure
 
 
@@ -109,7 +110,7 @@ class TokenPair:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A sentence with a mark: "good", "bad", "open" or ""."""
+    """A sentence with a mark: "good", "bad", "open", "warn" or ""; a warning goes before every praise."""
 
     text: str
     tone: str = ""
@@ -252,6 +253,20 @@ def excludes_zero(value: Any) -> int:
     if low is None or high is None:
         return 0
     return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def power(value: Any, what: str, style: str = ".1%p", *, num: Any = None, of: str = "prompts") -> str:
+    """What a measurement of this size would have shown, from an estimate's interval; empty where there is none.
+
+    Args:
+        what: "a change of accuracy": the sentence goes on with "of 12.3 points or more".
+        num, of: how many, of what.
+    """
+    found = smallest_shown(number(part(value, "low")), number(part(value, "high")))
+    if found is None:
+        return ""
+    many = f"{human_count(num)} {of}" if number(num) is not None else f"so many {of}"
+    return f"{many} would have shown {what} of {show(found, style)} or more (80 % power)"
 
 
 def bars(estimates: Sequence[Any], *, with_zero: bool = True) -> list[Cell]:

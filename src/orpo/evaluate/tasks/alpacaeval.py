@@ -23,13 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import DataError, OrpoError, UserError
-from orpo.evaluate.bootstrap import Estimate, estimate_mean
+from orpo.evaluate.bootstrap import Estimate, estimate_share
 from orpo.evaluate.judging.judges import Conversation, Judge, Reply, ask_all, fill
 from orpo.evaluate.judging.local import RewardModel
 from orpo.evaluate.judging.verdicts import read_model_name
+from orpo.evaluate.task import Record, Task, TaskOption, register
+from orpo.evaluate.wording import gaps, interval, power_of_rate
+from orpo.report.shown import Drawing, Score, Shown
 
 if TYPE_CHECKING:
     from orpo.evaluate.cache import Cache
+    from orpo.evaluate.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +193,7 @@ def judge_outputs(
     return AlpacaResult(
         num_instructions=len(reference),
         num_judged=len(judged),
-        win_rate=estimate_mean(judged, seed=seed),
+        win_rate=estimate_share(judged, seed=seed),
         num_wins=sum(preference > 0.5 for preference in judged),
         num_ties=sum(preference == 0.5 for preference in judged),
         num_losses=sum(preference < 0.5 for preference in judged),
@@ -374,3 +378,73 @@ def as_annotations(reference: Sequence[Output], outputs: Sequence[Output], prefe
         for one, other, preference in zip(reference, outputs, preferences, strict=True)
     ]
     return "\n".join(lines) + "\n"
+
+
+@register
+class AlpacaEvalTask(Task):
+    """Win rates over the reference, of generated or given outputs."""
+
+    name = "alpacaeval"
+    help = "win rate over a reference model, raw and length-controlled, by a judge"
+    options = (
+        TaskOption("alpaca_reference", "reference outputs (the hub's)", Path),
+        TaskOption("alpaca_tables", "df_gamed.csv, for length control (the hub's)", Path, metavar="FOLDER"),
+    )
+    takes_answers = True
+
+    def __init__(self) -> None:
+        self._reference: list[Output] = []
+
+    def prepare(self, session: Session) -> tuple[str, ...]:
+        self._reference = read_reference(session.options.alpaca_reference, limit=session.options.limit)
+        return ()
+
+    def run(self, session: Session) -> Record:
+        options, reference, judge = session.options, self._reference, session.judge
+        if options.answers is not None:
+            outputs = match_outputs(reference, read_outputs(options.answers))
+        else:
+            answers = session.answers([one.instruction for one in reference], session.sampling(MAX_NEW_TOKENS))
+            outputs = [Output(one.instruction, answer.text, str(options.target)) for one, answer in zip(reference, answers, strict=True)]
+        found = judge_outputs(
+            reference,
+            outputs,
+            judge,
+            session.judgement_cache,
+            tables=options.alpaca_tables,
+            seed=options.seed,
+            retry_malformed=options.retry_malformed,
+            progress=session.step("judgements"),
+        )
+        session.write_text("alpacaeval-annotations.jsonl", as_annotations(reference, outputs, found.preferences))
+        return found.to_dict()
+
+    def lines(self, result: Record) -> Iterator[str]:
+        yield f"{result['generator']} against {result['reference']}, {result['num_judged']} of {result['num_instructions']} judged"
+        counts = f"{result['num_wins']} won, {result['num_ties']} tied, {result['num_losses']} lost"
+        yield f"win rate {interval(result['win_rate'], '.1%')} ({counts})"
+        if result["length_controlled"] is not None:
+            controlled, error = result["length_controlled"], result["length_controlled_error"]
+            yield f"length-controlled win rate {controlled:.1%} (standard error {error:.1%})"
+        else:
+            yield f"no length-controlled win rate: {_on_one_line(result['missing'])}"
+        yield f"mean length {result['mean_chars']:.0f} characters, reference {result['reference_mean_chars']:.0f}"
+        yield from power_of_rate(result["win_rate"], result["num_judged"])
+        yield from gaps(result)
+
+    def show(self, result: Record) -> Shown:
+        rates = {"win rate": result["win_rate"], "length-controlled": result["length_controlled"]}
+        shown = Shown("AlpacaEval")
+        if result["length_controlled"] is None:
+            shown.lead.append(f"No length-controlled rate: {_on_one_line(result['missing'])}")
+        shown.lead += [f"{said}." for said in (*power_of_rate(result["win_rate"], result["num_judged"]), *gaps(result))]
+        counted = "/".join(str(result[key]) for key in ("num_wins", "num_ties", "num_losses"))
+        shown.scores = [Score(name, value, ".1%") for name, value in rates.items()]
+        shown.scores += [Score("won/tied/lost", counted), Score("characters", result["mean_chars"], ",.0f")]
+        shown.scores.append(Score("judged", f"{result['num_judged']} of {result['num_instructions']}"))
+        shown.figures = [Drawing(f"Win rate over {result['reference']}", rates, style=".0%", low=0.0, high=1.0, mark=0.5)]
+        return shown
+
+
+def _on_one_line(reason: Any) -> str:
+    return "; ".join(line.strip() for line in str(reason).splitlines())

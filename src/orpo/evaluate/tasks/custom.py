@@ -6,19 +6,27 @@ a tie where they do not. A reward model scores each answer by itself and needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo.errors import UserError
-from orpo.evaluate.bootstrap import Estimate, estimate_mean
+from orpo.errors import DataError, UserError
+from orpo.evaluate.bootstrap import Estimate, estimate_share
 from orpo.evaluate.judging.judges import Conversation, Judge, Reply, ask_all, fill
 from orpo.evaluate.judging.local import RewardModel, as_messages
 from orpo.evaluate.judging.verdicts import read_choice
+from orpo.evaluate.prompts import read_prompt_answers, read_prompts
+from orpo.evaluate.task import Record, Task, TaskOption, register
+from orpo.evaluate.wording import gaps, interval, power_of_rate
+from orpo.report.shown import AnswerColumns, Drawing, Score, Shown
 
 if TYPE_CHECKING:
     from orpo.data.types import Text
     from orpo.evaluate.cache import Cache
+    from orpo.evaluate.options import EvalOptions
+    from orpo.evaluate.session import Session
+    from orpo.inference.ready import Subject
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
 OUTCOMES = {WIN: "win", TIE: "tie", LOSS: "loss"}
@@ -104,12 +112,12 @@ def compare_answers(
             where="judge",
             mend="look at the replies in eval/cache, or take another judge",
         )
-    shares = [estimate_mean([point == value for point in judged], seed=seed) for value in (WIN, TIE, LOSS)]
+    shares = [estimate_share([point == value for point in judged], seed=seed) for value in (WIN, TIE, LOSS)]
     decided = [choice for choice in verdicts.read_order if choice != "C"]
     return PairwiseResult(
         num_prompts=len(prompts),
         num_judged=len(judged),
-        win_rate=estimate_mean(judged, seed=seed),
+        win_rate=estimate_share(judged, seed=seed),
         wins=shares[0],
         ties=shares[1],
         losses=shares[2],
@@ -199,3 +207,92 @@ def as_text(prompt: Text) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------------------------
+
+
+@register
+class CustomTask(Task):
+    """Answers to your own prompts against another run's or model's, or given ones."""
+
+    name = "custom"
+    help = "your own prompts against another run or model, by a judge"
+    options = (
+        TaskOption("prompts", "own prompts, one per row, or a .txt with blank lines between them", Path),
+        TaskOption("against_answers", "file with the other side's answers", Path),
+    )
+    takes_answers = True
+
+    def __init__(self) -> None:
+        self._prompts: list[Text] = []
+        self._answers: dict[str, list[str]] = {}
+
+    @classmethod
+    def check(cls, options: EvalOptions) -> None:
+        if options.prompts is None:
+            raise UserError("custom has no prompts", where="--prompts", expected="a file with prompts, one per row")
+
+    def prepare(self, session: Session) -> tuple[str, ...]:
+        options = session.options
+        if options.against_answers is None and session.against is None:
+            raise UserError("there is nothing to compare with", where="--against", expected="a run or model, or --against_answers FILE")
+        self._prompts = read_prompts(session.option("prompts"))[: options.limit]
+        for which, path in (("model", options.answers), ("against", options.against_answers)):
+            if path is not None:
+                self._answers[which] = self._given(path)
+        return tuple(which for which in ("against", "model") if which not in self._answers)
+
+    def _given(self, path: Path) -> list[str]:
+        given = dict(read_prompt_answers(path))
+        texts = [as_text(prompt) for prompt in self._prompts]
+        if missing := [text for text in texts if text not in given]:
+            raise DataError(f"{len(missing)} of {len(texts)} prompts have no answer, first {missing[0][:80]!r}", where=str(path))
+        return [given[text] for text in texts]
+
+    def measure(self, session: Session, which: str, subject: Subject) -> None:
+        self._answers[which] = [answer.text for answer in session.answers(self._prompts, session.sampling(512), which)]
+
+    def run(self, session: Session) -> Record:
+        options, prompts = session.options, self._prompts
+        own, other = self._answers["model"], self._answers["against"]
+        found = compare_answers(
+            prompts,
+            own,
+            other,
+            session.judge,
+            session.judgement_cache,
+            seed=options.seed,
+            retry_malformed=options.retry_malformed,
+            progress=session.step("judgements"),
+        )
+        shown = [
+            {"prompt": as_text(prompt), "model": one, "against": two, "outcome": outcome}
+            for prompt, one, two, outcome in zip(prompts, own, other, found.outcomes, strict=True)
+        ]
+        against = str(options.against_answers) if options.against_answers else session.against
+        return {"against": against, **found.to_dict(), "shown": shown}
+
+    def lines(self, result: Record) -> Iterator[str]:
+        judged = f"{result['num_judged']} of {result['num_prompts']} prompts judged"
+        yield f"win rate {interval(result['win_rate'], '.1%')} over {result['against']}, {judged}"
+        yield ", ".join(f"{name} {interval(result[name], '.1%')}" for name in ("wins", "ties", "losses"))
+        if result["first_place"] is not None:
+            share = f"{result['first_place']:.0%} of its decisions"
+            yield f"the judge took the answer shown first in {share}; {result['num_inconsistent']} prompts flipped with the order"
+        yield from power_of_rate(result["win_rate"], result["num_judged"])
+        yield from gaps(result)
+
+    def show(self, result: Record) -> Shown:
+        against = str(result["against"] or "another model").rstrip("/").rpartition("/")[2]
+        shown = Shown("Your own prompts, against another model", "Own prompts")
+        shown.lead.append(f"Against {against}; every pair is shown to the judge in both orders.")
+        names = {"win rate": "win_rate", "won": "wins", "tied": "ties", "lost": "losses"}
+        shown.scores = [Score(name, result[key], ".1%") for name, key in names.items()]
+        shares = {name: result[key] for name, key in names.items() if name != "win rate"}
+        shown.figures = [Drawing("Won, tied, lost", shares, style=".0%", low=0.0, high=1.0)]
+        if result["first_place"] is not None:
+            shown.lead.append(f"The judge took the answer shown first in {result['first_place']:.0%} of its decisions.")
+        shown.lead += [f"{said}." for said in (*power_of_rate(result["win_rate"], result["num_judged"]), *gaps(result))]
+        shown.answers = AnswerColumns("shown", (("against", against), ("model", "this model")), note="outcome")
+        return shown

@@ -20,10 +20,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orpo.errors import DataError, UserError
-from orpo.evaluate.bootstrap import Estimate, estimate_mean
+from orpo.evaluate.bootstrap import Estimate, estimate_share
+from orpo.evaluate.prompts import read_prompt_answers
+from orpo.evaluate.task import Record, Task, TaskOption, register
+from orpo.evaluate.wording import interval, power_of_share
+from orpo.report.shown import Drawing, Score, Shown
+
+if TYPE_CHECKING:
+    from orpo.evaluate.session import Session
 
 HUB_ID = "google/IFEval"
 MAX_NEW_TOKENS = 1280
@@ -144,8 +151,8 @@ def _summarise(items: Sequence[Item], followed: tuple[tuple[tuple[bool, bool], .
         for name, (strict, _) in zip(item.instruction_ids, verdicts, strict=True):
             kinds[name.split(":")[0]].append(strict)
     prompts = [number for number, verdicts in enumerate(followed) for _ in verdicts]
-    by_prompt = [estimate_mean([all(one[way] for one in verdicts) for verdicts in followed], seed=seed) for way in (0, 1)]
-    by_instruction = [estimate_mean([one[way] for verdicts in followed for one in verdicts], prompts, seed=seed) for way in (0, 1)]
+    by_prompt = [estimate_share([all(one[way] for one in verdicts) for verdicts in followed], seed=seed) for way in (0, 1)]
+    by_instruction = [estimate_share([one[way] for verdicts in followed for one in verdicts], prompts, seed=seed) for way in (0, 1)]
     return IFEvalResult(
         num_prompts=len(items),
         num_instructions=len(prompts),
@@ -256,3 +263,77 @@ def item_facts(item: Item, verdicts: Sequence[tuple[bool, bool]]) -> dict[str, A
         "strict": [strict for strict, _ in verdicts],
         "loose": [loose for _, loose in verdicts],
     }
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------------------------
+
+ACCURACIES = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+
+
+@register
+class IFEvalTask(Task):
+    """The four published accuracies, of generated or given answers."""
+
+    name = "ifeval"
+    help = "instruction following that a program can check"
+    options = (TaskOption("ifeval_prompts", "file or hub id (google/IFEval)"),)
+    takes_answers = True
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+
+    def prepare(self, session: Session) -> tuple[str, ...]:
+        self._items = _read_published(session.options.ifeval_prompts, session.options.limit)
+        load_checkers()  # before hours of generation, not after
+        return ()
+
+    def run(self, session: Session) -> Record:
+        items = self._items
+        if session.options.answers is not None:
+            texts, num_cut = _given(items, session.options.answers), None
+        else:
+            answers = session.answers([item.prompt for item in items], session.sampling(MAX_NEW_TOKENS))
+            texts, num_cut = [answer.text for answer in answers], sum(answer.finish != "stop" for answer in answers)
+        found = check_answers(items, texts, seed=session.options.seed)
+        rows = [{**item_facts(item, verdicts), "response": text} for item, verdicts, text in zip(items, found.followed, texts, strict=True)]
+        session.write_lines("ifeval-answers.jsonl", rows)
+        return {**found.to_dict(), "num_cut": num_cut}
+
+    def lines(self, result: Record) -> Iterator[str]:
+        yield f"{result['num_prompts']} prompts, {result['num_instructions']} instructions"
+        for name in ACCURACIES:
+            yield f"{name:<19} {interval(result[name], '.4f')}"
+        if result["num_cut"]:
+            yield f"{result['num_cut']} answers were cut at max_new_tokens"
+        yield from power_of_share(result["prompt_strict"], result["num_prompts"])
+
+    def show(self, result: Record) -> Shown:
+        kinds = {f"{kind.replace('_', ' ')} ({one['num_instructions']})": one["strict"] for kind, one in sorted(result["by_kind"].items())}
+        shown = Shown("IFEval: instructions that a program can check", "IFEval")
+        shown.scores = [Score("prompts", result["num_prompts"], ".0f")]
+        shown.scores += [Score(name.replace("_", ", "), result[name], ".1%", is_better=1) for name in ACCURACIES]
+        shown.figures = [Drawing("Strict accuracy by kind of instruction", kinds, style=".0%", low=0.0, high=1.0)]
+        if result["num_cut"]:
+            shown.lead.append(f"{result['num_cut']} answers were cut at max_new_tokens.")
+        shown.lead += [f"{said}." for said in power_of_share(result["prompt_strict"], result["num_prompts"])]
+        return shown
+
+
+def _read_published(source: str | None, limit: int | None) -> list[Item]:
+    if source is not None:
+        return read_items(source, limit=limit)
+    try:
+        return read_items(limit=limit)
+    except DataError as error:
+        raise DataError(
+            f"the prompts cannot be fetched from the hub: {error.what}",
+            where="ifeval",
+            mend="--ifeval_prompts FILE: input_data.jsonl of instruction_following_eval in github.com/google-research/google-research",
+        ) from error
+
+
+def _given(items: Sequence[Item], path: Path) -> list[str]:
+    given = dict(read_prompt_answers(path))
+    if missing := [item for item in items if item.prompt not in given]:
+        raise DataError(f"{len(missing)} of {len(items)} prompts have no answer, first {missing[0].key}", where=str(path))
+    return [given[item.prompt] for item in items]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,16 @@ from typing import TYPE_CHECKING, Any
 from orpo.errors import DataError, UserError
 from orpo.evaluate.bootstrap import Estimate, estimate_mean
 from orpo.evaluate.judging.judges import Conversation, Judge, Reply, ask_all, fill
+from orpo.evaluate.judging.local import RewardModel
 from orpo.evaluate.judging.verdicts import read_rating
+from orpo.evaluate.task import Record, Task, TaskOption, register
+from orpo.evaluate.wording import gaps, interval
+from orpo.report.shown import Drawing, Score, Shown
 
 if TYPE_CHECKING:
     from orpo.evaluate.cache import Cache
+    from orpo.evaluate.options import EvalOptions
+    from orpo.evaluate.session import Session
 
 MAX_NEW_TOKENS = 1024
 """As FastChat generates answers."""
@@ -302,3 +308,81 @@ def _check(bench: Bench, root: Path) -> None:
     ]
     if bare:
         raise DataError(f"no reference answer for question {bare[0]}" + (f" and {len(bare) - 1} more" if bare[1:] else ""), where=str(root))
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------------------------
+
+
+@register
+class MTBenchTask(Task):
+    """Scores from 1 to 10, of generated or given answers."""
+
+    name = "mtbench"
+    help = "80 two-turn questions, graded from 1 to 10 by a judge"
+    options = (TaskOption("mtbench", "FastChat's question, judge_prompts and reference_answer files", Path, metavar="FOLDER"),)
+    takes_answers = True
+
+    def __init__(self) -> None:
+        self._bench = Bench((), {}, {})
+
+    @classmethod
+    def check(cls, options: EvalOptions) -> None:
+        if options.mtbench is None:
+            expected = "the folder with FastChat's question.jsonl, judge_prompts.jsonl and reference_answer….jsonl"
+            raise UserError("mtbench has no prompts", where="--mtbench", expected=expected)
+
+    def prepare(self, session: Session) -> tuple[str, ...]:
+        self._bench = read_bench(session.option("mtbench"), limit=session.options.limit)
+        return ()
+
+    def run(self, session: Session) -> Record:
+        options, judge = session.options, session.judge
+        if isinstance(judge, RewardModel):
+            mend = "take a judge that writes, or --tasks custom"
+            raise UserError("a reward model gives no ratings from 1 to 10", where="mtbench", mend=mend)
+        if options.answers is not None:
+            answers, name = read_answers(options.answers), name_of_answers(options.answers)
+        else:
+            answers, name = self._answer(session), str(options.target)
+        found = grade(
+            self._bench,
+            answers,
+            judge,
+            session.judgement_cache,
+            seed=options.seed,
+            retry_malformed=options.retry_malformed,
+            progress=session.step("judgements"),
+        )
+        return {"generator": name, **found.to_dict()}
+
+    def _answer(self, session: Session) -> dict[int, Turns]:
+        def answer(conversations: list[list[dict[str, str]]], temperature: float) -> list[str]:
+            prompts = [tuple(conversation) for conversation in conversations]
+            return [one.text for one in session.answers(prompts, session.sampling(MAX_NEW_TOKENS, temperature))]
+
+        answers = answer_turns(self._bench, answer, temperature=session.options.temperature)
+        model_id = str(session.options.target)
+        rows = [
+            {"question_id": number, "model_id": model_id, "choices": [{"index": 0, "turns": list(turns)}]}
+            for number, turns in answers.items()
+        ]
+        session.write_lines("mtbench-answers.jsonl", rows)
+        return answers
+
+    def lines(self, result: Record) -> Iterator[str]:
+        turns = ", ".join(f"turn {number} {interval(turn, '.2f')}" for number, turn in enumerate(result["by_turn"], start=1))
+        yield f"score {interval(result['score'], '.2f')} ({turns}), {result['num_judged']} judged turns"
+        for category, estimate in result["by_category"].items():
+            yield f"{category:<12} {interval(estimate, '.2f')}"
+        yield from gaps(result)
+
+    def show(self, result: Record) -> Shown:
+        turns = {f"turn {number}": turn for number, turn in enumerate(result["by_turn"], start=1)}
+        scores = {"all": result["score"], **turns, **result["by_category"]}
+        note, categories = "1 to 10, as the judge grades", result["by_category"]
+        return Shown(
+            "MT-Bench",
+            lead=[f"{said}." for said in gaps(result)],
+            scores=[Score(name, value, ".2f", is_better=1) for name, value in scores.items()],
+            figures=[Drawing("Scores by category", categories, kind="radar", style=".2f", low=0.0, high=10.0, note=note)],
+        )

@@ -2,93 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from orpo.errors import UserError
-from orpo.evaluate.cache import Cache
+from orpo.evaluate.logprobs import means_of
 from orpo.evaluate.pairs import paired_difference, slice_pairs, summarise
-from orpo.inference.scores import choose_scoring_engine, score_tokens
-from orpo.models.fingerprint import content_key
-from orpo.run.data import held_out_groups, held_out_rows, read_rows
+from orpo.evaluate.task import Record, Task, TaskOption, register
+from orpo.evaluate.wording import interval
+from orpo.report.sections import Cell, Row, Table, bars, estimate, power
+from orpo.report.shown import Shown
 
 if TYPE_CHECKING:
     from orpo.data.types import TokenGroup
-    from orpo.evaluate.suite import Evaluation
+    from orpo.evaluate.session import Session
     from orpo.inference.ready import Subject
+    from orpo.inference.scores import TokenScores
 
 NUM_SHOWN = 8
 """Pairs that are kept token by token."""
-_PIECE_GROUPS = 64
-"""Groups scored between two writes to the cache."""
+_ROWS = (
+    ("accuracy", ".1%"),
+    ("log_odds_accuracy", ".1%"),
+    ("margin", "+.3f"),
+    ("log_odds_ratio", "+.3f"),
+    ("chosen_logp", "+.3f"),
+    ("rejected_logp", "+.3f"),
+)
 
 
-def evaluate_pairs(evaluation: Evaluation) -> dict[str, Any]:
-    """Accuracy, margin and log-probabilities of the model, of the one to compare with, and the change.
+@dataclass(frozen=True)
+class _Measured:
+    """What a model says of the pairs. Its tokenizer may stay when it goes: that one is small."""
 
-    Raises:
-        UserError: there are no rows, or none has a pair.
-    """
-    options = evaluation.options
-    config = evaluation.target.config if evaluation.target is not None else None
-    if options.data is not None:
-        rows, fraction = read_rows(options.data, options.split, config), None
-    elif config is not None:
-        rows, fraction = held_out_rows(config)
-    else:
-        raise UserError(
-            "there are no pairs to evaluate", where="pairs", mend="--data FILE, folder or hub id with chosen and rejected answers"
-        )
-    scored: dict[str, tuple[list[TokenGroup], list[np.ndarray]]] = {}
-    reports = {}
-    for which in ("against", "model") if evaluation.against is not None else ("model",):
-        subject = evaluation.subject(which)
+    groups: list[TokenGroup]
+    logps: TokenScores
+    report: Any
+    tokenizer: Any
+
+    @property
+    def scores(self) -> list[np.ndarray]:
+        return means_of(self.logps)
+
+
+@register
+class PairsTask(Task):
+    """Accuracy, margin and log-probabilities of the model, of the one to compare with, and the change."""
+
+    name = "pairs"
+    help = "held-out preference pairs: accuracy, margin, log-probabilities"
+    options = (
+        TaskOption("data", "rows with chosen and rejected answers (those that the run held out)"),
+        TaskOption("split", "split of --data"),
+        TaskOption(
+            "slices", "length_difference or a column; repeatable", metavar="COLUMN", is_repeated=True, default=("length_difference",)
+        ),
+    )
+
+    def __init__(self) -> None:
+        self._rows: tuple[Any, float | None] = ((), None)
+        self._measured: dict[str, _Measured] = {}
+
+    def prepare(self, session: Session) -> tuple[str, ...]:
+        # Rows are read by what training reads them with, which imports torch; the task itself is imported for `--help`.
+        from orpo.run.data import held_out_rows, read_rows
+
+        options = session.options
+        config = session.target.config if session.target is not None else None
+        if options.data is not None:
+            self._rows = read_rows(options.data, options.split, config), None
+        elif config is not None:
+            self._rows = held_out_rows(config)
+        else:
+            raise UserError(
+                "there are no pairs to evaluate", where="pairs", mend="--data FILE, folder or hub id with chosen and rejected answers"
+            )
+        return session.sides
+
+    def measure(self, session: Session, which: str, subject: Subject) -> None:
+        from orpo.run.data import held_out_groups
+
+        rows, fraction = self._rows
         groups, report = held_out_groups(rows, fraction, subject.encoder)
-        groups = groups[: options.limit]
-        scored[which] = groups, cached_scores(subject, groups, evaluation.score_cache, progress=evaluation.step(f"pairs, {subject.name}"))
-        reports[which] = report
-    groups, scores = scored["model"]
-    found: dict[str, Any] = {
-        "data": options.data or "rows that the run held out",
-        "rows": {name: value for name, value in reports["model"].to_dict().items() if name in ("num_rows", "dropped", "notes")},
-        "model": summarise(groups, scores, seed=options.seed).to_dict(),
-        "slices": {
-            by: {label: part.to_dict() for label, part in slice_pairs(groups, scores, by, seed=options.seed).items()}
-            for by in options.slices
-        },
-    }
-    if "against" in scored:
-        found["against"] = summarise(*scored["against"], seed=options.seed).to_dict()
-        found |= _change(evaluation, scored)
-    return found
+        groups = groups[: session.options.limit]
+        self._measured[which] = _Measured(groups, session.logps(groups, "pairs", which), report, subject.tokenizer)
+
+    def run(self, session: Session) -> Record:
+        options, model = session.options, self._measured["model"]
+        found: Record = {
+            "data": options.data or "rows that the run held out",
+            "rows": {name: value for name, value in model.report.to_dict().items() if name in ("num_rows", "dropped", "notes")},
+            "model": summarise(model.groups, model.scores, seed=options.seed).to_dict(),
+            "slices": {
+                by: {label: part.to_dict() for label, part in slice_pairs(model.groups, model.scores, by, seed=options.seed).items()}
+                for by in options.slices
+            },
+        }
+        if "against" in self._measured:
+            against = self._measured["against"]
+            found["against"] = summarise(against.groups, against.scores, seed=options.seed).to_dict()
+            found |= _change(against, model, options.seed)
+        return found
+
+    def lines(self, result: Record) -> Iterator[str]:
+        model, before, change = result["model"], result.get("against"), result.get("change")
+        yield f"{model['num_pairs']} pairs of {model['num_prompts']} prompts: {result['data']}"
+        for name, style in _ROWS:
+            parts = [f"{name:<18} {interval(model[name], style):<28}"]
+            if before is not None:
+                parts.append(f"before {interval(before[name], style):<28}")
+            if change is not None and name in change:
+                parts.append(f"change {interval(change[name], style.replace('.1%', '+.1%'))}")
+            yield " ".join(parts).rstrip()
+        yield "margin and log-probabilities are in nats per token"
+        if change is not None and (said := power(change["accuracy"], "a change of accuracy", num=change["num_prompts"])):
+            yield said
+        for by, parts_by in result["slices"].items():
+            for label, part in parts_by.items():
+                text = f"accuracy {interval(part['accuracy'], '.1%')}, margin {interval(part['margin'], '+.3f')}"
+                yield f"{by} = {label}: {part['num_pairs']} pairs, {text}"
+
+    def show(self, result: Record) -> Shown:
+        shown = Shown("Held-out pairs in slices", "Slices")
+        for by, found in result["slices"].items():
+            rows: list[Row] = [
+                [
+                    Cell(str(name)),
+                    Cell(str(part["num_pairs"])),
+                    estimate(part["accuracy"], ".1%"),
+                    estimate(part["margin"], "+.3f"),
+                    bar,
+                ]
+                for (name, part), bar in zip(found.items(), bars([part["margin"] for part in found.values()]), strict=True)
+            ]
+            columns = (str(by).replace("_", " "), "pairs", "accuracy", "margin, nats per token", "margin, from 0")
+            shown.tables.append(Table(columns, rows))
+        return shown
 
 
-def _change(evaluation: Evaluation, scored: dict[str, tuple[list[TokenGroup], list[np.ndarray]]]) -> dict[str, Any]:
+def _change(against: _Measured, model: _Measured, seed: int) -> Record:
     """The paired difference over the rows that both models have, and some of them token by token."""
-    options = evaluation.options
-    rows = {which: {group.where: (group, score) for group, score in zip(*both, strict=True)} for which, both in scored.items()}
-    common = [
-        where for where in rows["model"] if where in rows["against"] and _same_pairs(rows["model"][where][0], rows["against"][where][0])
-    ]
+    old, new = _by_place(against), _by_place(model)
+    common = [where for where in new if where in old and _same_pairs(new[where][0], old[where][0])]
     if not common:
         return {"note": "no row has the same pairs for both models"}
-    groups = [rows["model"][where][0] for where in common]
-    before, after = [rows["against"][where][1] for where in common], [rows["model"][where][1] for where in common]
-    change = paired_difference(groups, before, after, seed=options.seed)
+    groups = [new[where][0] for where in common]
+    before, after = (means_of([side[where][1] for where in common]) for side in (old, new))
+    change = paired_difference(groups, before, after, seed=seed)
     picked = [common[index] for index in pick_shown(groups, before, after)]
-    shown = {
-        which: _token_view(evaluation, evaluation.subject(which), [rows[which][where][0] for where in picked])
-        for which in ("against", "model")
-    }
     return {
         "change": change.to_dict(),
         "shown": [
-            {"where": str(where), "model": new, "against": old}
-            for where, new, old in zip(picked, shown["model"], shown["against"], strict=True)
+            {"where": str(where), "model": _token_view(model, *new[where]), "against": _token_view(against, *old[where])}
+            for where in picked
         ],
     }
+
+
+def _by_place(measured: _Measured) -> Mapping[Any, tuple[TokenGroup, tuple[np.ndarray, ...]]]:
+    return {group.where: (group, logps) for group, logps in zip(measured.groups, measured.logps, strict=True)}
 
 
 def _same_pairs(one: TokenGroup, other: TokenGroup) -> bool:
@@ -108,60 +183,11 @@ def pick_shown(groups: Sequence[TokenGroup], before: Sequence[np.ndarray], after
     return list(dict.fromkeys(picks))[:NUM_SHOWN]
 
 
-def _token_view(evaluation: Evaluation, subject: Subject, groups: Sequence[TokenGroup]) -> list[dict[str, Any]]:
-    """Prompt, and the first pair's answers as tokens with their log-probabilities."""
-    views = []
-    for group, logps in zip(groups, cached_token_scores(subject, groups, evaluation.score_cache), strict=True):
-        view: dict[str, Any] = {"prompt": subject.tokenizer.decode(group.prompt_ids.tolist())}
-        for side, response in zip(("chosen", "rejected"), group.pairs[0], strict=True):
-            texts = [subject.tokenizer.decode([int(token)]) for token in group.response_ids[response]]
-            view[side] = {"tokens": texts, "logps": logps[response]}
-        views.append(view)
-    return views
-
-
-def cached_scores(
-    subject: Subject, groups: Sequence[TokenGroup], cache: Cache, *, progress: Callable[[int, int], None]
-) -> list[np.ndarray]:
-    """Mean log-probability of every response, as `score_groups` gives it, through the cache."""
-
-    def mean(logps: np.ndarray) -> float:
-        return float(logps.mean(dtype=np.float64))
-
-    return [np.array(values) for values in _cached(subject, groups, cache, "mean", mean, progress)]
-
-
-def cached_token_scores(subject: Subject, groups: Sequence[TokenGroup], cache: Cache) -> list[list[list[float]]]:
-    """Per group, per response: token log-probabilities to four digits, through the cache."""
-
-    def tokens(logps: np.ndarray) -> list[float]:
-        return [round(float(value), 4) for value in logps]
-
-    return _cached(subject, groups, cache, "tokens", tokens, lambda done, total: None)
-
-
-def _cached(
-    subject: Subject,
-    groups: Sequence[TokenGroup],
-    cache: Cache,
-    kind: str,
-    reduce: Callable[[np.ndarray], Any],
-    progress: Callable[[int, int], None],
-) -> list[Any]:
-    """Something of every response's token log-probabilities; new ones are kept piece by piece."""
-    dtype = None if subject.compute_dtype is None else str(subject.compute_dtype)
-    keys = [
-        content_key(
-            kind=kind, model=subject.identity, dtype=dtype, ids=[group.prompt_ids.tolist(), *(ids.tolist() for ids in group.response_ids)]
-        )
-        for group in groups
-    ]
-    todo = list({key: row for row, key in enumerate(keys) if key not in cache}.values())
-    engine = choose_scoring_engine(subject.model, [groups[row] for row in todo]) if todo else None
-    for start in range(0, len(todo), _PIECE_GROUPS):
-        rows = todo[start : start + _PIECE_GROUPS]
-        found = score_tokens(subject.model, [groups[row] for row in rows], engine=engine, compute_dtype=subject.compute_dtype)
-        for row, responses in zip(rows, found, strict=True):
-            cache.put(keys[row], [reduce(logps) for logps in responses])
-        progress(len(groups) - len(todo) + start + len(rows), len(groups))
-    return [cache.get(key) for key in keys]
+def _token_view(measured: _Measured, group: TokenGroup, logps: Sequence[np.ndarray]) -> Record:
+    """Prompt, and the first pair's answers as tokens with their log-probabilities, to four digits."""
+    decode = measured.tokenizer.decode
+    view: Record = {"prompt": decode(group.prompt_ids.tolist())}
+    for side, response in zip(("chosen", "rejected"), group.pairs[0], strict=True):
+        texts = [decode([int(token)]) for token in group.response_ids[response]]
+        view[side] = {"tokens": texts, "logps": [round(float(value), 4) for value in logps[response]]}
+    return view
