@@ -21,12 +21,13 @@ from rich.text import Text
 
 import orpo.cli
 from orpo.cli import command_modules, main, parse
+from orpo.config.shipped import FOLDER
 from orpo.errors import DataError, GuardStop, SignalStop, UserError
 from orpo.run.config import resolve
 from orpo.run.keys import key_types
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 SNAPSHOT = ROOT / "tests" / "snapshots" / "cli.json"
 
 
@@ -99,7 +100,7 @@ def test_a_bug_s_traceback_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys
         (["--version"], 0, "out", "orpo "),
         (["--help"], 0, "out", "demo"),
         (["trian"], 2, "err", "there is no command 'trian': did you mean 'train'?"),
-        (["xyzzy"], 2, "err", "one of demo, train, check"),
+        (["xyzzy"], 2, "err", "one of demo, init, recipes, train, check"),
         (["train", "--help"], 0, "out", "--orpo_alpha"),
         (["doctor", "--jsn"], 2, "err", "unrecognized arguments"),
     ],
@@ -153,12 +154,12 @@ class TestRecipes:
     def test_the_demo_is_its_recipe(self) -> None:
         from orpo.cli.demo import DEMO_OPTIONS
 
-        recipe = yaml.safe_load((ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((FOLDER / "demo.yaml").read_text(encoding="utf-8"))
         del recipe["eval_fraction"]  # a person's own file has no test split
         assert {**recipe, "dataset_test_split": "test"} == DEMO_OPTIONS
 
     def test_the_paper_s_recipe_has_the_paper_s_values(self) -> None:
-        config = resolve(ROOT / "recipes" / "paper-mistral-7b.yaml")
+        config = resolve(FOLDER / "paper-mistral-7b.yaml")
         keys = ("orpo_alpha", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_prompt_length", "max_length")
         assert [config[key] for key in keys] == [0.1, 5e-6, "inverse_sqrt", 200, 5, 1792, 2048]
 

@@ -72,9 +72,10 @@ def test_public_names_come_from_the_package() -> None:
     ]
 
 
-def test_version_is_that_of_the_project(project: dict[str, Any]) -> None:
-    assert orpo.__version__ in (project["version"], "0+unknown")
-    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+def test_the_version_has_one_place(project: dict[str, Any]) -> None:
+    assert project["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", orpo.__version__)
+    assert f"## {orpo.__version__}" in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_licence(project: dict[str, Any]) -> None:
@@ -157,15 +158,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_wheel_holds_the_package_and_its_data(wheel: list[str]) -> None:
     assert "orpo/py.typed" in wheel
     assert "orpo/data/demo/GUIDELINE.md" in wheel
+    assert {"orpo/recipes/demo.yaml", "orpo/recipes/smollm2-full.yaml"} <= set(wheel)
     assert any(re.fullmatch(r"orpo/data/demo/.*\.jsonl", name) for name in wheel)
     sources = {str(path.relative_to(REPOSITORY / "src")) for path in (REPOSITORY / "src" / "orpo").rglob("*.py")}
     assert sources <= set(wheel)
 
 
 def test_wheel_holds_nothing_else(wheel: list[str]) -> None:
-    assert {name.split("/")[0] for name in wheel} == {"orpo", f"orpo-{_version()}.dist-info"}
+    assert {name.split("/")[0] for name in wheel} == {"orpo", f"orpo-{orpo.__version__}.dist-info"}
     assert not [name for name in wheel if name.endswith((".pyc", ".gguf", ".safetensors"))]
-
-
-def _version() -> str:
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

@@ -17,13 +17,14 @@ import yaml
 from orpo import ORPOTrainer
 from orpo.cli import main
 from orpo.cli.demo import verdict
+from orpo.config.shipped import FOLDER
 from orpo.run.config import resolve
 from orpo.run.data import prepare_data
 from orpo.run.folder import COMPLETE, RunFolder
 from orpo.training.planning import model_shape
 from tinymodels import ARCHITECTURES
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

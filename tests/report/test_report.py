@@ -376,7 +376,7 @@ def test_without_plotly_it_says_what_to_install(
     folder = make_run(tmp_path / "run", tasks=())
     code, _, err = run(capsys, folder)
     assert code == 2
-    assert 'pip install "orpo[report]"' in err
+    assert 'pip install "plotly>=6.0"' in err
     assert not (folder / "report.html").exists()
 
 

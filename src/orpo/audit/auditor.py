@@ -22,6 +22,7 @@ from orpo.data.formats import Stream, stream_preferences
 from orpo.data.reading.sources import MAX_ROW_BYTES, as_sources
 from orpo.data.types import Preference
 from orpo.errors import DataError, UserError
+from orpo.system.installing import pip_line
 
 Progress = Callable[[int], None]
 """Called now and then with the number of rows read."""
@@ -71,7 +72,7 @@ def require_extras(*modules: str) -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"the audit needs {', '.join(missing)}", where="orpo audit", mend='pip install "orpo[audit]"')
+        raise UserError(f"the audit needs {', '.join(missing)}", where="orpo audit", mend=pip_line("audit"))
 
 
 def run_audit(source: Any, options: AuditOptions | None = None) -> Audit:

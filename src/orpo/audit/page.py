@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from orpo.audit.result import Audit
+from orpo.system.installing import pip_line
 from orpo.webpage import Figure, figure, label, render, require_plotly
 
 _NUM_BINS = 40
@@ -21,7 +22,7 @@ def write_page(audit: Audit, path: str | Path) -> None:
     Raises:
         UserError: plotly is missing.
     """
-    require_plotly("orpo audit --html", "audit")
+    require_plotly("orpo audit --html", pip_line("audit"))
     Path(path).write_text(render_page(audit), encoding="utf-8")
 
 

@@ -22,7 +22,10 @@ from orpo.system.console import say_on_stderr
 from orpo.system.process import configure_logging, guarded_exit
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
-ORDER = ("demo", "train", "check", "audit", "preview", "eval", "compare", "chat", "report", "export", "plan", "doctor")
+ORDER = (
+    *("demo", "init", "recipes", "train", "check", "audit", "preview", "pairs", "eval", "compare", "chat", "report", "export", "plan"),
+    *("doctor", "completion"),
+)
 _HELPERS = frozenset({"bars", "console", "progress"})
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orpo.inference.generate import Answer
     from orpo.inference.ready import Ready
 
 NAME = "chat"
@@ -31,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--chat_template", help="chatml, none, or a file; unset: the model's own")
     parser.add_argument("--model_revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--json", action="store_true", help="print each answer as one JSON object on a line of stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer one prompt, or prompts until the user has enough."""
     from orpo.inference.ready import make_ready
-    from orpo.system.console import printable, say, stderr_console
+    from orpo.system.console import say, stderr_console
     from orpo.system.process import quiet_libraries
 
     quiet_libraries()
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     ready = make_ready(args.model, chat_template=args.chat_template, revision=args.model_revision)
     conversation = Conversation(ready, args)
     if args.prompt is not None:
-        print(printable(conversation.answer(args.prompt)))
+        conversation.print_answer(args.prompt)
         return 0
     facts = ready.loaded.facts
     say(console, f"{facts.name}: {facts.num_parameters / 1e6:,.1f} M parameters, {facts.device}. /reset forgets, /quit ends.")
@@ -63,7 +65,19 @@ class Conversation:
         """Forget all turns but the system message."""
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": self.args.system}] if self.args.system else []
 
-    def answer(self, prompt: str) -> str:
+    def print_answer(self, prompt: str) -> None:
+        """The answer on stdout: as text that cannot steer the terminal, or as an object with how it ended."""
+        from orpo.system.console import print_json, printable
+
+        answer = self.answer(prompt)
+        if self.args.json:
+            print_json({"prompt": prompt, **answer.to_dict()})
+        elif answer.finish == "prompt_too_long":
+            print("(the conversation is longer than the model's context; /reset forgets it)", flush=True)
+        else:
+            print(printable(answer.text.strip() + (" …" if answer.finish == "length" else "")), flush=True)
+
+    def answer(self, prompt: str) -> Answer:
         """The model's answer, which joins the conversation."""
         from orpo.inference.generate import generate
 
@@ -81,9 +95,9 @@ class Conversation:
         )
         if answer.finish == "prompt_too_long":
             self.messages.pop()
-            return "(the conversation is longer than the model's context; /reset forgets it)"
-        self.messages.append({"role": "assistant", "content": answer.text})
-        return answer.text.strip() + (" …" if answer.finish == "length" else "")
+        else:
+            self.messages.append({"role": "assistant", "content": answer.text})
+        return answer
 
 
 def _loop(conversation: Conversation, console: Console) -> int:
@@ -103,6 +117,4 @@ def _loop(conversation: Conversation, console: Console) -> int:
             conversation.reset()
             say(console, "(forgotten)")
         elif prompt:
-            from orpo.system.console import printable
-
-            print(printable(conversation.answer(prompt)), flush=True)
+            conversation.print_answer(prompt)

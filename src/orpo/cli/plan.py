@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the estimate."""
     from orpo.cli.doctor import matmul_flops
-    from orpo.run.config import resolve
+    from orpo.run.config import given_facts, resolve
     from orpo.system.console import print_json, report_console, say
     from orpo.system.machine import memory_facts
     from orpo.system.process import quiet_libraries
@@ -46,7 +46,13 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(config, training, flops=flops, **lengths)
     disk = plan.disk_bytes(training.save_total_limit, training.save_steps, has_checkpoints=training.save_strategy != "no")
     if args.json:
-        facts = {**plan.to_dict(), "disk_bytes": disk, "data": lengths or None, "device": str(training.device)}
+        facts = {
+            **plan.to_dict(),
+            "values": given_facts(config),
+            "disk_bytes": disk,
+            "data": lengths or None,
+            "device": str(training.device),
+        }
         print_json({**facts, "device_memory": memory_facts(training.device)})
         return 0
     console = report_console(is_json=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", metavar="LIST", help="rows to show, counted from 0, such as 0,5,10-12 (default: the first)")
     parser.add_argument("--lines", metavar="LIST", help="the same by line of the file, counted from 1, as errors and audits name them")
     parser.add_argument("--num", type=int, default=3, help="how many rows to show where none are named (default 3)")
+    parser.add_argument("--ids", action="store_true", help="show each segment's token ids below it")
     parser.add_argument("--html", metavar="FILE", help="write a page with ids on hover")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, with every token's id, text, role and terms")
 
 
 def run(args: argparse.Namespace) -> int:
     """Show the rows."""
     from orpo.data.preview import view_row
-    from orpo.system.console import report_console, say
+    from orpo.system.console import print_json, report_console, say
     from orpo.system.process import quiet_libraries
 
     data = read_data_arguments(args)
@@ -52,12 +55,15 @@ def run(args: argparse.Namespace) -> int:
     views = [view_row(item, encoder, nll_scope=data.nll_scope) for item in items]
     if args.html is not None:
         write_page(Path(args.html), views, encoder.describe(), data)
-    console = report_console(is_json=False)
     facts = encoder.describe()
+    if args.json:
+        print_json({"encoder": facts, "nll_scope": data.nll_scope, "rows": [asdict(view) for view in views]})
+        return 0
+    console = report_console(is_json=False)
     say(console, f"template {facts['template']}, answers end with {facts['terminator']!r}, max_length {facts['max_length']}")
     say(console, "NLL: counts in the next-token loss; OR: counts in the odds ratio")
     for view in views:
-        show(console, view)
+        show(console, view, with_ids=args.ids)
     return 0
 
 
@@ -123,16 +129,16 @@ def write_page(path: Path, views: list[RowView], facts: dict[str, Any], data: Da
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), mend="choose another place") from None
 
 
-def show(console: Console, view: RowView) -> None:
+def show(console: Console, view: RowView, *, with_ids: bool = False) -> None:
     """One row: in colours on a terminal, else run by run."""
     from rich.text import Text
 
-    from orpo.data.preview import plain_lines, runs, visible
+    from orpo.data.preview import ids_line, plain_lines, runs, visible
     from orpo.system.console import say
 
     say(console)
     if not console.is_terminal:
-        for line in plain_lines(view):
+        for line in plain_lines(view, with_ids=with_ids):
             say(console, line)
         return
     say(console, f"{view.place}: {view.dropped or f'{view.num_tokens} tokens'}")
@@ -149,4 +155,6 @@ def show(console: Console, view: RowView) -> None:
         if segment.is_cut and segment.name != "prompt":
             text.append(" ✂", style="bold magenta")
         console.print(text)
+        if with_ids:
+            say(console, f"    {ids_line(segment)}")
     say(console, "  underlined: NLL; bold: OR; " + ", ".join(f"{role} {colour}" for role, colour in _STYLES.items()))

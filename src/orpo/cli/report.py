@@ -24,17 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another run, or results of `orpo eval`, to show in the same MT-Bench, AlpacaEval and IFEval figures; repeatable",
     )
     parser.add_argument("--no_card", "--no-card", action="store_true", help="leave the run's README.md as it is")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page, and a run's card."""
     from orpo.report import write_report
-    from orpo.system.console import report_console, say, stderr_console
+    from orpo.system.console import print_json, report_console, say, stderr_console
 
     report = write_report(args.folder, output=args.output, beside=args.beside, with_card=not args.no_card)
     console = stderr_console()
     for note in report.notes:
         say(console, f"note         {note}")
+    if args.json:
+        print_json({"page": report.page, "card": report.card, "notes": report.notes})
+        return 0
     out = report_console(is_json=False)
     say(out, f"page         {report.page}")
     if report.card is not None:

@@ -11,9 +11,11 @@ import argparse
 import dataclasses
 import os
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from orpo.errors import UserError
+from orpo.system.place import own_rank
 
 if TYPE_CHECKING:
     from orpo.training.runner import RunResult
@@ -27,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that are no keys of the configuration, and list the keys that are most often needed."""
     from orpo.run.keys import RunKeys
 
-    parser.usage = "orpo train [CONFIG.yaml] [--num_processes N] [--key value …]"
+    parser.usage = "orpo train [CONFIG.yaml] [--num_processes N] [--key value …] [--json]"
     parser.add_argument(
         "--num_processes", "--num-processes", type=int, metavar="N", help="train with N processes of this machine, as torchrun does"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     keys = [
         (item.name, str(item.metadata["help"])) for item in dataclasses.fields(RunKeys) if not item.metadata["help"].startswith("TRL's")
     ]
@@ -55,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
         if launcher is not None and args.num_processes > 1:
             raise UserError(f"{launcher} has started this process already", where="--num_processes", mend="use one of the two")
         if args.num_processes > 1:
-            return start([sys.executable, "-m", "orpo", "train", *args.keys], args.num_processes)
+            return start([sys.executable, "-m", "orpo", "train", *args.keys, *["--json"] * args.json], args.num_processes)
         if launcher is None:
             os.environ["WORLD_SIZE"] = "1"  # what a scheduler says of its allocation is not meant
     from orpo.run.config import resolve
-    from orpo.system.console import say, stderr_console
+    from orpo.system.console import print_json, say, stderr_console
     from orpo.system.group import told_together
     from orpo.system.process import quiet_libraries
 
@@ -76,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         progress.close()
     for line in closing_lines(result):
         say(console, line)
+    if args.json and own_rank() == 0:
+        print_json(asdict(result))
     return 0
 
 

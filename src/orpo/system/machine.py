@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.system.version import VERSION
 
 if TYPE_CHECKING:
     import torch
 
 _REPORTED_PACKAGES = (
-    *("orpo", "torch", "transformers", "accelerate", "peft", "datasets"),
+    *("torch", "transformers", "accelerate", "peft", "datasets"),
     *("tokenizers", "safetensors", "numpy", "bitsandbytes"),
 )
 
@@ -140,7 +141,7 @@ def _smaller(first: int | None, second: int | None) -> int | None:
 
 def versions() -> dict[str, str]:
     """Python, platform and the versions of the packages that a result depends on."""
-    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    found = {"python": sys.version.split()[0], "platform": platform.platform(), "orpo": VERSION}
     for name in _REPORTED_PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -179,8 +180,5 @@ def hub_answers() -> bool:
 
 
 def own_version() -> str:
-    """The version of this package."""
-    try:
-        return importlib.metadata.version("orpo")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+unknown"
+    """The version of this package: what the sources say, not what was recorded when a clone was installed, which a pull leaves behind."""
+    return VERSION

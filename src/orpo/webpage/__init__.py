@@ -28,14 +28,14 @@ Figure = dict[str, Any]
 """`title`, `traces` and `layout` as plotly takes them, and a `note`. A colour may be `var(--name)`, a colour of the page's style."""
 
 
-def require_plotly(where: str, extra: str) -> None:
-    """Stop where the package that draws figures is not installed.
+def require_plotly(where: str, mend: str) -> None:
+    """Stop where the package that draws figures is not installed; `mend` is the command that installs it.
 
     Raises:
         UserError: it is not.
     """
     if importlib.util.find_spec("plotly") is None:
-        raise UserError("its figures need plotly", where=where, mend=f'pip install "orpo[{extra}]"')
+        raise UserError("its figures need plotly", where=where, mend=mend)
 
 
 def render(package: str, template: str, *, figures: Mapping[str, Figure | None] | None = None, **values: Any) -> str:

@@ -30,6 +30,7 @@ from orpo.evaluate.judging.verdicts import read_model_name
 from orpo.evaluate.task import Record, Task, TaskOption, register
 from orpo.evaluate.wording import gaps, interval, power_of_rate
 from orpo.report.shown import Drawing, Score, Shown
+from orpo.system.installing import pip_line
 
 if TYPE_CHECKING:
     from orpo.evaluate.cache import Cache
@@ -306,7 +307,7 @@ def length_controlled_win_rate(
             from alpaca_eval.metrics import glm_winrate
     except ImportError as error:
         problem = f"the package alpaca_eval is not installed, or not with what it needs: {error}"
-        raise UserError(problem, where="alpacaeval", mend='pip install "orpo[alpaca]"') from error
+        raise UserError(problem, where="alpacaeval", mend=pip_line("alpaca")) from error
     rows = [
         {
             "instruction": one.instruction,

@@ -31,6 +31,7 @@ from orpo.report.shown import Drawing, Score, Shown
 
 if TYPE_CHECKING:
     from orpo.evaluate.session import Session
+from orpo.system.installing import pip_line
 
 HUB_ID = "google/IFEval"
 MAX_NEW_TOKENS = 1280
@@ -186,7 +187,7 @@ def load_checkers() -> Any:
 
 
 def _missing_extra(error: ImportError) -> UserError:
-    return UserError(f"IFEval's checkers are not installed: {error}", where="ifeval", mend='pip install "orpo[ifeval]"')
+    return UserError(f"IFEval's checkers are not installed: {error}", where="ifeval", mend=pip_line("ifeval"))
 
 
 def _provide_punkt(nltk: Any) -> None:
