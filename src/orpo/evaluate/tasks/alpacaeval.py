@@ -306,8 +306,7 @@ def length_controlled_win_rate(
             warnings.simplefilter("ignore")  # it uses what setuptools and scikit-learn will drop; the extra keeps them back
             from alpaca_eval.metrics import glm_winrate
     except ImportError as error:
-        problem = f"the package alpaca_eval is not installed, or not with what it needs: {error}"
-        raise UserError(problem, where="alpacaeval", mend=pip_line("alpaca")) from error
+        raise UserError(f"alpaca_eval, or what it needs, is not installed: {error}", where="alpacaeval", mend=pip_line("alpaca")) from error
     rows = [
         {
             "instruction": one.instruction,

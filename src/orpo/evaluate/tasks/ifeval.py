@@ -28,10 +28,10 @@ from orpo.evaluate.prompts import read_prompt_answers
 from orpo.evaluate.task import Record, Task, TaskOption, register
 from orpo.evaluate.wording import interval, power_of_share
 from orpo.report.shown import Drawing, Score, Shown
+from orpo.system.installing import pip_line
 
 if TYPE_CHECKING:
     from orpo.evaluate.session import Session
-from orpo.system.installing import pip_line
 
 HUB_ID = "google/IFEval"
 MAX_NEW_TOKENS = 1280
