@@ -84,7 +84,7 @@ def test_a_split_that_is_not_there(command: str, data: str, home: Path, tmp_path
 
 
 @pytest.mark.parametrize("data", ["orpo-demo", "pairs.jsonl", "folder"])
-@pytest.mark.parametrize("command", ["train", "check", "plan", "audit"])
+@pytest.mark.parametrize("command", ["train", "check", "plan", "audit", "preview"])
 def test_an_evaluation_split_that_is_not_there(
     command: str, data: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

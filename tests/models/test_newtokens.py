@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from orpo import ORPOConfig, ORPOTrainer
+from orpo.data.settings import DataSettings
 from orpo.data.template import make_encoder
 from orpo.data.types import TokenGroup, Where
 from orpo.errors import UserError
@@ -140,7 +141,7 @@ def test_a_base_with_chatml_and_lora_ends_its_answers(architecture: str, tmp_pat
     trainer = trained(saved_base(tmp_path / "base", architecture), tmp_path / "run", steps=60, rate=2e-2)
     folder = export_adapter(trainer.model, trainer.processing_class, tmp_path / "a", stop_token_ids=trainer.encoder.terminator_ids)
     model, tokenizer, _ = load_model(folder, device="cpu")
-    encoder = make_encoder(tokenizer, ORPOConfig(output_dir=str(tmp_path), use_cpu=True))
+    encoder = make_encoder(tokenizer, DataSettings.of(vars(ORPOConfig(output_dir=str(tmp_path), use_cpu=True))))
     answers = generate(model, tokenizer, encoder, [row["prompt"] for row in ROWS], max_new_tokens=24)
     assert [answer.finish for answer in answers] == ["stop"] * len(ROWS)
     prompt = tokenizer.apply_chat_template(ROWS[0]["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -216,9 +217,9 @@ def test_rows_beyond_the_positions(architecture: str, has_scaling: bool, caplog:
 
 def test_no_limit_means_the_smaller_of_both(tmp_path: Path) -> None:
     tokenizer = build_tiny_tokenizer()
-    args = ORPOConfig(output_dir=str(tmp_path), max_length=None, use_cpu=True)
+    settings = DataSettings.of(vars(ORPOConfig(output_dir=str(tmp_path), max_length=None, use_cpu=True)))
     config = build_tiny_model("llama").config
     tokenizer.model_max_length = int(1e30)
-    assert make_encoder(tokenizer, args, num_positions=config.max_position_embeddings).max_length == 512
+    assert make_encoder(tokenizer, settings, num_positions=config.max_position_embeddings).max_length == 512
     tokenizer.model_max_length = 100
-    assert make_encoder(tokenizer, args, num_positions=config.max_position_embeddings).max_length == 100
+    assert make_encoder(tokenizer, settings, num_positions=config.max_position_embeddings).max_length == 100

@@ -13,6 +13,7 @@ from orpo.config.values import NotAcceptedError, from_flag, from_yaml
 from orpo.data.reading.sources import DEMO_DATA
 from orpo.errors import UserErrors
 from orpo.run.config import RunConfig, as_facts, resolve
+from orpo.run.data import open_run_rows
 from orpo.run.keys import key_defaults, key_types
 
 MINIMAL = "model_name_or_path: some/model\ndataset_name: rows.jsonl\n"
@@ -249,6 +250,10 @@ class TestMeaning:
         assert (config.train_source(), config.eval_source()) == (DEMO_DATA, (DEMO_DATA, "test"))
         elsewhere = resolve(write(MINIMAL + f"eval_dataset_name: [{DEMO_DATA}, held.jsonl]\n"))
         assert elsewhere.eval_source() == ([{"path": DEMO_DATA, "split": "test"}, "held.jsonl"], None)
+        alone = resolve(write(f"model_name_or_path: m\ndataset_name: {DEMO_DATA}\neval_dataset_name: {DEMO_DATA}\n"))
+        rows = open_run_rows(alone)
+        assert rows.held_out is not None
+        assert [Path(next(some).where.file).name for some in (rows.train, rows.held_out)] == ["train.jsonl", "test.jsonl"]
 
     def test_notes_on_options_without_effect(self, write) -> None:
         config = resolve(write(MINIMAL + "attn_implementation: flash_attention_2\nlogging_dir: logs\n"))

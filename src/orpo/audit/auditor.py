@@ -33,7 +33,7 @@ class AuditOptions:
     """What to audit besides the rows themselves.
 
     Attributes:
-        split, column_map, pairs, sft_rows, max_rows, max_row_bytes: as in `load_preferences`.
+        split, column_map, pairs, sft_rows, streaming, max_rows, max_row_bytes: as in `load_preferences`.
         evaluation: evaluation data (any source) whose prompts the training data should not have; `evaluation_split`: its split.
         benchmarks: files with benchmark prompts.
         scenario_column: the column that names each row's scenario; None: a column such as `scenario` or `category` if there is one, else
@@ -49,6 +49,7 @@ class AuditOptions:
     column_map: Mapping[str, str] | None = None
     pairs: str = "best_worst"
     sft_rows: bool = False
+    streaming: bool = False
     max_rows: int | None = None
     max_row_bytes: int = MAX_ROW_BYTES
     evaluation: Any = None
@@ -62,6 +63,11 @@ class AuditOptions:
     num_folds: int = 5
     num_workers: int = 1
     progress: Progress | None = field(default=None, compare=False)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a source is read, as `Stream` takes it."""
+        return {name: getattr(self, name) for name in ("pairs", "sft_rows", "streaming", "max_row_bytes")}
 
 
 def require_extras(*modules: str) -> None:
@@ -175,7 +181,7 @@ class _Auditor:
         """Each source, opened anew."""
         options = self.options
         for source in self.sources:
-            yield Stream(source, pairs=options.pairs, sft_rows=options.sft_rows, max_row_bytes=options.max_row_bytes)
+            yield Stream(source, **options.reading)
 
     def _take_in(self, stream: Stream, table: AuditTable, sample: ScenarioSample) -> None:
         self.shapes.append(str(stream.shape))
@@ -216,9 +222,7 @@ class _Auditor:
         options = self.options
         items = stream_preferences(
             [replace(source, weight=None) for source in self.sources],
-            pairs=options.pairs,
-            sft_rows=options.sft_rows,
-            max_row_bytes=options.max_row_bytes,
+            **options.reading,
         )
         for item in _first(items, options.max_rows):
             if isinstance(item, Preference):

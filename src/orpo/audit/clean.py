@@ -115,7 +115,7 @@ def _numbered(source: Any, options: AuditOptions) -> Iterator[tuple[int, Where, 
     """(number, place, rows of the source) of each row of the audit, in its order."""
     index = 0
     for item in as_sources(source, split=options.split, column_map=options.column_map):
-        stream = Stream(item, pairs=options.pairs, sft_rows=options.sft_rows, max_row_bytes=options.max_row_bytes)
+        stream = Stream(item, **options.reading)
         for where, _, originals in stream.with_originals():
             if options.max_rows is not None and index >= options.max_rows:
                 return

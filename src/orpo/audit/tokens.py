@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from orpo.data.dataset import Fingerprint
 from orpo.data.types import Dropped, Preference, TokenGroup, Where
 
 _BATCH = 256
@@ -44,6 +45,8 @@ class TokenFacts:
     max_length: int
     template: dict[str, Any]
     groups: list[TokenGroup] = field(default_factory=list)
+    fingerprint: str = ""
+    """Of all rows that can be trained on, as `run.json` and `orpo check` have it."""
 
     def percentiles(self) -> dict[str, dict[str, int]]:
         """Of each length, PERCENTILES."""
@@ -60,6 +63,7 @@ class TokenFacts:
             "dropped": {reason: len(places) for reason, places in self.dropped.items()},
             "notes": {note: len(places) for note, places in self.notes.items()},
             "template": self.template,
+            "fingerprint": self.fingerprint,
         }
 
 
@@ -91,7 +95,8 @@ def encode_rows(
             is_long = isinstance(item, TokenGroup) and not _fits(item, encoder)
             found.take(encoder.encode_many([preference])[0] if is_long else item, keeps_groups=keeps_groups)
     arrays = {name: np.asarray(values, dtype=np.int64) for name, values in found.lengths.items()}
-    return TokenFacts(arrays, found.dropped, found.notes, encoder.max_length, encoder.describe(), found.groups)
+    fingerprint = found.fingerprint.hexdigest()
+    return TokenFacts(arrays, found.dropped, found.notes, encoder.max_length, encoder.describe(), found.groups, fingerprint)
 
 
 def _fits(group: TokenGroup, encoder: Encoder) -> bool:
@@ -106,6 +111,7 @@ class _Found:
         self.dropped: dict[str, list[Where]] = {}
         self.notes: dict[str, list[Where]] = {}
         self.groups: list[TokenGroup] = []
+        self.fingerprint = Fingerprint()
 
     def measure(self, item: TokenGroup | Dropped) -> None:
         """Note a row's lengths."""
@@ -123,6 +129,7 @@ class _Found:
         if isinstance(item, Dropped):
             self.dropped.setdefault(item.reason, []).append(item.where)
             return
+        self.fingerprint.add(item)
         for note in item.notes:
             self.notes.setdefault(note, []).append(item.where)
         if keeps_groups:

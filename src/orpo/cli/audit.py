@@ -87,9 +87,14 @@ def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
     from orpo.audit import AuditOptions
     from orpo.audit.inspect import default_workers
 
-    evaluation = (args.eval, args.eval_split) if args.eval is not None else data.evaluation or (None, None)
+    settings = data.settings
+    evaluation = (args.eval, args.eval_split) if args.eval is not None else data.config.eval_source() or (None, None)
     options = AuditOptions(
-        **data.reading,
+        split=data.config["dataset_train_split"],
+        column_map=settings.column_map,
+        pairs=settings.pairs,
+        sft_rows=settings.sft_rows,
+        streaming=settings.dataset_streaming,
         max_rows=args.max_rows,
         evaluation=evaluation[0],
         evaluation_split=evaluation[1],
@@ -97,15 +102,14 @@ def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
         scenario_column=args.scenario_column,
         num_workers=default_workers() if args.workers is None else args.workers,
     )
-    if args.tokenizer is not None:
-        data.model = args.tokenizer
-    if data.model is None:
+    if data.model is None and args.tokenizer is None:
         return options
     from orpo.system.process import quiet_libraries
 
     quiet_libraries()
-    unlimited = data.make_encoder(max_length=_NO_LIMIT, max_prompt_length=None, truncation="drop")
-    options = replace(options, encoder=data.make_encoder(), unlimited_encoder=unlimited)
+    encoder = data.load_encoder(args.tokenizer)
+    unlimited = data.load_encoder(args.tokenizer, max_length=_NO_LIMIT, max_prompt_length=None, truncation="drop")
+    options = replace(options, encoder=encoder, unlimited_encoder=unlimited)
     return options if args.tokenizer is not None or args.model is None else _with_model(options, args, data)
 
 
@@ -115,9 +119,10 @@ def _with_model(options: AuditOptions, args: argparse.Namespace, data: DataInput
 
     if data.model is None or options.encoder is None:
         raise AssertionError("a model is scored with its own tokenizer")
+    revision = data.config["model_revision"]
     if args.cross_fit is None:
-        return replace(options, score=score_with(data.model, data.revision))
-    fit = fit_and_score_with(data.model, data.revision, options.encoder)
+        return replace(options, score=score_with(data.model, revision))
+    fit = fit_and_score_with(data.model, revision, options.encoder)
     return replace(options, fit_and_score=fit, num_folds=args.cross_fit)
 
 

@@ -168,6 +168,7 @@ def _check_folder(config: RunConfig, report: CheckReport) -> bool:
 
 
 def _check_data(config: RunConfig, args: ORPOConfig, report: CheckReport) -> RunData:
+    from orpo.data.dataset import fingerprint
     from orpo.run.data import prepare_data
 
     data = prepare_data(config, args, lambda line: None)
@@ -179,6 +180,8 @@ def _check_data(config: RunConfig, args: ORPOConfig, report: CheckReport) -> Run
         f"{len(data.train)} of {data.train_report.num_rows} rows to train on, {num_held_out} held out",
         train=data.train_report.to_dict(),
         held_out=data.held_out_report.to_dict() if data.held_out_report else None,
+        fingerprint=fingerprint(data.train),
+        held_out_fingerprint=None if data.held_out is None else fingerprint(data.held_out),
     )
     for warning in [*data.train_report.histogram(), *data.train_report.warnings()]:
         report.add("data", WARNING, warning.strip())

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import Any
-
-import yaml
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
 
-_ENCODING = ("chat_template", "max_length", "max_prompt_length", "truncation", "special_tokens_in_text")
-_KEYS = ("column_map", "pairs", "nll_scope", *_ENCODING)
-"""Options that are keys of a run's configuration, and override it."""
+if TYPE_CHECKING:
+    from orpo.data.settings import DataSettings
+    from orpo.data.template import TemplateEncoder
+    from orpo.run.config import RunConfig
+
+_SAME_NAMES = ("column_map", "pairs", "nll_scope", "chat_template", "max_length", "max_prompt_length", "truncation")
+_KEYS = {
+    **{name: name for name in (*_SAME_NAMES, "special_tokens_in_text")},
+    "split": "dataset_train_split",
+    "model": "model_name_or_path",
+    "revision": "model_revision",
+}
+"""Options that are keys of a run's configuration, and override it: option -> key."""
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,44 +47,50 @@ def _option(group: Any, *names: str, **settings: Any) -> None:
     group.add_argument(*flags, dest=names[0], **settings)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DataInput:
-    """Which rows, and how they are read and tokenised.
+    """Rows that are only looked at.
 
     Attributes:
-        evaluation: (source, split) of the evaluation data that a run's configuration names, or None.
-        model: the model's name, or None.
+        config: what was named, as the configuration of a run; `model_name_or_path` may be None.
+        settings: how it reads and tokenises; no row stops the reading, since all of them are to be seen.
+        is_run: whether a run's configuration was named, and not data alone.
     """
 
-    source: Any
-    split: str | None
-    column_map: dict[str, str] | None
-    pairs: str
-    sft_rows: bool
-    evaluation: tuple[Any, str | None] | None
-    model: str | None
-    revision: str | None
-    nll_scope: str
-    encoding: dict[str, Any]
+    config: RunConfig
+    settings: DataSettings
+    is_run: bool
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """The keyword arguments of `stream_preferences`."""
-        return {"split": self.split, "column_map": self.column_map, "pairs": self.pairs, "sft_rows": self.sft_rows}
+    def source(self) -> Any:
+        """What is trained on, as `orpo.data.reading.sources.as_sources` takes it."""
+        return self.config.train_source()
 
-    def make_encoder(self, **replaced: Any) -> Any:
-        """The encoder of training, with the model's tokenizer; `replaced` goes before the arguments."""
-        from orpo.data.template import TemplateEncoder
-        from orpo.models.load import load_tokenizer
+    @property
+    def model(self) -> str | None:
+        """The model's name, if one was named."""
+        name: str | None = self.config["model_name_or_path"]
+        return name
 
-        if self.model is None:
+    def load_encoder(self, tokenizer: str | None = None, **replaced: Any) -> TemplateEncoder:
+        """The encoder of training; `replaced` goes before the settings.
+
+        Args:
+            tokenizer: taken in place of the model's.
+
+        Raises:
+            UserError: neither a model nor a tokenizer was named, or it cannot be loaded.
+        """
+        from orpo.run.data import load_encoder
+
+        if self.model is None and tokenizer is None:
             raise UserError(
                 "no model is named",
                 where="--model",
                 expected="the model whose tokenizer is used",
                 mend="add --model smollm2-135m-instruct, for instance, or name a run's CONFIG.yaml in place of the data",
             )
-        return TemplateEncoder(load_tokenizer(self.model, revision=self.revision), **{**self.encoding, **replaced})
+        return load_encoder(self.config, tokenizer=tokenizer, **{"strict_data": False, **replaced})
 
 
 def read_data_arguments(args: argparse.Namespace) -> DataInput:
@@ -85,67 +99,18 @@ def read_data_arguments(args: argparse.Namespace) -> DataInput:
     Raises:
         UserError: a column map that cannot be read, or a configuration with problems.
     """
-    if any(str(word).endswith((".yaml", ".yml")) for word in args.data):
-        return _of_configuration(args)
-    given = {
-        key: getattr(args, key) for key in ("chat_template", "max_length", "max_prompt_length", "truncation", "special_tokens_in_text")
-    }
-    return DataInput(
-        source=args.data if len(args.data) > 1 else args.data[0],
-        split=args.split,
-        column_map=read_column_map(args.column_map),
-        pairs=args.pairs or "best_worst",
-        sft_rows=args.sft_rows,
-        evaluation=None,
-        model=args.model,
-        revision=args.revision,
-        nll_scope=getattr(args, "nll_scope", None) or "sequence",
-        encoding={key: value for key, value in given.items() if value is not None},
-    )
-
-
-def _of_configuration(args: argparse.Namespace) -> DataInput:
     from orpo.run.config import resolve
 
-    if len(args.data) > 1:
+    is_run = any(str(word).endswith((".yaml", ".yml")) for word in args.data)
+    if is_run and len(args.data) > 1:
         raise UserError("a configuration and other data together", where=" ".join(args.data), expected="one CONFIG.yaml, or paths")
-    flags = [word for key in _KEYS if getattr(args, key, None) is not None for word in (f"--{key}", str(getattr(args, key)))]
-    if args.model is not None:
-        flags += ["--model_name_or_path", args.model]
+    given = {key: getattr(args, name, None) for name, key in _KEYS.items()}
+    flags = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     if args.sft_rows:
         flags.append("--sft_rows")
-    config = resolve(args.data[0], flags)
-    training = config.training_args()
-    encoding = {key: getattr(training, key) for key in _ENCODING if key != "max_length" or training.max_length is not None}
-    return DataInput(
-        source=config.train_source(),
-        split=args.split or config["dataset_train_split"],
-        column_map=read_column_map(training.column_map),
-        pairs=training.pairs,
-        sft_rows=training.sft_rows,
-        evaluation=config.eval_source(),
-        model=config["model_name_or_path"],
-        revision=args.revision or config["model_revision"],
-        nll_scope=training.nll_scope,
-        encoding=encoding,
-    )
-
-
-def read_column_map(value: Any) -> dict[str, str] | None:
-    """A column map as a mapping, or as text: YAML, or `prompt=question,chosen=good`.
-
-    Raises:
-        UserError: neither.
-    """
-    if value is None or isinstance(value, dict):
-        return value or None
-    text = str(value).strip()
-    if "=" in text and not text.startswith("{"):
-        text = "{" + text.replace("=", ": ") + "}"
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(item, str) for pair in found.items() for item in pair):
-        raise UserError(f"{value!r} is no column map", where="--column_map", expected="{prompt: question, chosen: good, rejected: bad}")
-    return found
+    if is_run:
+        config = resolve(args.data[0], flags)
+    else:
+        data = args.data if len(args.data) > 1 else args.data[0]
+        config = resolve(None, flags, base={"dataset_name": data}, name="the command line", has_model=False)
+    return DataInput(config, replace(config.data_settings(), strict_data=False), is_run)

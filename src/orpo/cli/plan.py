@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     training = config.training_args()
     import torch
 
-    lengths = {} if args.no_data else sample_lengths(config, training)
+    lengths, rows = ({}, {}) if args.no_data else sample_lengths(config, training)
     flops = matmul_flops(training.device, getattr(torch, training.compute_dtype))
     plan = make_plan(config, training, flops=flops, **lengths)
     disk = plan.disk_bytes(training.save_total_limit, training.save_steps, has_checkpoints=training.save_strategy != "no")
@@ -50,41 +50,44 @@ def run(args: argparse.Namespace) -> int:
             **plan.to_dict(),
             "values": given_facts(config),
             "disk_bytes": disk,
-            "data": lengths or None,
+            "data": {**lengths, **rows} or None,
             "device": str(training.device),
         }
         print_json({**facts, "device_memory": memory_facts(training.device)})
         return 0
     console = report_console(is_json=False)
+    if "absent" in rows:
+        say(console, f"data         lengths are guessed: {rows['absent']}")
     for line in plan_lines(plan, disk, training, has_data=bool(lengths)):
         say(console, line)
     return 0
 
 
-def sample_lengths(config: RunConfig, args: ORPOConfig) -> dict[str, Any]:
-    """Packed tokens of the first rows, and their number where that is all of them; empty where the data is not at hand."""
+def sample_lengths(config: RunConfig, args: ORPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(packed tokens of the first rows to train on, and their number where that is all of them; facts about those rows).
+
+    Raises:
+        UserError: what training would stop at: a source that is here and cannot be read, or holds nothing usable.
+    """
     from itertools import islice
 
-    from orpo.data.dataset import prepare_groups
-    from orpo.data.formats import stream_preferences
+    from orpo.data.dataset import fingerprint, prepare_groups
     from orpo.data.reading.sources import AbsentDataError
-    from orpo.data.template import make_encoder
-    from orpo.models.load import load_tokenizer
+    from orpo.run.data import load_encoder, open_run_rows, split_by_prompt
     from orpo.training.planning import packed_lengths
 
-    column_map = args.column_map if isinstance(args.column_map, dict) else None
     try:
-        rows = stream_preferences(config.train_source(), split=config["dataset_train_split"], column_map=column_map, pairs=args.pairs)
-        first = list(islice(rows, SAMPLE_ROWS + 1))
-        if (evaluation := config.eval_source()) is not None:  # which is not counted, but a split that is not there is told
-            stream_preferences(evaluation[0], split=evaluation[1], column_map=column_map, pairs=args.pairs)
-    except AbsentDataError:
-        return {}
-    tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
-    groups, _ = prepare_groups(first[:SAMPLE_ROWS], make_encoder(tokenizer, args))
-    if not groups:
-        return {}
-    return {**packed_lengths(groups, args), "num_rows": len(groups) if len(first) <= SAMPLE_ROWS else None}
+        first = list(islice(open_run_rows(config).train, SAMPLE_ROWS + 1))
+    except AbsentDataError as error:
+        return {}, {"absent": f"{error.where} is not at hand ({error.what})"}
+    is_all = len(first) <= SAMPLE_ROWS
+    groups, report = prepare_groups(first[:SAMPLE_ROWS], load_encoder(config))
+    if not groups and not is_all:
+        return {}, {"absent": f"none of the first {SAMPLE_ROWS:,} rows can be trained on"}
+    report.check(1, name="the training data")
+    if config["eval_fraction"] is not None and is_all:
+        groups, _ = split_by_prompt(groups, config["eval_fraction"])
+    return {**packed_lengths(groups, args), "num_rows": len(groups) if is_all else None}, {"fingerprint": fingerprint(groups)}
 
 
 def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool) -> list[str]:

@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     rows, lines = read_numbers(args.rows, "--rows"), read_numbers(args.lines, "--lines")
     quiet_libraries()
     items = list(_items(data, rows, lines, args.num))
-    encoder = data.make_encoder()
-    views = [view_row(item, encoder, nll_scope=data.nll_scope) for item in items]
+    encoder = data.load_encoder()
+    views = [view_row(item, encoder, nll_scope=data.config["nll_scope"]) for item in items]
     if args.html is not None:
         write_page(Path(args.html), views, encoder.describe(), data)
     facts = encoder.describe()
     if args.json:
-        print_json({"encoder": facts, "nll_scope": data.nll_scope, "rows": [asdict(view) for view in views]})
+        print_json({"encoder": facts, "nll_scope": data.config["nll_scope"], "rows": [asdict(view) for view in views]})
         return 0
     console = report_console(is_json=False)
     say(console, f"template {facts['template']}, answers end with {facts['terminator']!r}, max_length {facts['max_length']}")
@@ -91,9 +91,9 @@ def _items(data: DataInput, rows: set[int] | None, lines: set[int] | None, num: 
     Raises:
         UserError: a row asked for is not there.
     """
-    from orpo.data.formats import stream_preferences
+    from orpo.run.data import open_run_rows
 
-    items = stream_preferences(data.source, **data.reading)
+    items = open_run_rows(data.config, data.settings).train
     if rows is None and lines is None:
         yield from islice(items, num)
         return
@@ -124,7 +124,7 @@ def write_page(path: Path, views: list[RowView], facts: dict[str, Any], data: Da
 
     source = data.source if isinstance(data.source, str) else "several sources"
     try:
-        path.write_text(render_html(views, facts, source=source, nll_scope=data.nll_scope), encoding="utf-8")
+        path.write_text(render_html(views, facts, source=source, nll_scope=data.config["nll_scope"]), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(path), mend="choose another place") from None
 

@@ -211,20 +211,29 @@ def prepare_groups(
     """
     groups: list[TokenGroup] = []
     report = DataReport(truncation=encoder.truncation)
-    for chunk in _chunks(rows):
-        encoded = iter(encoder.encode_many([row for row in chunk if isinstance(row, Preference)]))
-        for row in chunk:
-            result = row if isinstance(row, Dropped) else next(encoded)
-            if strict and isinstance(result, Dropped):
-                raise unusable_row(result)
-            report.add(result)
-            if isinstance(result, TokenGroup):
-                groups.append(result)
-        if progress is not None:
+    for _, result in encode_rows(rows, encoder):
+        if strict and isinstance(result, Dropped):
+            raise unusable_row(result)
+        report.add(result)
+        if isinstance(result, TokenGroup):
+            groups.append(result)
+        if progress is not None and report.num_rows % _CHUNK_ROWS == 0:
             progress(report.num_rows)
+    if progress is not None and report.num_rows % _CHUNK_ROWS:
+        progress(report.num_rows)
     for text in report.warnings():
         logger.warning("%s", text)
     return groups, report
+
+
+def encode_rows(
+    rows: Iterable[Preference | Dropped], encoder: TemplateEncoder
+) -> Iterator[tuple[Preference | Dropped, TokenGroup | Dropped]]:
+    """Each row with what it becomes, in order; a few hundred are tokenised together."""
+    for chunk in _chunks(rows):
+        encoded = iter(encoder.encode_many([row for row in chunk if isinstance(row, Preference)]))
+        for row in chunk:
+            yield row, row if isinstance(row, Dropped) else next(encoded)
 
 
 def _chunks(rows: Iterable[Preference | Dropped]) -> Iterator[list[Preference | Dropped]]:
@@ -248,12 +257,27 @@ def _group_digest(group: TokenGroup) -> bytes:
     return digest.digest()
 
 
-def fingerprint(groups: Iterable[TokenGroup]) -> str:
+class Fingerprint:
     """sha256 over ids, ends and pairs in order: the same exactly where the same is trained in the same order."""
-    digest = hashlib.sha256()
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, group: TokenGroup) -> None:
+        """The next row."""
+        _update(self._digest, group)
+
+    def hexdigest(self) -> str:
+        """Of the rows so far."""
+        return self._digest.hexdigest()
+
+
+def fingerprint(groups: Iterable[TokenGroup]) -> str:
+    """The `Fingerprint` of some rows."""
+    found = Fingerprint()
     for group in groups:
-        _update(digest, group)
-    return digest.hexdigest()
+        found.add(group)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from orpo.data.chat.render import ChatRenderer, TemplateFacts, TemplateFailed, a
 from orpo.data.chat.selection import choose_template, unwrap_tokenizer
 from orpo.data.chat.special import ControlText, NotPlainError, content_text, is_unicode, strings_of
 from orpo.data.chat.turns import ChatText, Marks, PlainText, TurnDraft
+from orpo.data.settings import DataSettings
 from orpo.data.types import REASONS, Dropped, Message, Preference, Text, TokenGroup
 from orpo.errors import DataError, OrpoError, UserError
 
@@ -373,37 +374,20 @@ def _num_chars(text: Text) -> int:
     return len(text) if isinstance(text, str) else sum(len(content_text(message)) for message in text)
 
 
-class EncodingOptions(Protocol):
-    """What `make_encoder` reads of a run's options, under the names that they have in `ORPOConfig`."""
-
-    @property
-    def chat_template(self) -> str | None: ...
-    @property
-    def max_length(self) -> int | None: ...
-    @property
-    def max_prompt_length(self) -> int | None: ...
-    @property
-    def truncation(self) -> str: ...
-    @property
-    def special_tokens_in_text(self) -> str: ...
-    @property
-    def strict_data(self) -> bool: ...
-
-
-def make_encoder(tokenizer: Any, args: EncodingOptions, *, num_positions: int | None = None) -> TemplateEncoder:
-    """The encoder that the options describe. Without a `max_length` the smaller of the tokenizer's and the model's limit counts.
+def make_encoder(tokenizer: Any, settings: DataSettings, *, num_positions: int | None = None) -> TemplateEncoder:
+    """The encoder of a configuration. Without a `max_length` the smaller of the tokenizer's and the model's limit counts.
 
     Args:
         num_positions: the longest sequence that the model was made for; None where that is not known.
     """
     return TemplateEncoder(
         tokenizer,
-        chat_template=args.chat_template,
-        max_length=args.max_length or _longest(tokenizer, num_positions),
-        max_prompt_length=args.max_prompt_length,
-        truncation=args.truncation,
-        special_tokens_in_text=args.special_tokens_in_text,
-        strict=args.strict_data,
+        chat_template=settings.chat_template,
+        max_length=settings.max_length or _longest(tokenizer, num_positions),
+        max_prompt_length=settings.max_prompt_length,
+        truncation=settings.truncation,
+        special_tokens_in_text=settings.special_tokens_in_text,
+        strict=settings.strict_data,
     )
 
 

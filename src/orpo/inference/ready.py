@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 EVAL_FOLDER = "eval"
-DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -58,28 +57,18 @@ def make_ready(
     """
     import torch
 
-    from orpo.data.template import TemplateEncoder
     from orpo.models.load import load_model
     from orpo.system.machine import bf16_is_fast, choose_device
 
-    run = run_of(name)
+    target = Target.find(name)
     if dtype is None and choose_device(device).type == "cuda":
         dtype = "auto"
     loaded = load_model(name, revision=revision, dtype=dtype, device=device)
-    if chat_template is None and run is not None and run.get("data", {}).get("template", {}).get("template") == "none":
-        chat_template = "none"  # any other template of a run is the saved tokenizer's own
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    encoder = TemplateEncoder(loaded.tokenizer, chat_template=chat_template, max_length=context or 4096)
-    return Ready(loaded, encoder, run, torch.bfloat16 if bf16_is_fast(loaded.model.device) else torch.float32)
-
-
-def run_of(name: str | Path) -> dict[str, Any] | None:
-    """The facts of the run that this folder is or lies in (`runs/a`, `runs/a/model`, `runs/a/checkpoint-20`), else None."""
-    path = Path(name)
-    for folder in (path, path.parent):
-        if folder.is_dir() and (folder / "run.json").is_file():
-            return RunFolder(folder).read()
-    return None
+    # A conversation may be as long as the model takes, whatever length it was trained on.
+    free = {"max_length": None, "max_prompt_length": None, "truncation": "drop", "strict_data": False}
+    encoder = _encoder(loaded, target, Loading(chat_template=chat_template), None, **free)
+    compute_dtype = torch.bfloat16 if bf16_is_fast(loaded.model.device) else torch.float32
+    return Ready(loaded, encoder, target.run.read() if target.run else None, compute_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +149,7 @@ class Loading:
         device: None for the best one.
         dtype: of computing: "auto" is bfloat16 where that is fast, "float32" is exact.
         chat_template: None for the run's, else the model's own.
-        max_length: None for the run's, else 1024.
+        max_length: None for the run's, else the default of a configuration.
         revision: of a hub model.
         trust_remote_code: as for training.
     """
@@ -188,10 +177,11 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
     from orpo.models.load import load_model, parse_dtype
     from orpo.system.machine import bf16_is_fast
 
-    config = config or Target.find(name).config
+    target, before = Target.find(name), config
+    config = config or target.config
     is_base = config is not None and name == config["model_name_or_path"]
     # Quantized runs are loaded as they were trained, and their base at the revision that they started from.
-    model, tokenizer, facts = load_model(
+    loaded = load_model(
         name,
         revision=loading.revision or (config["model_revision"] if config is not None and is_base else None),
         device=loading.device,
@@ -199,7 +189,8 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
         load_in_4bit=config is not None and bool(config["load_in_4bit"]),
         load_in_8bit=config is not None and bool(config["load_in_8bit"]),
     )
-    encoder = make_encoder(tokenizer, loading, config)
+    model, tokenizer, facts = loaded
+    encoder = _encoder(loaded, target, loading, before)
     if encoder.new_tokens and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         _grow(model, tokenizer, name, encoder.new_tokens, config)
     fast = torch.bfloat16 if bf16_is_fast(facts.device) else None
@@ -225,19 +216,36 @@ def _grow(model: Any, tokenizer: Any, name: str, new_tokens: Sequence[str], conf
     logger.warning("%s does not know the template's tokens %s: their embeddings are random", name, ", ".join(new_tokens))
 
 
-def make_encoder(tokenizer: Any, loading: Loading, config: RunConfig | None) -> TemplateEncoder:
-    """The encoder of the run, or of the flags."""
-    from orpo.data.template import TemplateEncoder
+def run_encoder(target: Target) -> TemplateEncoder:
+    """The encoder that a run trained with, from its own tokenizer; no weights are loaded.
 
-    def of_run(key: str, default: Any) -> Any:
-        value = default if config is None else config[key]
-        return default if value is None else value
+    Raises:
+        UserError: the name is no run, or its tokenizer cannot be loaded.
+    """
+    from orpo.run.data import load_encoder
 
-    return TemplateEncoder(
-        tokenizer,
-        chat_template=loading.chat_template or of_run("chat_template", None),
-        max_length=loading.max_length or of_run("max_length", DEFAULT_MAX_LENGTH),
-        max_prompt_length=of_run("max_prompt_length", None),
-        truncation=of_run("truncation", "drop"),
-        special_tokens_in_text=of_run("special_tokens_in_text", "warn"),
-    )
+    config = target.config
+    if config is None:
+        raise UserError("is no run", where=target.name, expected="a folder with run.json")
+    return load_encoder(config, model=target.name, chat_template=_saved_template(config))
+
+
+def _saved_template(config: RunConfig) -> str | None:
+    """The template of a run for its own tokenizer, which has it: the file that it came from may have changed since, or be gone."""
+    return "none" if config["chat_template"] == "none" else None
+
+
+def _encoder(loaded: LoadedModel, target: Target, loading: Loading, config: RunConfig | None, **replaced: Any) -> TemplateEncoder:
+    """The encoder of a loaded model, under the settings of a run: `config`, else its own; the defaults where there is neither."""
+    from orpo.data.settings import DataSettings
+    from orpo.data.template import make_encoder
+    from orpo.models.newtokens import positions_of
+    from orpo.run.keys import key_defaults
+
+    own = target.config
+    template = config["chat_template"] if config is not None else _saved_template(own) if own is not None else None
+    config = config or own
+    settings = DataSettings.of(key_defaults() if config is None else config.values)
+    template, max_length = loading.chat_template or template, loading.max_length or settings.max_length
+    settings = replace(settings, **{"chat_template": template, "max_length": max_length, **replaced})
+    return make_encoder(loaded.tokenizer, settings, num_positions=positions_of(loaded.model.config))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from orpo.config import compat
 from orpo.config.checks import check_values, value_notes
 from orpo.data.reading.sources import DEMO_DATA
+from orpo.data.settings import DataSettings
 from orpo.errors import UserError, UserErrors
 from orpo.run.keys import key_defaults
 from orpo.run.read import Given, read_file, read_flags, translate_layer
@@ -54,6 +55,10 @@ class RunConfig:
     def is_given(self, key: str) -> bool:
         """Whether the file or a flag set the key."""
         return self.origins[key] != "default"
+
+    def data_settings(self) -> DataSettings:
+        """How the rows of the run are read and tokenised."""
+        return DataSettings.of(self.values)
 
     def training_args(self) -> ORPOConfig:
         """The trainer's options as an `ORPOConfig`."""
@@ -106,15 +111,16 @@ class RunConfig:
         if name is None:
             return None
         split = self["dataset_test_split"]
-        return _with_config(name if split else _demo_test(name), self["dataset_config"]), split
+        return _with_config(name if split else demo_test(name), self["dataset_config"]), split
 
 
-def _demo_test(name: Any) -> Any:
+def demo_test(name: Any) -> Any:
     """The test rows of the packaged data, where it is named to evaluate on and no split is."""
-    if isinstance(name, list):
-        return [_demo_test(item) for item in name]
-    item = {"path": name} if isinstance(name, str) else name
-    return {"split": "test", **item} if item.get("path") == DEMO_DATA else name
+    items = name if isinstance(name, list) else [name]
+    places = [item if isinstance(item, dict) else {"path": item} for item in items]
+    if all(place.get("path") != DEMO_DATA for place in places):
+        return name
+    return [{"split": "test", **place} if place.get("path") == DEMO_DATA else item for item, place in zip(items, places, strict=True)]
 
 
 def _with_config(source: Any, config: str | None) -> Any:
@@ -125,7 +131,12 @@ def _with_config(source: Any, config: str | None) -> Any:
 
 
 def resolve(
-    config_file: str | Path | None = None, flags: Sequence[str] = (), *, base: Mapping[str, Any] | None = None, name: str | None = None
+    config_file: str | Path | None = None,
+    flags: Sequence[str] = (),
+    *,
+    base: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    has_model: bool = True,
 ) -> RunConfig:
     """Resolve a run's configuration.
 
@@ -133,6 +144,7 @@ def resolve(
         config_file: YAML with one key per line, or None.
         base: values between the defaults and the file, of a command that is a configuration of its own; their origin is `name`.
         name: what the run is called.
+        has_model: whether a model has to be named; not by a command that only reads the data.
         flags: command-line arguments (`--learning_rate 1e-5`, `--lora_r=8`, `--use_peft`); one word that is no flag is the file.
 
     Raises:
@@ -155,7 +167,7 @@ def resolve(
         values[key] = given[key].value if key in given else default
     if values["load_in_4bit"] or values["load_in_8bit"]:
         values["use_peft"] = True
-    problems += _value_problems(values, origins, has_broken_keys=bool(problems))
+    problems += _value_problems(values, origins, has_broken_keys=bool(problems), has_model=has_model)
     if problems:
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
@@ -163,12 +175,13 @@ def resolve(
     return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
 
 
-def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool) -> list[UserError]:
+def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool, has_model: bool) -> list[UserError]:
     from orpo.config.options import field_types
 
     trainer = {key: value for key, value in values.items() if key in field_types()}
     own = {key: value for key, value in values.items() if key not in trainer}
-    problems = check_values(trainer, field_types()) + compat.refusals(own) + _run_problems(values, has_broken_keys=has_broken_keys)
+    problems = check_values(trainer, field_types()) + compat.refusals(own)
+    problems += _run_problems(values, has_broken_keys=has_broken_keys, has_model=has_model)
     for problem in problems:
         origin = origins.get(problem.where or "", "default")
         if origin != "default" and origin != f"--{problem.where}":
@@ -178,7 +191,7 @@ def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_brok
     return problems
 
 
-def _run_problems(values: dict[str, Any], *, has_broken_keys: bool) -> list[UserError]:
+def _run_problems(values: dict[str, Any], *, has_broken_keys: bool, has_model: bool) -> list[UserError]:
     problems = []
     needed = {
         "model_name_or_path": "a hub id, a folder, a GGUF file, or smollm2-135m-instruct",
@@ -186,7 +199,7 @@ def _run_problems(values: dict[str, Any], *, has_broken_keys: bool) -> list[User
     }
     for key, expected in needed.items():
         # A misspelt key is told once, as what it is.
-        if values[key] in (None, "", []) and not has_broken_keys:
+        if values[key] in (None, "", []) and not has_broken_keys and (has_model or key != "model_name_or_path"):
             problems.append(UserError("is missing", where=key, expected=expected, mend=f"add `{key}: …` to the file, or --{key} …"))
     for key in ("lora_r", "lora_alpha"):
         if values[key] < 1:
@@ -250,8 +263,12 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, float) else getattr(value, "value", str(value))
 
 
-def read_model_config(config: RunConfig) -> Any:
-    """The transformers configuration of a run's model, of its base where it is an adapter."""
+def read_model_config(config: RunConfig, name: str | None = None) -> Any:
+    """The transformers configuration of a run's model, of its base where it is an adapter.
+
+    Args:
+        name: the model to read it of, such as the run's folder; None for the one that the run starts from.
+    """
     import os
 
     from transformers import AutoConfig
@@ -260,7 +277,7 @@ def read_model_config(config: RunConfig) -> Any:
     from orpo.models.find import explain_failure, find_source
     from orpo.system.machine import hub_answers
 
-    source = find_source(config["model_name_or_path"])
+    source = find_source(name or config["model_name_or_path"])
     if source.kind == "adapter":
         source = find_source(adapter_base(source)[0])
     try:

@@ -1,15 +1,19 @@
-"""The rows of a run: read, judged, tokenised, and split, before any weights are loaded."""
+"""The rows of a run: read, judged, tokenised, and split, before any weights are loaded.
+
+The one door to rows. Every command that looks at data (train, check, plan, audit, preview, eval, chat, compare) reads them by `read_rows`
+and tokenises them with `make_encoder`, both under the settings of one configuration: what is checked, shown or evaluated is what is
+trained on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from orpo.config.options import ORPOConfig
-from orpo.data.template import make_encoder
+from orpo.data.settings import DataSettings
 from orpo.data.types import Dropped, Preference, Text, TokenGroup, Where
 from orpo.errors import UserError
 
@@ -48,6 +52,73 @@ class RunData:
     prompts: tuple[Text, ...] = ()
 
 
+def read_rows(settings: DataSettings, source: Any, split: str | None = None) -> Iterator[Preference | Dropped]:
+    """The rows of any source, judged: preferences, and in their places the rows that make none. They pass by as a stream.
+
+    Raises:
+        DataError: the source is missing, damaged, or holds no preferences (at once); or what is wrong further on in it.
+    """
+    from orpo.data.formats import stream_preferences
+
+    return stream_preferences(  # which logs the shape it recognised
+        source,
+        split=split,
+        column_map=settings.column_map,
+        pairs=settings.pairs,
+        sft_rows=settings.sft_rows,
+        strict=settings.strict_data,
+        streaming=settings.dataset_streaming,
+    )
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows that a configuration names, both sources opened and found to be usable, neither read to its end.
+
+    Attributes:
+        train: to train on; those of `eval_fraction` among them.
+        held_out: of a source of their own, else None.
+    """
+
+    train: Iterator[Preference | Dropped]
+    held_out: Iterator[Preference | Dropped] | None
+
+
+def open_run_rows(config: RunConfig, settings: DataSettings | None = None) -> RunRows:
+    """Open what a configuration names to train and to evaluate on, so that a split or a column that is not there is told at once.
+
+    Args:
+        settings: None for those of the configuration.
+    """
+    settings = config.data_settings() if settings is None else settings
+    train = read_rows(settings, config.train_source(), config["dataset_train_split"])
+    evaluation = config.eval_source()
+    return RunRows(train, None if evaluation is None else read_rows(settings, *evaluation))
+
+
+def load_encoder(config: RunConfig, *, model: str | None = None, tokenizer: str | None = None, **replaced: Any) -> TemplateEncoder:
+    """The encoder of a configuration. Tokenizer and model configuration are loaded, no weights.
+
+    Args:
+        model: another model than the configuration's, such as the run's own folder.
+        tokenizer: the name of a tokenizer to take in place of the model's.
+        replaced: settings that go before the configuration's.
+
+    Raises:
+        UserError: there is no such tokenizer, or it cannot be used with the template.
+    """
+    from orpo.data.template import make_encoder
+    from orpo.models.load import load_tokenizer
+    from orpo.models.newtokens import positions_of
+    from orpo.run.config import read_model_config
+
+    settings = replace(config.data_settings(), **replaced)
+    model = model or config["model_name_or_path"]
+    loaded = load_tokenizer(tokenizer or str(model), revision=config["model_revision"], trust_remote_code=bool(config["trust_remote_code"]))
+    num_positions = None if settings.max_length or model is None else positions_of(read_model_config(config, model))
+    return make_encoder(loaded, settings, num_positions=num_positions)
+
+
 def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     """Read, judge and tokenise all rows. The model's tokenizer is loaded, its weights are not.
 
@@ -55,24 +126,17 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
         UserError: nothing usable, fewer rows than one optimizer step, or prompts in both training and held-out data.
     """
     from orpo.data.dataset import find_overlap
-    from orpo.data.template import make_encoder
-    from orpo.models.load import load_tokenizer
-    from orpo.models.newtokens import positions_of
-    from orpo.run.config import read_model_config
 
     # Sources are opened before the tokenizer is fetched: a missing column is told in the first second. Their rows pass through as a
     # stream, so that texts are never held together: what stays in memory is ids.
     prompts = _Prompts()
-    train_rows = prompts.watch(_open_rows(config, args, config.train_source(), config["dataset_train_split"]))
-    held_out_source = config.eval_source()
-    held_out_rows = None if held_out_source is None else prompts.watch(_open_rows(config, args, *held_out_source))
-    tokenizer = load_tokenizer(config["model_name_or_path"], revision=config["model_revision"], trust_remote_code=args.trust_remote_code)
-    num_positions = None if args.max_length else positions_of(read_model_config(config))
-    encoder = make_encoder(tokenizer, args, num_positions=num_positions)
-    train, train_report = _tokenise(train_rows, encoder, args, "train rows", tell)
+    rows = open_run_rows(config)
+    train_rows, held_out_rows = prompts.watch(rows.train), None if rows.held_out is None else prompts.watch(rows.held_out)
+    encoder = load_encoder(config)
+    train, train_report = _tokenise(train_rows, encoder, "train rows", tell)
     held_out, held_out_report = None, None
     if held_out_rows is not None:
-        held_out, held_out_report = _tokenise(held_out_rows, encoder, args, "held out", tell)
+        held_out, held_out_report = _tokenise(held_out_rows, encoder, "held out", tell)
     elif config["eval_fraction"] is not None:
         train, held_out = split_by_prompt(train, config["eval_fraction"])
         tell(f"held out     {len(held_out)} rows ({config['eval_fraction']:.0%} of the prompts), {len(train)} to train on")
@@ -81,7 +145,7 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     train_report.check(rows_per_step + num_set_aside, name="the training data")
     if held_out is not None:
         find_overlap(train, held_out).check(allow=args.allow_overlap)
-    return RunData(train, train_report, held_out, held_out_report, encoder, tokenizer, prompts.of(held_out or []))
+    return RunData(train, train_report, held_out, held_out_report, encoder, encoder.tokenizer, prompts.of(held_out or []))
 
 
 def agree_on_rows(train: Sequence[TokenGroup], held_out: Any) -> None:
@@ -136,27 +200,10 @@ class _Prompts:
         return tuple(prompts[known[len(known) * (2 * number + 1) // (2 * count)]] for number in range(count))
 
 
-def _open_rows(config: RunConfig, args: ORPOConfig, source: Any, split: str | None) -> Iterator[Preference | Dropped]:
-    from orpo.data.formats import stream_preferences
-
-    column_map = args.column_map if isinstance(args.column_map, dict) else None
-    return stream_preferences(  # which logs the shape it recognised
-        source,
-        split=split,
-        column_map=column_map,
-        pairs=args.pairs,
-        sft_rows=args.sft_rows,
-        strict=args.strict_data,
-        streaming=config["dataset_streaming"],
-    )
-
-
-def _tokenise(
-    rows: Iterable[Any], encoder: TemplateEncoder, args: ORPOConfig, name: str, tell: Tell
-) -> tuple[list[TokenGroup], DataReport]:
+def _tokenise(rows: Iterable[Any], encoder: TemplateEncoder, name: str, tell: Tell) -> tuple[list[TokenGroup], DataReport]:
     from orpo.data.dataset import prepare_groups
 
-    groups, report = prepare_groups(rows, encoder, strict=args.strict_data)
+    groups, report = prepare_groups(rows, encoder, strict=encoder.is_strict)
     report.check(1, name=name)
     first, *rest = report.lines()
     tell(f"{name:<12} {first}")
@@ -178,8 +225,7 @@ def split_by_prompt(groups: Sequence[TokenGroup], fraction: float, *, salt: byte
     train: list[TokenGroup] = []
     held_out: list[TokenGroup] = []
     for group in groups:
-        digest = hashlib.sha256(salt + group.prompt_ids.astype("<i4").tobytes()).digest()
-        (held_out if int.from_bytes(digest[:8], "big") < fraction * 2**64 else train).append(group)
+        (held_out if _is_held_out(group, fraction, salt) else train).append(group)
     if not train or not held_out:
         side = "held out" if train else "left to train on"
         raise UserError(
@@ -188,43 +234,44 @@ def split_by_prompt(groups: Sequence[TokenGroup], fraction: float, *, salt: byte
     return train, held_out
 
 
-def held_out_rows(config: RunConfig) -> tuple[list[Any], float | None]:
-    """(rows, fraction): the run's evaluation rows; with `eval_fraction` all training rows, of which that share of the prompts counts.
+def _is_held_out(group: TokenGroup, fraction: float, salt: bytes = b"") -> bool:
+    digest = hashlib.sha256(salt + group.prompt_ids.astype("<i4").tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def held_out_rows(config: RunConfig, load: Callable[[], TemplateEncoder]) -> list[Preference | Dropped]:
+    """The rows that a run holds out, with their texts: of their own source, or those of the prompts that `eval_fraction` sets aside.
+
+    Args:
+        load: gives the encoder that the run trained with. Which prompts were set aside depends on its ids, whoever is asked about them.
 
     Raises:
         UserError: the run holds nothing out.
     """
-    source = config.eval_source()
+    from orpo.data.dataset import encode_rows
+
     fraction = config["eval_fraction"]
-    if source is None and fraction is None:
+    rows = open_run_rows(config)
+    if rows.held_out is not None:
+        return list(rows.held_out)
+    if fraction is None:
         raise UserError("the run holds no rows out", where="pairs", mend="name rows it has not seen: --data FILE, folder or hub id")
-    if source is None:
-        source = config.train_source(), config["dataset_train_split"]
-    return read_rows(source[0], source[1], config), fraction
+    encoded = encode_rows(rows.train, load())
+    return [row for row, result in encoded if isinstance(result, TokenGroup) and _is_held_out(result, fraction)]
 
 
-def read_rows(source: Any, split: str | None, config: RunConfig | None) -> list[Any]:
-    """Preferences and dropped rows of a source (the packaged demo data by its name), read as the run reads its own."""
-    from orpo.data.formats import load_preferences
-    from orpo.data.reading.sources import DEMO_DATA
+def groups_with_pairs(rows: Iterable[Preference | Dropped], encoder: TemplateEncoder) -> tuple[list[TokenGroup], DataReport]:
+    """(groups that have a pair, report of all rows): SFT-only rows say nothing of preferences.
 
-    if source == DEMO_DATA and split is None:
-        split = "test"
-    options = {"column_map": config["column_map"], "pairs": config["pairs"]} if config is not None else {}
-    preferences, dropped, _ = load_preferences(source, split=split, **{name: value for name, value in options.items() if value is not None})
-    return [*preferences, *dropped]
-
-
-def held_out_groups(rows: list[Any], fraction: float | None, encoder: TemplateEncoder) -> tuple[list[TokenGroup], Any]:
-    """(groups with a pair, report)."""
+    Raises:
+        UserError: none is left.
+    """
     from orpo.data.dataset import prepare_groups
 
     groups, report = prepare_groups(rows, encoder)
-    if fraction is not None:
-        groups = split_by_prompt(groups, fraction)[1]
+    report.check(1, name="the rows to evaluate on")
     groups = [group for group in groups if group.pairs]
     if not groups:
-        report.check(1, name="the rows to evaluate on")
         raise UserError("no row has a pair", where="pairs", expected="rows with a chosen and a rejected answer")
     return groups, report
 
@@ -240,25 +287,20 @@ def as_groups(
     if _is_groups(rows):
         return list(rows), None, encoder
     from orpo.data.dataset import prepare_groups
-    from orpo.data.formats import load_preferences
+    from orpo.data.template import make_encoder
     from orpo.models.newtokens import positions_of
 
+    settings = DataSettings.of(vars(args))
     if encoder is None:
-        encoder = make_encoder(tokenizer, args, num_positions=positions_of(getattr(model, "config", None)))
-    if isinstance(rows, Sequence) and not isinstance(rows, str) and rows and isinstance(rows[0], Preference):
-        items: list[Any] = list(rows)
-    else:
-        column_map = args.column_map if isinstance(args.column_map, dict) else None
-        preferences, dropped, shape = load_preferences(
-            rows, column_map=column_map, pairs=args.pairs, sft_rows=args.sft_rows, strict=args.strict_data
-        )
-        logger.info("%s", shape)
-        items = [*preferences, *dropped]
-    groups, report = prepare_groups(items, encoder, strict=args.strict_data)
+        encoder = make_encoder(tokenizer, settings, num_positions=positions_of(getattr(model, "config", None)))
+    is_read = isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) > 0 and isinstance(rows[0], Preference)
+    groups, report = prepare_groups(rows if is_read else read_rows(settings, rows), encoder, strict=args.strict_data)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     report.check(rows_per_step if is_training else 1)
     for line in report.lines():
-        (logger.info if is_training else logger.debug)("%s", line)
+        usual = logging.INFO if is_training else logging.DEBUG
+        # Also for somebody who has set up no logging.
+        logger.log(logging.WARNING if line.startswith("  dropped ") else usual, "%s", line)
     return groups, report, encoder
 
 

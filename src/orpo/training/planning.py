@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.models.newtokens import positions_of
 from orpo.run.config import read_model_config
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def make_plan(
     """
     dtype = args.compute_dtype
     shape = model_shape(config, dtype)
-    most = 2 * (args.max_length or 4096)
+    most = 2 * (args.max_length or positions_of(read_model_config(config)) or 4096)
     row = min(row_tokens or most, most)
     microbatch = largest_microbatch_tokens or max(most, min(args.microbatch_tokens, round(args.per_device_train_batch_size * row)))
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -349,6 +349,7 @@ class _Journal(TrainerCallback):
                 "fingerprint": fingerprint(self.data.train),
                 "train": self.data.train_report.to_dict(),
                 "held_out": self.data.held_out_report.to_dict() if self.data.held_out_report else None,
+                "held_out_fingerprint": None if self.data.held_out is None else fingerprint(self.data.held_out),
                 "num_held_out": len(self.data.held_out) if self.data.held_out is not None else 0,
                 "template": self.data.encoder.describe(),
             },

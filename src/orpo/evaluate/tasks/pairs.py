@@ -17,13 +17,14 @@ from orpo.report.sections import Cell, Row, Table, bars, estimate, power
 from orpo.report.shown import Shown
 
 if TYPE_CHECKING:
-    from orpo.data.types import TokenGroup
+    from orpo.data.types import Dropped, Preference, TokenGroup
     from orpo.evaluate.session import Session
     from orpo.inference.ready import Subject
     from orpo.inference.scores import TokenScores
 
 NUM_SHOWN = 8
 """Pairs that are kept token by token."""
+_ROW_FACTS = ("num_rows", "num_sft_only", "dropped", "notes")
 _ROWS = (
     ("accuracy", ".1%"),
     ("log_odds_accuracy", ".1%"),
@@ -63,38 +64,28 @@ class PairsTask(Task):
     )
 
     def __init__(self) -> None:
-        self._rows: tuple[Any, float | None] = ((), None)
+        self._rows: list[Preference | Dropped] = []
         self._measured: dict[str, _Measured] = {}
 
     def prepare(self, session: Session) -> tuple[str, ...]:
-        # Rows are read by what training reads them with, which imports torch; the task itself is imported for `--help`.
-        from orpo.run.data import held_out_rows, read_rows
-
-        options = session.options
-        config = session.target.config if session.target is not None else None
-        if options.data is not None:
-            self._rows = read_rows(options.data, options.split, config), None
-        elif config is not None:
-            self._rows = held_out_rows(config)
-        else:
-            raise UserError(
-                "there are no pairs to evaluate", where="pairs", mend="--data FILE, folder or hub id with chosen and rejected answers"
-            )
+        self._rows = _rows(session)
         return session.sides
 
     def measure(self, session: Session, which: str, subject: Subject) -> None:
-        from orpo.run.data import held_out_groups
+        from orpo.run.data import groups_with_pairs
 
-        rows, fraction = self._rows
-        groups, report = held_out_groups(rows, fraction, subject.encoder)
+        groups, report = groups_with_pairs(self._rows, subject.encoder)
         groups = groups[: session.options.limit]
         self._measured[which] = _Measured(groups, session.logps(groups, "pairs", which), report, subject.tokenizer)
 
     def run(self, session: Session) -> Record:
+        from orpo.data.dataset import fingerprint
+
         options, model = session.options, self._measured["model"]
         found: Record = {
             "data": options.data or "rows that the run held out",
-            "rows": {name: value for name, value in model.report.to_dict().items() if name in ("num_rows", "dropped", "notes")},
+            "rows": {name: value for name, value in model.report.to_dict().items() if name in _ROW_FACTS},
+            "fingerprint": fingerprint(model.groups),
             "model": summarise(model.groups, model.scores, seed=options.seed).to_dict(),
             "slices": {
                 by: {label: part.to_dict() for label, part in slice_pairs(model.groups, model.scores, by, seed=options.seed).items()}
@@ -141,6 +132,27 @@ class PairsTask(Task):
             columns = (str(by).replace("_", " "), "pairs", "accuracy", "margin, nats per token", "margin, from 0")
             shown.tables.append(Table(columns, rows))
         return shown
+
+
+def _rows(session: Session) -> list[Preference | Dropped]:
+    """The rows that `--data` names, read as the run reads its own, or those that the run held out."""
+    # Rows are read by what training reads them with, which imports torch; the task itself is imported for `--help`.
+    from orpo.data.settings import DataSettings
+    from orpo.inference.ready import run_encoder
+    from orpo.run.config import demo_test
+    from orpo.run.data import held_out_rows, read_rows
+    from orpo.run.keys import key_defaults
+
+    options, target = session.options, session.target
+    config = target.config if target is not None else None
+    if options.data is not None:
+        settings = DataSettings.of(key_defaults()) if config is None else config.data_settings()
+        return list(read_rows(settings, options.data if options.split else demo_test(options.data), options.split))
+    if config is None or target is None:
+        raise UserError(
+            "there are no pairs to evaluate", where="pairs", mend="--data FILE, folder or hub id with chosen and rejected answers"
+        )
+    return held_out_rows(config, lambda: run_encoder(target))
 
 
 def _change(against: _Measured, model: _Measured, seed: int) -> Record:
