@@ -13,6 +13,7 @@ from typing import Any
 
 import orpo.evaluate.tasks  # noqa: F401  registers them
 from orpo.evaluate.task import find_task
+from orpo.objective import KINDS, ORPO
 
 TASKS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -130,6 +131,7 @@ def run_facts(said: str = "") -> dict[str, Any]:
         "compute_dtype": "bfloat16",
         "engine": "shared",
         "seed": 42,
+        "objective": KINDS["orpo"].facts(ORPO(1.0), "next-token loss (prompt and chosen answer)"),
         "num_steps": 80,
         "model": {
             "name": f"smollm2-135m-instruct{said}",

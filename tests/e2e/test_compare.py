@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from orpo.cli import main
 from orpo.compare import CompareOptions, Split, compare, comparison, process, stage
 from orpo.errors import EXIT_GUARD, GuardStop, UserError
+from orpo.objective import KINDS
 from orpo.run.config import RunConfig, resolve
 
 NUM_ROWS = 40
@@ -45,7 +47,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def run(command: list[str], log: Path) -> int:
-        assert command[1:3] == ["-c", process._STAGE]
+        assert command[1:3] == ["-m", "orpo.compare.stage"]
         done.append(Path(command[3]).parent.name)
         return stage.main(command[3])
 
@@ -204,7 +206,7 @@ def test_a_sweep_widens_the_map_and_not_the_choice(
     config: RunConfig, processes: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(comparison, "SWEEP_RATES", (1.0,))
-    monkeypatch.setattr(comparison, "SWEEP_STRENGTHS", {"orpo": (1.0,)})
+    monkeypatch.setitem(KINDS, "orpo", replace(KINDS["orpo"], sweep=(1.0,)))
     options = CompareOptions(
         methods=("orpo",), learning_rates=(1e-6,), strengths={"orpo": (0.1,)}, sweep=True, output=str(tmp_path), num_points=0
     )

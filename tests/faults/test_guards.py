@@ -19,6 +19,7 @@ import orpo
 from orpo.checkpoint import Ranks
 from orpo.data.types import TokenGroup, Where
 from orpo.errors import GuardStop, SignalStop
+from orpo.objective import KINDS
 from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard
 from orpo.training.guards.divergence import NUM_STOPPED
 
@@ -356,7 +357,7 @@ def test_a_term_without_weight_in_the_gradient_is_told_where_there_are_two(share
     for step, share in enumerate(shares, start=1):
         proof.observe(step, {"grad_share/odds_ratio": share})
     assert _codes(proof) == codes
-    other = ProofOfLearning(has_two_terms=False)  # DPO has no next-token loss, and is not told to weigh it more
+    other = ProofOfLearning(kind=KINDS["dpo"])  # DPO has no next-token loss, and is not told to weigh it more
     for step, share in enumerate(shares):
         other.observe(step, {"grad_share/odds_ratio": share})
     assert _codes(other) == []

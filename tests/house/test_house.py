@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2] / "src" / "orpo"
 
 FLOORS = (
-    {"errors", "objective"},
+    {"errors"},
+    {"objective"},
     {"webpage", "system"},
     {"data", "models", "checkpoint"},
     {"audit", "engine", "config"},
@@ -27,7 +28,7 @@ FLOORS = (
 )
 """From the ground up. A room imports from floors below its own, and from nothing beside it."""
 
-PUBLIC_FACE = {"__init__", "__main__", "errors", "objective"}
+PUBLIC_FACE = {"__init__", "__main__", "errors"}
 """The only files that stand outside of any room."""
 
 SHARED_NAMES = {
@@ -39,7 +40,6 @@ MOST_LINES, MOST_FUNCTION_LINES = 450, 70
 
 # What the seams still have to mend; each goes with its seam.
 UNFINISHED_FILES = {"models.load"}
-UNFINISHED_NAMES = ["Evaluation"]
 
 
 @cache
@@ -120,7 +120,7 @@ def test_no_class_name_twice() -> None:
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ClassDef) and node.name[0] != "_"
     )
-    assert [name for name, count in names.items() if count > 1] == UNFINISHED_NAMES
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_file_names_stand_twice_only_where_the_rooms_tell_them_apart() -> None:

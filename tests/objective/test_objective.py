@@ -20,8 +20,8 @@ from orpo.objective import (
     METRICS,
     ORPO,
     SFT,
-    Evaluation,
     Objective,
+    ObjectiveValue,
     ResponseIndex,
     SimPO,
     evaluate,
@@ -61,7 +61,7 @@ def pair_index(num_chosen: int = 1, num_rejected: int = 1, *, num_prompt: int = 
     )
 
 
-def named(evaluation: Evaluation) -> dict[str, float]:
+def named(evaluation: ObjectiveValue) -> dict[str, float]:
     return dict(zip(METRICS, evaluation.sums.tolist(), strict=True))
 
 

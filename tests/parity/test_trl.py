@@ -86,7 +86,7 @@ def test_loss_gradients_and_metrics_equal_trls(engine: str, architecture: str, t
         result = padded.step(model, batch, objective)
         result.loss.backward()
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    found_metrics = means(dict(zip(METRICS, result.sums.tolist(), strict=True)), orpo_alpha=LAMBDA)
+    found_metrics = means(dict(zip(METRICS, result.sums.tolist(), strict=True)), reward_scale=LAMBDA)
     assert {name: found_metrics[name] for name in TRL_NAMES} == pytest.approx(
         {name: expected_metrics[name] for name in TRL_NAMES}, rel=1e-5, abs=1e-6
     )
@@ -104,7 +104,7 @@ def test_five_steps_equal_trls(engine: str, tmp_path: Path, monkeypatch: pytest.
     start = weights(peer.model)
     monkeypatch.setattr(type(peer), "_get_train_sampler", lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset))
     own = make_trainer(
-        tmp_path / "own", groups, model=build_tiny_model("llama", vocab_size=384), engine=engine, orpo_alpha=LAMBDA, max_steps=5,
+        tmp_path / "own", groups, model=build_tiny_model("llama", vocab_size=384), engine=engine, reward_scale=LAMBDA, max_steps=5,
         per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
     )  # fmt: skip
     own.train_sampler.seed = None  # the data's order

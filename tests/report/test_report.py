@@ -14,6 +14,7 @@ import pytest
 from htmlpages import parse
 from orpo.cli import main
 from orpo.errors import UserError
+from orpo.objective import KINDS, SimPO
 from orpo.report import write_report
 from orpo.report.comparison import comparison_page
 from orpo.report.curves import running_mean, thinned
@@ -158,14 +159,14 @@ def test_curves_are_those_of_the_log(tmp_path: Path) -> None:
     write_report(tmp_path)
     figures = figures_of(page_of(tmp_path))
     loss = {trace["name"]: trace["y"] for trace in figures["loss"]["traces"]}
-    assert loss == {"loss": [2.0, 3.0, 4.0], "next-token loss": [1.5, 2.5, 3.5], "odds-ratio term × 0.25": [0.5, 0.5, 0.5]}
+    assert loss == {"loss": [2.0, 3.0, 4.0], "next-token loss": [1.5, 2.5, 3.5], "odds-ratio term, weighed": [0.5, 0.5, 0.5]}
     shares = {trace["name"]: trace["y"] for trace in figures["share"]["traces"]}
     assert shares == {"odds-ratio term": [0.25] * 3, "next-token loss": [0.75] * 3}
 
 
 def test_a_stage_of_a_comparison_is_not_called_orpo(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "stage", tasks=())
-    write_json(folder / "run.json", run_facts() | {"objective": "SimPO(beta=2.0, gamma=1.0)", "command": "compare"})
+    write_json(folder / "run.json", run_facts() | {"objective": KINDS["simpo"].facts(SimPO()), "command": "compare"})
     report = write_report(folder)
     shown, figures = text_of(page_of(folder)), figures_of(page_of(folder))
     assert "tuned with SimPO on 300" in shown
@@ -291,14 +292,14 @@ def test_damaged_files_are_left_out(tmp_path: Path, name: str, content: str) -> 
         assert report.notes
 
 
-KINDS = (None, "text", [3], {})
+WRONG_KINDS = (None, "text", [3], {})
 
 
 def test_no_value_of_a_wrong_kind_breaks_the_page(tmp_path: Path) -> None:
     """Every value in turn is replaced by one of another kind; the page is made all the same."""
     found = results()
     found["pairs"]["shown"] = found["pairs"]["shown"][:1]
-    for other in KINDS:
+    for other in WRONG_KINDS:
         for damaged in _each_replaced(run_facts(), other):
             run_page(RunFacts(tmp_path, damaged, Logs(), {}, {}, []))
         for task, result in found.items():

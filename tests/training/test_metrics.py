@@ -37,7 +37,7 @@ def test_names_and_values_by_hand() -> None:
             num_nll_tokens=8, nll_sum=20, num_pairs=2, chosen_logp_sum=-4, rejected_logp_sum=-3, accuracy_sum=1,
             log_odds_ratio_sum=-1.0, log_sigmoid_sum=-2.5, nll_grad_square=9, preference_grad_square=1,
         ),
-        orpo_alpha=ALPHA,
+        reward_scale=ALPHA,
     )  # fmt: skip
     assert found == pytest.approx(
         {
@@ -57,13 +57,13 @@ def test_names_and_values_by_hand() -> None:
 
 
 def test_without_pairs_or_tokens_nothing_is_made_up() -> None:
-    assert means(totals(num_nll_tokens=4, nll_sum=2, nll_grad_square=1), orpo_alpha=ALPHA) == {"nll_loss": 0.5}
-    assert "nll_loss" not in means(totals(num_pairs=1, chosen_logp_sum=-1), orpo_alpha=ALPHA)
-    assert means(totals(), orpo_alpha=ALPHA) == {}
+    assert means(totals(num_nll_tokens=4, nll_sum=2, nll_grad_square=1), reward_scale=ALPHA) == {"nll_loss": 0.5}
+    assert "nll_loss" not in means(totals(num_pairs=1, chosen_logp_sum=-1), reward_scale=ALPHA)
+    assert means(totals(), reward_scale=ALPHA) == {}
 
 
 def test_zero_gradient_has_no_share() -> None:
-    assert "grad_share/odds_ratio" not in means(totals(num_pairs=1), orpo_alpha=ALPHA)
+    assert "grad_share/odds_ratio" not in means(totals(num_pairs=1), reward_scale=ALPHA)
 
 
 @given(cuts=st.lists(st.integers(1, 9), max_size=4), seed=st.integers(0, 1000))
@@ -80,10 +80,10 @@ def test_means_do_not_depend_on_how_rows_are_cut(cuts: list[int], seed: int) -> 
         sums.add(found.sums, num_tokens=batch.num_tokens)
         loss += found.loss
     sums.end_step(loss, 10)
-    logs = sums.take(orpo_alpha=ALPHA, reduce=identity)
+    logs = sums.take(reward_scale=ALPHA, reduce=identity)
     expected = evaluate(ORPO(ALPHA), table[whole.target_N], whole.index)
     assert logs.pop("loss") == pytest.approx(expected.loss.item())
-    assert logs == pytest.approx(means(dict(zip(METRICS, expected.sums.tolist(), strict=True)), orpo_alpha=ALPHA))
+    assert logs == pytest.approx(means(dict(zip(METRICS, expected.sums.tolist(), strict=True)), reward_scale=ALPHA))
 
 
 def test_loss_is_the_mean_of_steps_and_the_rest_the_mean_of_rows() -> None:
@@ -93,18 +93,18 @@ def test_loss_is_the_mean_of_steps_and_the_rest_the_mean_of_rows() -> None:
         values = totals(num_pairs=num_pairs, accuracy_sum=accuracy)
         sums.add(torch.tensor([values[name] for name in METRICS]), num_tokens=1)
         sums.end_step(torch.tensor(loss), num_pairs)
-    logs = sums.take(orpo_alpha=ALPHA, reduce=identity)
+    logs = sums.take(reward_scale=ALPHA, reduce=identity)
     assert logs["loss"] == 2.0
     assert logs["rewards/accuracies"] == 0.25
 
 
 def test_a_log_starts_anew_and_an_empty_one_says_nothing() -> None:
     sums = MetricSums(CPU)
-    assert sums.take(orpo_alpha=ALPHA, reduce=identity) == {}
+    assert sums.take(reward_scale=ALPHA, reduce=identity) == {}
     sums.add(torch.ones(len(METRICS)), num_tokens=5)
     sums.end_step(torch.tensor(1.0), 1)
-    assert sums.take(orpo_alpha=ALPHA, reduce=identity)["loss"] == 1.0
-    assert sums.take(orpo_alpha=ALPHA, reduce=identity) == {}
+    assert sums.take(reward_scale=ALPHA, reduce=identity)["loss"] == 1.0
+    assert sums.take(reward_scale=ALPHA, reduce=identity) == {}
 
 
 def test_two_ranks_are_reduced_once_and_count_as_one() -> None:
@@ -121,7 +121,7 @@ def test_two_ranks_are_reduced_once_and_count_as_one() -> None:
     for _ in range(3):
         sums.add(torch.tensor([values[name] for name in METRICS]), num_tokens=10)
         sums.end_step(torch.tensor(0.75), 2)
-    logs = sums.take(orpo_alpha=ALPHA, reduce=reduce, world_size=2)
+    logs = sums.take(reward_scale=ALPHA, reduce=reduce, world_size=2)
     assert calls == 1
     assert logs["loss"] == 1.5
     assert logs["rewards/accuracies"] == 0.5
@@ -140,7 +140,7 @@ def test_throughput_counts_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         sums.end_step(torch.tensor(1.0), 3)
         sums.stop()
     sums.stop()  # a second stop is none
-    logs = sums.take(orpo_alpha=ALPHA, reduce=identity)
+    logs = sums.take(reward_scale=ALPHA, reduce=identity)
     assert logs["tokens_per_second"] == 80 / 4
     assert logs["pairs_per_second"] == 6 / 4
     assert sums.busy_s == 0.0
@@ -171,7 +171,7 @@ def test_a_filler_changes_no_mean() -> None:
         found = evaluate(ORPO(ALPHA), -torch.ones(len(batch.target_N)), batch.index)
         sums.add(found.sums, num_tokens=batch.num_tokens)
     sums.end_step(torch.tensor(1.0), 1)
-    logs = sums.take(orpo_alpha=ALPHA, reduce=identity)
+    logs = sums.take(reward_scale=ALPHA, reduce=identity)
     assert logs["logps/chosen"] == logs["logps/rejected"] == -1.0
     assert logs["nll_loss"] == 1.0
 

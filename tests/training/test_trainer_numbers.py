@@ -143,7 +143,7 @@ def test_logged_values_are_the_means_of_what_was_trained(cut: tuple[int, int], t
     for log, part in zip(logs, (steps[:2], steps[2:]), strict=True):
         expected = {name: sum(metrics[name] for _, metrics in part) for name in METRICS}
         assert log["loss"] == pytest.approx(sum(loss for loss, _ in part) / len(part), rel=1e-5)
-        for name, value in means(expected, orpo_alpha=0.3).items():
+        for name, value in means(expected, reward_scale=0.3).items():
             assert log[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     summary = trainer.state.log_history[-1]
     assert summary["train_loss"] == pytest.approx(sum(loss for loss, _ in steps) / 3, rel=1e-5)
@@ -196,7 +196,7 @@ def test_evaluation_is_one_mean_over_all_rows(batch_size: int, engine: str, tmp_
     assert trainer.engine.name == engine
     loss, metrics = own_numbers(held_out, list(range(7)), 0.3)
     assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
-    expected = means(metrics, orpo_alpha=0.3)
+    expected = means(metrics, reward_scale=0.3)
     del expected["grad_share/odds_ratio"]
     assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -206,7 +206,7 @@ def test_evaluation_in_pieces_is_the_same(piece: int, tmp_path: Path, groups: li
     held_out = random_groups(7, seed=9, kinds=("pair", "four", "sft"))
     trainer = make_trainer(tmp_path, groups, arguments={"eval_dataset": held_out}, per_device_eval_batch_size=2)
     expected = trainer.evaluate()
-    monkeypatch.setattr("orpo.training.trainer.EVALUATION_PIECE", piece)
+    monkeypatch.setattr("orpo.training.loaders.EVALUATION_PIECE", piece)
     assert len(trainer.get_eval_dataloader()) == -(-7 // (2 * piece))
     found = trainer.evaluate()
     assert {name: found[name] for name in expected if "second" not in name and "time" not in name} == pytest.approx(

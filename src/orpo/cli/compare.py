@@ -29,7 +29,9 @@ TAKES_KEYS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; all others are keys of the configuration, as for `orpo train`."""
     parser.usage = "orpo compare CONFIG.yaml [--key value …] [options]"
-    parser.add_argument("--methods", default="sft,sft+dpo,simpo,orpo", help="of sft, sft+dpo, dpo, simpo, orpo (all but dpo)")
+    parser.add_argument(
+        "--methods", default="sft,sft+dpo,simpo,orpo", help="of `orpo train --objectives`, or two in turn: sft+dpo (%(default)s)"
+    )
     parser.add_argument("--seeds", help="of data order and adapters, comma-separated; the first decides the grids (the configuration's)")
     parser.add_argument("--learning_rates", help="grid for every method (the configuration's rate and a third of it)")
     parser.add_argument(
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="METHOD=A,B",
-        help="grid of a method's own strength: orpo_alpha (0.1,1), beta of DPO (0.05,0.1), beta of SimPO (2,10); repeatable",
+        help="grid of a method's own strength: orpo_alpha (0.1,1), dpo_beta (0.05,0.1), simpo_beta (2,10); repeatable",
     )
     parser.add_argument("--tune_rows", type=int, help="most training rows of a trial (all, and the chosen trial is its seed's run)")
     parser.add_argument("--max_train_rows", type=int, help="most training rows, picked by a hash of the prompts (all)")

@@ -11,7 +11,9 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orpo.errors import UserError
@@ -34,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_processes", "--num-processes", type=int, metavar="N", help="train with N processes of this machine, as torchrun does"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--objectives", action="store_true", help="list what can be optimised, with the options of each, and leave; plugins' too"
+    )
     keys = [
         (item.name, str(item.metadata["help"])) for item in dataclasses.fields(RunKeys) if not item.metadata["help"].startswith("TRL's")
     ]
@@ -49,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; exit code 0 also where the run was complete already."""
+    if args.objectives:
+        return _list_objectives(args.keys)
     if args.num_processes is not None:
         from orpo.system.launch import start, started_by
 
@@ -81,6 +88,19 @@ def run(args: argparse.Namespace) -> int:
         say(console, line)
     if args.json and own_rank() == 0:
         print_json(asdict(result))
+    return 0
+
+
+def _list_objectives(keys: Sequence[str]) -> int:
+    from orpo.config.objectives import describe_objectives
+    from orpo.run.read import load_named_plugins, read_flags
+
+    problems: list[UserError] = []
+    words = read_flags(keys, [])[1]
+    load_named_plugins(Path(words[0]) if words else None, keys, problems)
+    if problems:
+        raise problems[0]
+    print(describe_objectives())
     return 0
 
 

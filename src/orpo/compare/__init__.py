@@ -11,6 +11,6 @@ from __future__ import annotations
 
 from orpo.compare.comparison import CompareOptions, compare
 from orpo.compare.data import Split
-from orpo.compare.methods import DEFAULT_METHODS, METHODS, Method
+from orpo.compare.methods import DEFAULT_METHODS, Method
 
-__all__ = ["DEFAULT_METHODS", "METHODS", "CompareOptions", "Method", "Split", "compare"]
+__all__ = ["DEFAULT_METHODS", "CompareOptions", "Method", "Split", "compare"]

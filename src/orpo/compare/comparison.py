@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orpo.compare.data import ComparisonData, Split, load_comparison_data
-from orpo.compare.methods import DEFAULT_METHODS, Method, find_methods
+from orpo.compare.methods import DEFAULT_METHODS, Method, find_methods, method_of
 from orpo.compare.process import run_orpo_process, run_stage_process
 from orpo.compare.results import Scored, Scores, compare_methods, curve, evaluations, judge_claims, sweep_table, weights
-from orpo.compare.stage import FORMAT, RESULT, StageSpec
+from orpo.compare.spec import FORMAT, RESULT, StageSpec
 from orpo.errors import UserError
 from orpo.evaluate.pairs import paired_difference, summarise
 from orpo.run.config import as_facts
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 FILE = "comparison.json"
-_SHORT = {"learning_rate": "lr", "orpo_alpha": "alpha"}
 SWEEP_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Learning rates of a sweep, as multiples of the configuration's."""
-SWEEP_STRENGTHS = {"orpo": (0.05, 0.2, 0.5, 1.0, 2.0), "sft+dpo": (0.01, 0.05, 0.1, 0.3, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class _Comparison:
         strengths = self.options.strengths.get(method.name, method.strengths)
         if is_swept:
             rates = tuple(sorted({*rates, *(own_rate * factor for factor in SWEEP_RATES)}))
-            strengths = tuple(sorted({*strengths, *SWEEP_STRENGTHS[method.name]}))
+            strengths = tuple(sorted({*strengths, *method.sweep}))
         if method.strength_name is None:
             return [{"learning_rate": rate} for rate in rates]
         return [{"learning_rate": rate, method.strength_name: strength} for rate in rates for strength in strengths]
@@ -211,10 +209,11 @@ class _Comparison:
 
         A sweep's wider grid does not take part in the choice: a method that is swept would have more to choose from than the others.
         """
-        if method.name == "sft+dpo" and "sft" not in chosen:
-            chosen["sft"] = self._tune(find_methods(["sft"])[0], chosen)
+        for stage in method.stages[:-1]:
+            if stage not in chosen:
+                chosen[stage] = self._tune(method_of(stage), chosen)
         grid = self._grid(method)
-        wider = self._grid(method, is_swept=True) if self.options.sweep and method.name in SWEEP_STRENGTHS else []
+        wider = self._grid(method, is_swept=True) if self.options.sweep and method.sweep else []
         if len(grid) == 1 and not wider:
             return grid[0]
         found: list[tuple[dict[str, float], _MethodRun]] = []
@@ -266,7 +265,7 @@ class _Comparison:
         # A start that is another stage's goes by that stage's name, so that the folder may be moved.
         identity = {**asdict(spec), "start": Path(start).parent.name if number else start, "data": self.fingerprint}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        settings = [f"{_SHORT.get(key, key)}{value:g}" for key, value in options.items()]
+        settings = [f"{_short(key)}{value:g}" for key, value in options.items()]
         words = [method, *settings, f"seed{seed}", *(["trial"] if is_trial else [])]
         return replace(spec, folder=str(self.folder / "runs" / f"{'-'.join(words)}-{digest.hexdigest()[:8]}"))
 
@@ -411,6 +410,11 @@ def _verdict_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
     """ORPO against each of the others, then the others among themselves."""
     ordered = sorted(names, key=lambda name: name != "orpo")
     yield from itertools.combinations(ordered, 2)
+
+
+def _short(key: str) -> str:
+    """For the name of a folder: `lr`, `alpha`, `beta`."""
+    return "lr" if key == "learning_rate" else key.rpartition("_")[2]
 
 
 def _words(options: dict[str, float]) -> str:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from orpo.errors import EXIT_GUARD, EXIT_USER, GuardStop, SignalStop, UserError
 
-# Not `-m orpo.compare.stage`: the package imports that module, and runpy warns of a second copy.
-_STAGE = "import sys; from orpo.compare.stage import main; sys.exit(main(sys.argv[1]))"
 NUM_LOG_LINES = 12
 """Lines of a process's log that are shown when it fails."""
 
@@ -22,7 +20,7 @@ def run_stage_process(spec: Path, what: str, log: Path) -> None:
     Raises:
         UserError, GuardStop, SignalStop: the stage ended with that error.
     """
-    raise_for(run_process([sys.executable, "-c", _STAGE, str(spec)], log), what, log)
+    raise_for(run_process([sys.executable, "-m", "orpo.compare.stage", str(spec)], log), what, log)
 
 
 def run_orpo_process(arguments: list[str], what: str, log: Path) -> None:

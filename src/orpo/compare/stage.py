@@ -7,15 +7,18 @@ what any run leaves (run.json, metrics.jsonl, model/), a `stage.json` with costs
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from orpo.compare.data import ComparisonData, Split, load_comparison_data
+from orpo.compare.data import ComparisonData, load_comparison_data
 from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, reset_peak
-from orpo.compare.methods import METHODS, build_objective, stage_rows
+from orpo.compare.methods import stage_rows
+from orpo.compare.spec import FORMAT, RESULT, StageSpec
+from orpo.config.objectives import find
 from orpo.system.allocator import return_freed_memory
 from orpo.system.files import write_atomically
 from orpo.system.machine import peak_memory_bytes
@@ -29,65 +32,6 @@ if TYPE_CHECKING:
     from orpo.data.types import TokenGroup
     from orpo.run.config import RunConfig
     from orpo.run.data import RunData
-
-RESULT = "stage.json"
-FORMAT = 1
-ORIGIN = "orpo compare"
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Everything that a stage's process needs to know.
-
-    Attributes:
-        configuration: the comparison's, key -> value and origin.
-        split: how rows are parted.
-        method, number: the method and which of its stages; "start" measures the starting weights and trains nothing.
-        options: learning_rate and the objective's.
-        seed: of data order and adapters.
-        start: model to start from.
-        is_trial: trains on `tune_rows`, without a curve.
-        num_points: evaluations on the validation rows along the way.
-        folder: where the stage's run goes.
-    """
-
-    configuration: dict[str, dict[str, Any]]
-    split: Split
-    method: str
-    number: int
-    options: dict[str, float]
-    seed: int
-    start: str
-    is_trial: bool
-    num_points: int
-    folder: str
-
-    @classmethod
-    def read(cls, path: Path) -> StageSpec:
-        """From the file that the comparison has written."""
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**facts, "split": Split(**facts["split"])})
-
-    def write(self, path: Path) -> None:
-        """For the stage's process."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
-
-    @property
-    def objective_name(self) -> str:
-        """`sft`, `dpo`, … or `start`."""
-        return "start" if self.method == "start" else METHODS[self.method].stages[self.number]
-
-    def run_config(self, **changes: Any) -> RunConfig:
-        """The run's configuration: the comparison's, with what this stage sets itself."""
-        from orpo.run.config import RunConfig
-
-        values = {key: item["value"] for key, item in self.configuration.items()}
-        origins = {key: item["origin"] for key, item in self.configuration.items()}
-        own = {"model_name_or_path": self.start, "seed": self.seed, "output_dir": self.folder, **changes}
-        own |= {key: value for key, value in self.options.items() if key in values}
-        if self.number and Path(self.start).name == "adapter":
-            own["use_peft"] = False  # the adapter of the stage before is there already, and is trained on
-        return RunConfig({**values, **own}, {**origins, **dict.fromkeys(own, ORIGIN)}, name="compare")
 
 
 def run_stage(spec: StageSpec) -> None:
@@ -134,7 +78,6 @@ def _train(spec: StageSpec, data: ComparisonData, tell: Any) -> None:
         observer=watcher,
         data=rows,
         trainer_class=MeasuredTrainer,
-        objective=build_objective(spec.objective_name, {"orpo_beta": config["orpo_beta"], **spec.options}),
     )
 
 
@@ -165,7 +108,7 @@ class _Watcher(Observer, TrainerCallback):
         """The reference's log-probabilities come once, before training, from the weights that the stage starts from."""
         self.cost = trainer.cost
         self._clock.cost = trainer.cost
-        if METHODS[self.spec.method].has_reference and self.spec.number == len(METHODS[self.spec.method].stages) - 1:
+        if find(self.spec.objective_name).needs_reference:
             add_reference(trainer, self.cost)
         # Chosen now, with the reference at hand: what the comparison of the engines needs is no method's own memory.
         _ = trainer.engine
@@ -250,3 +193,7 @@ def _run(path: str) -> int:
     quiet_libraries()
     run_stage(StageSpec.read(Path(path)))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

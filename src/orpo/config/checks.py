@@ -5,7 +5,6 @@ Works on plain values, so that a file and flags can be checked before there is a
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -16,18 +15,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orpo.config import compat
-from orpo.config.values import describe, found, is_accepted, members
+from orpo.config.objectives import objective_problems, range_problem
+from orpo.config.values import describe, did_you_mean, found, is_accepted, members
 from orpo.data.rows.pairs import parse_policy
 from orpo.errors import DataError, UserError
 from orpo.system.place import read_place
 
-OBJECTIVES = ("orpo",)
 ENGINES = ("auto", "shared", "padded")
 
 # name -> (lowest, is the lowest itself allowed, highest or None)
 _RANGES: dict[str, tuple[float, bool, float | None]] = {
-    "orpo_alpha": (0, True, None),
-    "orpo_beta": (0, False, None),
     "learning_rate": (0, False, None),
     "weight_decay": (0, True, None),
     "adam_beta1": (0, True, 1),
@@ -57,7 +54,6 @@ _RANGES: dict[str, tuple[float, bool, float | None]] = {
 _MENDS = {
     "max_grad_norm": "0 turns gradient clipping off",
     "save_total_limit": "leave it out to keep every checkpoint",
-    "orpo_alpha": "0 leaves the next-token loss alone; the paper uses 0.1",
 }
 # Fields whose annotation is narrower than what transformers takes from scripts in the wild.
 _UNCHECKED_TYPES = frozenset(
@@ -72,6 +68,8 @@ EVALUATED = (
     *("logps/chosen", "logps/rejected", "log_odds_ratio", "log_odds_chosen"),
 )
 """What an evaluation reports, each under `eval_` and its name; a test holds it to one."""
+REWARDS = frozenset({"rewards/chosen", "rewards/rejected", "rewards/margins"})
+"""Those that only an objective with an implicit reward reports."""
 
 _SIMPLE_SCHEDULES = frozenset({"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"})
 """Those that work without arguments, which need no trial."""
@@ -96,7 +94,7 @@ def _enum_choices() -> dict[str, tuple[str, ...]]:
         "optim": OptimizerNames,
     }
     choices = {name: tuple(str(item.value) for item in kind) for name, kind in enums.items()}
-    return {**choices, "objective": OBJECTIVES, "engine": ENGINES}
+    return {**choices, "engine": ENGINES}
 
 
 def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
@@ -109,7 +107,7 @@ def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserErro
     problems = _type_problems(values, hints)
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
-    problems += _choice_problems(usable) + _range_problems(usable)
+    problems += _choice_problems(usable) + _range_problems(usable) + objective_problems(usable)
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
     problems += compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
@@ -142,17 +140,11 @@ def _choice_problems(values: dict[str, Any]) -> list[UserError]:
 
 
 def _range_problems(values: dict[str, Any]) -> list[UserError]:
-    problems = []
-    for name, (lowest, is_included, highest) in _RANGES.items():
-        value = values.get(name)
-        if value is None:
-            continue
-        is_high_enough = value >= lowest if is_included else value > lowest
-        if math.isfinite(value) and is_high_enough and (highest is None or value <= highest):
-            continue
-        expected = f"{'at least' if is_included else 'more than'} {lowest:g}" + (f", at most {highest:g}" if highest is not None else "")
-        problems.append(UserError(f"found {value}", where=name, expected=f"a finite number, {expected}", mend=_MENDS.get(name)))
-    return problems
+    return [
+        problem
+        for name, (lowest, is_included, highest) in _RANGES.items()
+        for problem in range_problem(name, values.get(name), lowest, is_included, highest, _MENDS.get(name))
+    ]
 
 
 def _cross_problems(values: dict[str, Any]) -> list[UserError]:
@@ -358,9 +350,3 @@ def value_notes(values: dict[str, Any]) -> list[str]:
         f"learning_rate {rate:g} is far above what fine-tuning stands (about 1e-6 to 1e-3): expect it to destroy the weights within a few "
         "steps; 8e-6 is the default, small models and adapters take 5e-5 to 5e-4"
     ]
-
-
-def did_you_mean(word: Any, choices: typing.Iterable[str]) -> str | None:
-    """`did you mean 'cosine'?` for a near miss, else None."""
-    close = difflib.get_close_matches(str(word), list(choices), n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(name) for name in close)}?" if close else None

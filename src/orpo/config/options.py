@@ -8,6 +8,7 @@ set runs anywhere.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import secrets
 import time
@@ -18,10 +19,12 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from orpo.config import compat
-from orpo.config.checks import check_values, did_you_mean
+from orpo.config import compat, objectives
+from orpo.config.checks import check_values
+from orpo.config.values import did_you_mean
 from orpo.errors import UserError, UserErrors
 from orpo.system import group
+from orpo.system.plugins import load_plugins
 
 CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 2_048
 
@@ -56,7 +59,9 @@ class ORPOConfig(TrainingArguments):
         (0.2, 1.0, 1024)
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "column_map"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *(*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "column_map", "objective_options")
+    ]
 
     output_dir: str | None = field(default=None, metadata={"help": "The run's folder. Unset: a fresh one under runs/."})
     learning_rate: float = field(default=8e-6, metadata={"help": "Peak learning rate. The paper's for 7B; small models need more."})
@@ -68,7 +73,13 @@ class ORPOConfig(TrainingArguments):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, slower, same result."})
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Unset: where the device is fast at it."})
 
-    objective: str = field(default="orpo", metadata={"help": "What is optimised."})
+    objective: str = field(default="orpo", metadata={"help": "What is optimised: orpo, sft, simpo, or one that a plugin brings."})
+    objective_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of other objectives than orpo, by key; each may be given by its own name instead."}
+    )
+    plugins: list[str] | None = field(
+        default=None, metadata={"help": "Python files and modules that register objectives or evaluation tasks. Their code is run."}
+    )
     orpo_alpha: float = field(default=_NotGiven(0.1), metadata={"help": "Lambda: weight of the odds-ratio term."})
     beta: float | None = field(default=None, metadata={"help": "TRL's name for orpo_alpha."})
     orpo_beta: float = field(default=1.0, metadata={"help": "Temperature inside the odds-ratio term; 1 is the paper's form."})
@@ -199,6 +210,15 @@ class ORPOConfig(TrainingArguments):
         values.pop("beta", None)
         return values
 
+    def __getattr__(self, name: str) -> Any:
+        """An option of an objective that is no field here: as given, or its default."""
+        # Looked at only for names that are nowhere else; the dunders that copy and pickle ask for are no options.
+        option = None if name.startswith("_") else objectives.option_keys().get(name)
+        if option is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        given = self.__dict__.get("objective_options")
+        return given.get(name, option.default) if isinstance(given, dict) else option.default
+
     def problems(self) -> list[UserError]:
         """Every value that cannot be right, each with where, what was expected and the mend; empty if all is well."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -238,6 +258,23 @@ def _write_beta(config: ORPOConfig, value: float | None) -> None:
         config.orpo_alpha = value
 
 
+def _gather_objective_options(options: dict[str, Any], problems: list[UserError]) -> list[str]:
+    """Options of objectives that were given by their own names, into `objective_options`; a note for each that has no effect."""
+    nested = options.get("objective_options")
+    if isinstance(nested, str):  # from a command line
+        try:
+            nested = options["objective_options"] = json.loads(nested)
+        except ValueError as error:
+            problems.append(UserError(f"found {nested!r} ({error})", where="objective_options", expected='{"simpo_gamma": 1.0}'))
+            nested = options["objective_options"] = None
+    own = {name: options.pop(name) for name in list(options) if name in objectives.option_keys() and name not in field_types()}
+    if own:
+        options["objective_options"] = {**(nested or {}), **own}
+    # A parser hands every field over, so that a default is no sign of a wish.
+    fields_given = [name for name in options if name in objectives.option_keys() and options[name] != field_defaults()[name]]
+    return objectives.options_without_effect(options.get("objective", "orpo"), [*(nested or {}), *own, *fields_given])
+
+
 _dataclass_init = ORPOConfig.__init__
 
 
@@ -248,11 +285,14 @@ def _init_with_compat(self: ORPOConfig, *args: Any, **kwargs: Any) -> None:
         del kwargs["beta"]
     if kwargs.get("beta") is not None and isinstance(kwargs.get("orpo_alpha"), _NotGiven):
         del kwargs["orpo_alpha"]
+    load_plugins(kwargs.get("plugins"))
     options, problems, notes = compat.translate(kwargs)
     known = field_types()
+    notes += _gather_objective_options(options, problems)
     for name in [name for name in options if name not in known]:
         del options[name]
-        problems.append(UserError(f"ORPOConfig has no option {name!r}", where=name, mend=did_you_mean(name, known)))
+        mend = did_you_mean(name, [*known, *objectives.option_keys()])
+        problems.append(UserError(f"ORPOConfig has no option {name!r}", where=name, mend=mend))
     if problems:
         problems += check_values({**field_defaults(), **options}, known)
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")

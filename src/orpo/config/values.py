@@ -6,6 +6,7 @@ wrong alike wherever it was written.
 
 from __future__ import annotations
 
+import difflib
 import enum
 import math
 import numbers
@@ -199,3 +200,9 @@ def from_flag(hint: Any, text: str) -> Any:
         if typing.get_origin(member) is list and str in members(typing.get_args(member)[0]):
             return [item.strip() for item in text.split(",") if item.strip()]
     raise NotAcceptedError(text)
+
+
+def did_you_mean(word: Any, choices: typing.Iterable[str]) -> str | None:
+    """`did you mean 'cosine'?` for a near miss, else None."""
+    close = difflib.get_close_matches(str(word), list(choices), n=2, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(name) for name in close)}?" if close else None

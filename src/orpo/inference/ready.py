@@ -96,14 +96,11 @@ class Target:
     def config(self) -> RunConfig | None:
         """The run's configuration as it was resolved."""
         facts = self.run.read() if self.run else None
-        if not facts or not isinstance(facts.get("configuration"), dict):
+        if not facts:
             return None
-        from orpo.run.config import RunConfig
-        from orpo.run.keys import key_defaults
+        from orpo.run.config import stored_config
 
-        stored = {key: item for key, item in facts["configuration"].items() if isinstance(item, dict) and "value" in item}
-        values = {**key_defaults(), **{key: item["value"] for key, item in stored.items()}}
-        return RunConfig(values, {key: str(stored.get(key, {}).get("origin", "default")) for key in values})
+        return stored_config(facts)
 
     @property
     def base(self) -> str | None:

@@ -20,7 +20,6 @@ from orpo.system.redact import redact
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by orpo. A card without this line is left as it is. -->"
-PAPER = "https://arxiv.org/abs/2403.07691"
 
 _PRIVATE_KEYS = ("hub_", "output_dir", "resume_from_checkpoint", "logging_dir", "run_name", "report_to", "push_to_hub")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -141,12 +140,12 @@ def _body(facts: RunFacts) -> list[str]:
 
 
 def _method(facts: RunFacts) -> str:
-    if facts.method != "ORPO":
-        return f"A stage of a comparison of methods: {escape(text(facts.run.get('objective')))}."
-    return (
-        f"Trained with ORPO ([Odds Ratio Preference Optimization]({PAPER})): next-token loss on the chosen answers plus a term that raises "
-        "their odds over the rejected ones', in one stage, without a reference model."
-    )
+    """What was optimised, with a link to its source. Of a plugin's objective this is the plugin's text, and escaped like any other."""
+    about, source = text(facts.objective.get("about")), text(facts.objective.get("source"))
+    name = escape(facts.method)
+    linked = f"[{name}]({source})" if re.fullmatch(r"https://[\w./-]+", source) else name
+    said = f"Trained with {linked}" + (f": {escape(about)}." if about else ".")
+    return said + (" A stage of a comparison of methods." if facts.run.get("command") == "compare" else "")
 
 
 def _unfinished(facts: RunFacts) -> str:

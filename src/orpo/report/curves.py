@@ -21,16 +21,15 @@ CHOSEN, REJECTED = "var(--first)", "var(--second)"
 def curve_section(facts: RunFacts) -> Section:
     """All curves that the logs have something for."""
     logs = facts.logs
-    alpha = number(facts.configuration.get("orpo_alpha"))
     section = Section("curves", "Curves")
     section.figures = {
-        "loss": _loss(logs, alpha if facts.method == "ORPO" else None),
+        "loss": _loss(logs, facts.preference),
         "logps": _sides(logs),
         "odds": _one(logs, "log_odds_chosen", "Log odds ratio", "nats", "how much higher the odds of the chosen answer are", zero=True),
         "accuracy": _one(
             logs, "rewards/accuracies", "Accuracy", "", "share of pairs whose chosen answer is the likelier one", percent=True
         ),
-        "share": _shares(logs) if facts.method == "ORPO" else None,
+        "share": _shares(logs, facts.preference) if facts.preference else None,
         "speed": _one(
             logs, "tokens_per_second", "Speed", "tokens per second", "packed tokens, evaluation and saving left out", from_zero=True
         ),
@@ -99,15 +98,18 @@ def _held_out(logs: Logs, name: str, told: str, colour: str) -> list[dict[str, A
     return traces
 
 
-def _loss(logs: Logs, alpha: float | None) -> Figure | None:
-    """ORPO's loss and its two parts; of another method, or where the weight is not known, no odds-ratio part."""
+def _loss(logs: Logs, preference: str | None) -> Figure | None:
+    """The loss and its two parts; of an objective that has not both, only the next-token loss beside it."""
     traces = lines(*logs.series("loss"), "loss", "var(--ink)")
     traces += lines(*logs.series("nll_loss"), "next-token loss", CHOSEN)
-    steps, values = logs.series("log_odds_ratio")  # TRL's name for the mean of log sigmoid(log OR)
-    if alpha is not None:
-        traces += lines(steps, [-alpha * value for value in values], f"odds-ratio term × {alpha:g}", REJECTED)
+    if preference is not None:
+        points = [(number(record.get("step")), number(record.get("loss")), number(record.get("nll_loss"))) for record in logs.training]
+        known = [(step, loss - nll) for step, loss, nll in points if step is not None and loss is not None and nll is not None]
+        traces += lines([step for step, _ in known], [value for _, value in known], f"{preference}, weighed", REJECTED)
     traces += _held_out(logs, "loss", "loss", "var(--soft)")
-    return figure("Loss and its parts", traces, x="step", y="nats", note="" if alpha is None else "the loss is the sum of the two parts")
+    return figure(
+        "Loss and its parts", traces, x="step", y="nats", note="" if preference is None else "the loss is the sum of the two parts"
+    )
 
 
 def _sides(logs: Logs) -> Figure | None:
@@ -145,13 +147,13 @@ def _one(
     )
 
 
-def _shares(logs: Logs) -> Figure | None:
+def _shares(logs: Logs, preference: str) -> Figure | None:
     steps, values = logs.series("grad_share/odds_ratio")
     if not values:
         return None
     x, y = thinned(steps, values)
     y = running_mean(y, max(3, len(y) // _WINDOW_SHARE)) if len(y) >= _SMOOTH_FROM else y
-    both = (("odds-ratio term", y, REJECTED), ("next-token loss", [1 - value for value in y], CHOSEN))
+    both = ((preference, y, REJECTED), ("next-token loss", [1 - value for value in y], CHOSEN))
     traces = [
         {
             "type": "scatter",

@@ -80,10 +80,20 @@ class RunFacts:
         return {key: value for key, value in self.configuration.items() if part(stored, key, "origin") != "default"}
 
     @property
+    def objective(self) -> dict[str, Any]:
+        """What was optimised, as the registry of objectives has told run.json; empty where that is missing."""
+        return parts(self.run, "objective")
+
+    @property
     def method(self) -> str:
-        """ORPO, or the method of a comparison that this run is a stage of."""
-        objective = self.run.get("objective")
-        return objective.partition("(")[0] if isinstance(objective, str) and objective else "ORPO"
+        """ORPO, or what else the run was trained with."""
+        return text(self.objective.get("label"), "ORPO")
+
+    @property
+    def preference(self) -> str | None:
+        """What the objective's preference term is called, where it has a next-token loss beside it; None where it has not both."""
+        term = text(self.objective.get("preference"))
+        return term if term and self.objective.get("has_nll") is True else None
 
     @property
     def status(self) -> str:

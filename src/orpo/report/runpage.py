@@ -138,7 +138,7 @@ def setup_section(facts: RunFacts) -> Section:
     if options:
         rank = f"LoRA, rank {text(options.get('lora_r'))}, alpha {text(options.get('lora_alpha'))}"
         section.facts.append(("trained weights", rank if options.get("use_peft") else "all of them"))
-        section.facts.append(("objective", _objective(options) if facts.method == "ORPO" else text(run.get("objective"))))
+        section.facts.append(("objective", text(facts.objective.get("formula"), "?")))
         rows = (
             number(options.get("per_device_train_batch_size")),
             number(options.get("gradient_accumulation_steps")),
@@ -159,12 +159,6 @@ def setup_section(facts: RunFacts) -> Section:
     if text(run.get("engine")):
         section.facts.append(("computed by", f"the {text(run['engine'])} engine in {text(run.get('compute_dtype'))} on {_device(run)}"))
     return section
-
-
-def _objective(options: Mapping[str, Any]) -> str:
-    alpha, beta = text(options.get("orpo_alpha"), "?"), text(options.get("orpo_beta"), "?")
-    scope = {"sequence": "prompt and chosen answer", "response": "chosen answer"}.get(text(options.get("nll_scope")), "chosen answer")
-    return f"next-token loss ({scope}) + {alpha} × odds-ratio term (orpo_beta {beta})"
 
 
 def _device(run: Mapping[str, Any]) -> str:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.config import compat
-from orpo.config.checks import check_values, value_notes
+from orpo.config.checks import EVALUATED, REWARDS, check_values, value_notes
+from orpo.config.objectives import find, known, needs_reference, option_keys, options_without_effect
 from orpo.data.reading.sources import DEMO_DATA
 from orpo.data.settings import DataSettings
 from orpo.errors import UserError, UserErrors
 from orpo.run.keys import key_defaults
-from orpo.run.read import Given, read_file, read_flags, translate_layer
+from orpo.run.read import Given, load_named_plugins, read_file, read_flags, translate_layer
 from orpo.system.redact import redact
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class RunConfig:
         """The trainer's options as an `ORPOConfig`."""
         from orpo.config.options import ORPOConfig, field_types
 
-        given = {name: self.values[name] for name in field_types() if name in self.values and self.is_given(name)}
+        foreign = option_keys().keys() - {option.key for option in find(self.values["objective"]).options}  # told of as a note
+        names = [name for name in {**field_types(), **option_keys()} if name in self.values and name not in foreign]
+        given = {name: self.values[name] for name in names if self.is_given(name)}
         return ORPOConfig(**{**given, "output_dir": self.output_dir})
 
     @property
@@ -151,6 +154,9 @@ def resolve(
         UserErrors: every problem of file, flags and values.
     """
     problems: list[UserError] = []
+    words = read_flags(flags, [])[1]
+    file = config_file if config_file is not None else words[0] if words else None
+    plugins = load_named_plugins(None if file is None else Path(file), flags, problems)
     given_flags, words = read_flags(flags, problems)
     if config_file is not None:
         words.insert(0, str(config_file))
@@ -160,8 +166,8 @@ def resolve(
     given_file = read_file(Path(path), problems) if path is not None else {}
     notes: list[str] = []
     layers = [translate_layer(layer, problems, notes) for layer in (given_file, given_flags)]
-    given = {**{key: Given(value, str(name)) for key, value in (base or {}).items()}, **layers[0], **layers[1]}
-    values, origins = key_defaults(), {}
+    given = {**{key: Given(value, str(name)) for key, value in (base or {}).items()}, **layers[0], **layers[1], **plugins}
+    values, origins = {**key_defaults(), **_objective_options(given)}, {}
     for key, default in values.items():
         origins[key] = given[key].origin if key in given else "default"
         values[key] = given[key].value if key in given else default
@@ -171,17 +177,26 @@ def resolve(
     if problems:
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
-    notes += value_notes(values)
+    notes += value_notes(values) + options_without_effect(values["objective"], [key for key in values if origins[key] != "default"])
     return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
+
+
+def _objective_options(given: Mapping[str, Given]) -> dict[str, Any]:
+    """Options of the chosen objective with their defaults, and those of others that are given; no more, so that what is installed beside
+    does not make another run of the same configuration."""
+    name = given["objective"].value if "objective" in given else "orpo"
+    chosen = [option.key for option in known()[name].options] if name in known() else []
+    return {key: option.default for key, option in option_keys().items() if key in chosen or key in given}
 
 
 def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool, has_model: bool) -> list[UserError]:
     from orpo.config.options import field_types
 
-    trainer = {key: value for key, value in values.items() if key in field_types()}
+    trainer = {key: value for key, value in values.items() if key in field_types() or key in option_keys()}
     own = {key: value for key, value in values.items() if key not in trainer}
     problems = check_values(trainer, field_types()) + compat.refusals(own)
     problems += _run_problems(values, has_broken_keys=has_broken_keys, has_model=has_model)
+    problems += needs_reference(values["objective"])
     for problem in problems:
         origin = origins.get(problem.where or "", "default")
         if origin != "default" and origin != f"--{problem.where}":
@@ -223,23 +238,40 @@ def _run_problems(values: dict[str, Any], *, has_broken_keys: bool, has_model: b
                 mend="name dataset_test_split or eval_dataset_name, or hold rows out with eval_fraction",
             )
         )
-    return problems + _best_metric_problems(values["metric_for_best_model"])
+    return problems + _best_metric_problems(values["metric_for_best_model"], values["objective"])
 
 
-def _best_metric_problems(metric: str | None) -> list[UserError]:
+def _best_metric_problems(metric: str | None, objective: str) -> list[UserError]:
     """A metric that no evaluation reports; transformers would look for it at the first one."""
     if metric is None:
         return []
-    from orpo.config.checks import EVALUATED
-
+    has_reward = objective not in known() or known()[objective].reward is not None
+    reported = [name for name in EVALUATED if has_reward or name not in REWARDS]
     name = metric.removeprefix("eval_")
-    if name in EVALUATED:
+    if name in reported:
         return []
-    by_last_word = {known.rpartition("/")[2]: known for known in reversed(EVALUATED)}
-    near = difflib.get_close_matches(name, EVALUATED, n=1, cutoff=0.6)
+    by_last_word = {one.rpartition("/")[2]: one for one in reversed(reported)}
+    near = difflib.get_close_matches(name, reported, n=1, cutoff=0.6)
     near = near or [by_last_word[word] for word in difflib.get_close_matches(name, by_last_word, n=1, cutoff=0.5)]
     mend = f"did you mean {near[0]!r}?" if near else None
-    return [UserError(f"found {metric!r}", where="metric_for_best_model", expected=f"one of {', '.join(EVALUATED)}", mend=mend)]
+    return [UserError(f"found {metric!r}", where="metric_for_best_model", expected=f"one of {', '.join(reported)}", mend=mend)]
+
+
+def stored_config(facts: Mapping[str, Any]) -> RunConfig | None:
+    """The configuration of a finished run from its run.json, to ask its model; None where there is none.
+
+    Its plugins are not loaded, since the folder may be a stranger's: whoever asks a model needs no objective, so that one that is not
+    known here, and its options, are left out.
+    """
+    configuration = facts.get("configuration")
+    if not isinstance(configuration, dict):
+        return None
+    stored = {key: item for key, item in configuration.items() if isinstance(item, dict) and "value" in item}
+    stored.pop("plugins", None)
+    if "objective" in stored and stored["objective"]["value"] not in list(known()):
+        del stored["objective"]
+    values = {**key_defaults(), **{key: item["value"] for key, item in stored.items()}}
+    return RunConfig(values, {key: str(stored.get(key, {}).get("origin", "default")) for key in values})
 
 
 def as_facts(config: RunConfig) -> dict[str, dict[str, Any]]:

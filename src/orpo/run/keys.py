@@ -50,12 +50,18 @@ class RunKeys:
 
 
 # Fields of TrainingArguments that scripts set for themselves; in a run's configuration they would do nothing.
-_NO_KEYS = frozenset({"do_train", "do_eval", "do_predict", "local_rank", "beta"})
+_NO_KEYS = frozenset({"do_train", "do_eval", "do_predict", "local_rank", "beta", "objective_options"})
+
+
+def key_types() -> dict[str, Any]:
+    """Every key of a run configuration -> its type annotation; options of the objectives that are known by now among them."""
+    from orpo.config.objectives import option_keys
+
+    return {**{key: option.hint for key, option in option_keys().items()}, **_own_key_types()}
 
 
 @functools.cache
-def key_types() -> dict[str, Any]:
-    """Every key of a run configuration -> its type annotation."""
+def _own_key_types() -> dict[str, Any]:
     from orpo.config.options import field_types
 
     trainer = {name: hint for name, hint in field_types().items() if name not in _NO_KEYS}
@@ -63,8 +69,8 @@ def key_types() -> dict[str, Any]:
 
 
 def key_defaults() -> dict[str, Any]:
-    """Every key of a run configuration -> its default."""
+    """Every key of a run configuration -> its default; without options of other objectives than ORPO, which has its own."""
     from orpo.config.options import field_defaults
 
     own = {item.name: item.default for item in dataclasses.fields(RunKeys)}
-    return {**own, **{name: default for name, default in field_defaults().items() if name in key_types()}}
+    return {**own, **{name: default for name, default in field_defaults().items() if name in _own_key_types()}}

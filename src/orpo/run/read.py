@@ -15,9 +15,10 @@ import yaml
 
 from orpo.config import compat
 from orpo.config.shipped import packaged_path
-from orpo.config.values import NotAcceptedError, describe, found, from_flag, from_yaml, members
+from orpo.config.values import NotAcceptedError, describe, did_you_mean, found, from_flag, from_yaml, members
 from orpo.errors import UserError
 from orpo.run.keys import key_types
+from orpo.system.plugins import load_plugins
 from orpo.system.redact import is_secret_name
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -210,8 +211,6 @@ def _hint(key: str) -> Any:
 
 
 def _unknown(key: str, origin: str) -> UserError:
-    from orpo.config.checks import did_you_mean
-
     names = [*key_types(), *(entry.name for entry in compat.OLDER_NAMES if entry.name != "tokenizer"), "beta"]
     if key == "tokenizer":
         mend: str | None = "leave it out; the tokenizer is the model's own"
@@ -220,6 +219,24 @@ def _unknown(key: str, origin: str) -> UserError:
     else:
         mend = did_you_mean(key.replace("-", "_"), names)
     return UserError(f"unknown key {key!r}", where=origin, mend=mend or "`orpo train --help` lists the keys; they are flat")
+
+
+def load_named_plugins(config_file: Path | None, flags: Sequence[str], problems: list[UserError]) -> dict[str, Given]:
+    """Load the plugins that file and flags name, before either is read for good: the keys of a plugin's objective are its own.
+
+    Returns:
+        `plugins` with all of them, the file's first: those of a flag come on top, or the file's other keys would have no meaning. Empty
+        where none is named.
+    """
+    layers = [read_file(config_file, []) if config_file is not None else {}, read_flags(flags, [])[0]]
+    named = [layer["plugins"] for layer in layers if layer.get("plugins") is not None and layer["plugins"].value]
+    for given in named:
+        try:
+            load_plugins(given.value, where=given.origin if given.origin.startswith("--") else f"{given.origin}: plugins")
+        except UserError as error:
+            problems.append(error)
+    names = list(dict.fromkeys(name for given in named for name in given.value))
+    return {"plugins": Given(names, named[-1].origin)} if named else {}
 
 
 def _is_flag(word: str) -> bool:

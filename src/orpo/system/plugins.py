@@ -93,6 +93,12 @@ def loaded_plugins() -> tuple[Plugin, ...]:
     return tuple(sorted(_LOADED.values(), key=lambda plugin: plugin.name))
 
 
+def plugin_sha256(cls: type) -> str | None:
+    """Hash of the file that a class comes from, where a plugin brought it: a resumed run must not go on with other code."""
+    path = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return next((plugin.sha256 for plugin in _LOADED.values() if path and plugin.path == path), None)
+
+
 def _load(name: str, where: str) -> Plugin:
     is_file = name.endswith(".py") or "/" in name or os.sep in name
     key = str(Path(name).expanduser().resolve()) if is_file else name

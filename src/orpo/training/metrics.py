@@ -72,7 +72,7 @@ class MetricSums:
         num_tokens, nll_sum = self._step[[METRICS.index("num_nll_tokens"), METRICS.index("nll_sum")]].tolist()
         return nll_sum / num_tokens if num_tokens else None
 
-    def take(self, *, orpo_alpha: float, reduce: Callable[[Tensor], Tensor], world_size: int = 1) -> dict[str, float]:
+    def take(self, *, reward_scale: float | None, reduce: Callable[[Tensor], Tensor], world_size: int = 1) -> dict[str, float]:
         """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
         values = reduce(self.values).tolist()
         self.values.zero_()
@@ -80,7 +80,7 @@ class MetricSums:
         totals = dict(zip((*METRICS, *_EXTRAS), values, strict=True))
         if not totals["num_steps"]:
             return {}
-        logs = means(totals, orpo_alpha=orpo_alpha)
+        logs = means(totals, reward_scale=reward_scale)
         logs["loss"] = totals["loss_sum"] / (totals["num_steps"] / world_size)
         if totals["num_ends"]:
             logs["logps/end"] = totals["end_logp_sum"] / totals["num_ends"]
@@ -99,19 +99,27 @@ class MetricSums:
         self.busy_s = float(state["busy_s"])  # type: ignore[arg-type]
 
 
-def means(totals: dict[str, float], *, orpo_alpha: float) -> dict[str, float]:
-    """Logged means from summed `METRICS`; what has no pair or token to speak of is left out."""
+def means(totals: dict[str, float], *, reward_scale: float | None) -> dict[str, float]:
+    """Logged means from summed `METRICS`; what has no pair or token to speak of is left out.
+
+    Args:
+        totals: by name.
+        reward_scale: from mean log-probability to the objective's implicit reward; None where it has none: no rewards are logged.
+    """
     logs: dict[str, float] = {}
     if totals["num_nll_tokens"]:
         logs["nll_loss"] = totals["nll_sum"] / totals["num_nll_tokens"]
     pairs = totals["num_pairs"]
     if pairs:
         chosen, rejected = totals["chosen_logp_sum"] / pairs, totals["rejected_logp_sum"] / pairs
+        if reward_scale is not None:
+            logs |= {
+                "rewards/chosen": reward_scale * chosen,
+                "rewards/rejected": reward_scale * rejected,
+                "rewards/margins": reward_scale * (chosen - rejected),
+            }
         logs |= {
-            "rewards/chosen": orpo_alpha * chosen,
-            "rewards/rejected": orpo_alpha * rejected,
             "rewards/accuracies": totals["accuracy_sum"] / pairs,
-            "rewards/margins": orpo_alpha * (chosen - rejected),
             "logps/chosen": chosen,
             "logps/rejected": rejected,
             "log_odds_ratio": totals["log_sigmoid_sum"] / pairs,

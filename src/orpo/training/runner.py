@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from orpo.config.options import ORPOConfig
 from orpo.data.dataset import fingerprint
 from orpo.errors import GuardStop, SignalStop, UserError
+from orpo.objective import kind_of
 from orpo.run.config import RunConfig, as_facts
 from orpo.run.data import RunData, Tell, agree_on_rows, prepare_data
 from orpo.run.folder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder
@@ -27,6 +28,7 @@ from orpo.run.keys import RunKeys
 from orpo.system.files import check_writable
 from orpo.system.group import agree, on_all
 from orpo.system.machine import describe_device, memory_facts, peak_memory_bytes, versions
+from orpo.system.plugins import loaded_plugins
 from orpo.system.redact import redact, redact_text
 from orpo.training.guards import SignalGuard
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from orpo.models.load import LoadedModel
-    from orpo.objective import Objective
     from orpo.training.trainer import ORPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ _RUN_IDENTITY = (
     *("model_name_or_path", "model_revision", "model_init_kwargs", "dtype", "use_peft", "load_in_4bit", "load_in_8bit"),
     *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"),
 )
+
+
+_NLL = {"sequence": "next-token loss (prompt and chosen answer)", "response": "next-token loss (chosen answer)"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,6 @@ def build_trainer(
     callbacks: list[TrainerCallback],
     *,
     trainer_class: type[ORPOTrainer] | None = None,
-    objective: Objective | None = None,
 ) -> ORPOTrainer:
     """The trainer, without transformers' own bars."""
     from transformers import PrinterCallback, ProgressCallback
@@ -118,7 +121,6 @@ def build_trainer(
             processing_class=data.tokenizer,
             peft_config=_peft_config(config, data, model),
             callbacks=callbacks,
-            objective=objective,
         )
     except ValueError as error:
         if config["use_peft"] and "arget modules" in str(error):  # peft's words for names that are nowhere in the model
@@ -157,7 +159,6 @@ def run_training(
     observer: Observer | None = None,
     data: RunData | None = None,
     trainer_class: type[ORPOTrainer] | None = None,
-    objective: Objective | None = None,
 ) -> RunResult:
     """Train as configured; resume what was interrupted, do nothing where all is done.
 
@@ -169,14 +170,13 @@ def run_training(
         observer: looks at the model before and after.
         data: rows that are prepared already, in place of those that the configuration names.
         trainer_class: a kind of `ORPOTrainer`.
-        objective: what to optimise, in place of the configuration's.
 
     Raises:
         UserError: anything wrong with configuration, data, model or folder.
         GuardStop, SignalStop: as `ORPOTrainer.train`.
     """
     with SignalGuard():  # while data and model are prepared; training has its own inside
-        return _run_training(config, tell, callbacks, command, observer or Observer(), data, trainer_class, objective)
+        return _run_training(config, tell, callbacks, command, observer or Observer(), data, trainer_class)
 
 
 def _run_training(
@@ -187,7 +187,6 @@ def _run_training(
     observer: Observer,
     data: RunData | None,
     trainer_class: type[ORPOTrainer] | None,
-    objective: Objective | None,
 ) -> RunResult:
     args = config.training_args()
     run_keys = {item.name: config[item.name] for item in dataclasses.fields(RunKeys)}  # the trainer's own are compared with its folder
@@ -209,7 +208,7 @@ def _run_training(
     for note in loaded.facts.notes:
         tell(f"             {note}")
     journal = _Journal(folder, config, args, data, loaded, command=command, is_resumed=bool(checkpoint))
-    trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal], trainer_class=trainer_class, objective=objective)
+    trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal], trainer_class=trainer_class)
     journal.trainer = trainer
     tell(f"training     {describe_schedule(trainer)}")
     if checkpoint:
@@ -220,7 +219,7 @@ def _run_training(
         metrics = _final_evaluation(trainer)
         observer.after(trainer, data)
         journal.finish(metrics)
-    if args.process_index == 0 and objective is None:
+    if args.process_index == 0 and command != "compare":
         _write_card(folder, tell)
     return RunResult(folder.path, final_weights(folder.path), metrics)
 
@@ -246,16 +245,13 @@ def describe_model(loaded: LoadedModel) -> str:
 
 def describe_schedule(trainer: ORPOTrainer) -> str:
     """Steps, pairs of a step, dtype, and how much of the model is trained."""
-    from orpo.objective import ORPO
-
     args, sampler = trainer.args, trainer.train_sampler
     steps = args.max_steps if args.max_steps > 0 else -(-len(sampler) * args.num_train_epochs // 1)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     objective = trainer.training_objective
-    what = f"lambda {objective.orpo_alpha:g}" if isinstance(objective, ORPO) else repr(objective)
     return (
         f"{steps:g} steps of {sampler.rows_per_step} rows, {trainable / 1e6:,.1f} M weights trained, {args.compute_dtype}, "
-        f"{what}, learning rate {args.learning_rate:g}"
+        f"{kind_of(objective).describe(objective)}, learning rate {args.learning_rate:g}"
     )
 
 
@@ -342,7 +338,8 @@ class _Journal(TrainerCallback):
             "compute_dtype": self.args.compute_dtype,
             "engine": self.trainer.engine.name,
             "seed": self.args.seed,
-            "objective": repr(self.trainer.training_objective),
+            "objective": kind_of(self.trainer.training_objective).facts(self.trainer.training_objective, _NLL[self.args.nll_scope]),
+            "plugins": [asdict(plugin) for plugin in loaded_plugins()],
             "num_steps": state.max_steps,
             "model": self.loaded.facts.to_dict(),
             "data": {

@@ -42,6 +42,7 @@ from orpo.checkpoint import (
 )
 from orpo.data.dataset import fingerprint
 from orpo.errors import CheckpointError
+from orpo.system.plugins import plugin_sha256
 from orpo.system.redact import redact
 from orpo.training.guards.callbacks import SignalCallback
 
@@ -154,6 +155,7 @@ class CheckpointMixin(_Base):
                 "rows_per_step": self.train_sampler.rows_per_step,
                 "engine": self.engine.name,
                 "compute_dtype": self.args.compute_dtype,
+                "objective_code": plugin_sha256(type(self.training_objective)),
                 "config": redact(json.loads(json.dumps(configuration, default=str))),
             }
         return self._facts
@@ -182,7 +184,7 @@ class CheckpointMixin(_Base):
         manifest = read_manifest(folder) if is_verified(folder) else verify(folder)
         self._engine_before_facts()
         differences = require_same_facts(
-            {key: manifest.facts.get(key) for key in ("data", "rows_per_step", "engine", "compute_dtype", "config")},
+            {key: manifest.facts.get(key) for key in ("data", "rows_per_step", "engine", "compute_dtype", "objective_code", "config")},
             self.facts(),
             where=str(folder),
             allow=self.args.allow_changed_resume,

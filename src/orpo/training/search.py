@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import enable_full_determinism, set_seed
 from transformers.trainer_utils import HPSearchBackend
 
+from orpo.config.objectives import find
 from orpo.errors import GuardStop
 from orpo.run.folder import RunFolder
 from orpo.system.files import make_run_folder
@@ -76,10 +77,12 @@ class SearchMixin(_Base):
             self.args.output_dir = self._search_dir
             self.args.output_dir = self._get_output_dir(trial)
             self._use_folder(self.args.output_dir)
-            if self.compute_objective is _evaluation_loss and {"orpo_alpha", "orpo_beta"} & set(getattr(trial, "params", trial)):
+            own = {option.key for option in find(self.args.objective).options} & set(getattr(trial, "params", trial))
+            if self.compute_objective is _evaluation_loss and own:
                 logger.warning(
-                    "trials of other orpo_alpha or orpo_beta are compared by their evaluation loss, which contains them; "
-                    "give compute_objective, such as lambda metrics: metrics['eval_rewards/accuracies'] with direction='maximize'"
+                    "trials of other %s are compared by their evaluation loss, which contains them; "
+                    "give compute_objective, such as lambda metrics: metrics['eval_rewards/accuracies'] with direction='maximize'",
+                    " or ".join(sorted(own)),
                 )
         if self._own_objective is None:
             self.training_objective = resolve_objective(self.args)

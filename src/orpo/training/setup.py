@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from orpo.config.objectives import find
 from orpo.config.options import ORPOConfig
 from orpo.data.types import TokenGroup
 from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import pin_base, text_layers_only
 from orpo.models.newtokens import positions_of, with_new_tokens
-from orpo.objective import DPO, ORPO, SFT, Objective, SimPO
+from orpo.objective import Objective, kind_of
 
 if TYPE_CHECKING:
     from orpo.data.template import TemplateEncoder
@@ -102,8 +103,30 @@ def use_one_gpu(args: ORPOConfig) -> None:
 
 def resolve_objective(args: ORPOConfig) -> Objective:
     """The objective that the options name."""
-    objectives: dict[str, Objective] = {"orpo": ORPO(args.orpo_alpha, args.orpo_beta), "sft": SFT(), "dpo": DPO(), "simpo": SimPO()}
-    return objectives[args.objective]
+    kind = find(args.objective)
+    return kind.build({option.key: getattr(args, option.key) for option in kind.options})
+
+
+def require_reference(objective: Objective, *sets: Any) -> None:
+    """Every pair has what the objective compares it with.
+
+    Args:
+        sets: token groups, a dict of lists of them, or None.
+
+    Raises:
+        UserError: the objective needs log-probabilities under a reference, and a pair has none.
+    """
+    kind = kind_of(objective)
+    if not kind.needs_reference:
+        return
+    for group in _all_groups(*sets):
+        if group.pairs and group.reference_logp_sums is None:
+            raise UserError(
+                f"{kind.label} needs the log-probability of every answer under a frozen reference",
+                where=str(group.where),
+                expected="token groups with reference_logp_sums",
+                mend="score them once with orpo.inference.scores.score_tokens under the weights to start from, or use `orpo compare`",
+            )
 
 
 def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
@@ -229,8 +252,7 @@ def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
         UserError: a token beyond the embeddings, or a row beyond the positions of a model without rope scaling.
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    lists = [inner for one in sets if one for inner in (one.values() if isinstance(one, dict) else [one])]
-    groups = [group for inner in lists for group in inner]
+    groups = _all_groups(*sets)
     if embeddings is None or not groups:
         return
     num_rows = embeddings.weight.shape[0]
@@ -245,6 +267,12 @@ def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
             f"model.resize_token_embeddings({len(tokenizer)}), then model.save_pretrained(…)",
         )
     _check_positions(model, groups)
+
+
+def _all_groups(*sets: Any) -> list[TokenGroup]:
+    """Those of token groups, of dicts of lists of them, and of None."""
+    lists = [inner for one in sets if one for inner in (one.values() if isinstance(one, dict) else [one])]
+    return [group for inner in lists for group in inner]
 
 
 def _largest_id(group: TokenGroup) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from orpo.checkpoint import RunLock, current_ranks
 from orpo.config.options import ORPOConfig
-from orpo.data.types import TokenGroup
 from orpo.engine.choose import Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
 from orpo.errors import UserError
-from orpo.objective import METRICS, ORPO, Objective
+from orpo.objective import METRICS, Objective, kind_of
 from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
 from orpo.run.folder import RunFolder
 from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
@@ -36,6 +35,7 @@ from orpo.system.files import make_run_folder
 from orpo.system.ranks import all_reduce_sum
 from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
 from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback, SignalCallback
+from orpo.training.loaders import LoaderMixin
 from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means, response_sums
 from orpo.training.outside import OutsideMixin
 from orpo.training.saving import CheckpointMixin
@@ -45,23 +45,21 @@ from orpo.training.setup import (
     prepared_model,
     refuse_arguments,
     refuse_overrides,
+    require_reference,
     resolve_model,
     resolve_objective,
     resolve_tokenizer,
     use_one_gpu,
 )
-from orpo.training.steps import EpochCallback, StepBatch, StepDataset, StepSampler, only_item
+from orpo.training.steps import EpochCallback, StepBatch, only_item
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_PIECE = 32
-"""Micro-batches of a rank that are packed at a time in evaluation: enough to even them out, little enough to hold in memory."""
 
-
-class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
+class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
     Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed. A subclass with a method that
@@ -156,7 +154,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
     def _stand_guard(self) -> None:
         """Guards against steps that are not finite, runs in which nothing learns, and runs whose weights are destroyed."""
         self.nonfinite = NonFiniteGuard(self.args.on_nonfinite, self.args.max_nonfinite_skips, ranks=self.ranks)
-        self.learning = ProofOfLearning(has_two_terms=isinstance(self.training_objective, ORPO))
+        self.learning = ProofOfLearning(kind=kind_of(self.training_objective))
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
         self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=self.ranks)
         self.add_callback(DivergenceCallback(self.divergence, self.sums.step_nll))
@@ -218,53 +216,6 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
     def _is_sharded(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    # ---- data ----------------------------------------------------------------------------------------------------------------------
-
-    def _sampler(self, groups: Sequence[TokenGroup], *, is_training: bool) -> StepSampler:
-        args = self.args
-        rows = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
-        steps = args.gradient_accumulation_steps if is_training else 1
-        return StepSampler(
-            groups,
-            rows_per_step=rows * steps * args.world_size * (1 if is_training else EVALUATION_PIECE),
-            max_rows=rows,
-            max_tokens=args.microbatch_tokens,
-            nll_scope=args.nll_scope,
-            seed=(args.seed if args.data_seed is None else args.data_seed) if is_training else None,
-            rank=args.process_index,
-            world_size=args.world_size,
-            normalise_over_all=not is_training,
-        )
-
-    def _loader(self, groups: Sequence[TokenGroup], sampler: StepSampler) -> DataLoader:
-        """Not prepared by accelerate: the sampler already knows the ranks, and every batch is one whole step."""
-        return DataLoader(
-            StepDataset(groups, nll_scope=self.args.nll_scope, world_size=self.args.world_size),
-            batch_sampler=sampler,
-            collate_fn=only_item,
-            num_workers=self.args.dataloader_num_workers,
-            generator=torch.Generator().manual_seed(0),  # or the loader draws a seed from the global state, and resuming would not be exact
-        )
-
-    def get_train_dataloader(self) -> DataLoader:
-        """One item is one optimizer step of this rank."""
-        return self._loader(self.train_dataset, self.train_sampler)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """All rows, normalised together, cut into micro-batches over the ranks; an item is a piece of them."""
-        if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict):
-            rows = self.eval_dataset[eval_dataset]
-        else:
-            rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if rows is None:
-            raise UserError("there are no rows to evaluate on", where="eval_dataset", mend="give eval_dataset, or dataset_test_split")
-        groups = as_groups(rows, self.processing_class, self.args, encoder=self.encoder)[0]
-        return self._loader(groups, self._sampler(groups, is_training=False))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As for evaluation."""
-        return self.get_eval_dataloader(test_dataset)
-
     # ---- training ------------------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
@@ -285,6 +236,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
             self._signals = SignalCallback(guard, self.save_now)
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
+            require_reference(self.training_objective, self.train_dataset, self.eval_dataset)
             checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
             engine = self.engine  # chosen before the model is wrapped
             if self.args.device.type == "cpu":
@@ -410,12 +362,16 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
         num_tokens = sum(batch.num_tokens for batch in inputs.microbatches)
         return 6 * num_tokens * sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def _reward_scale(self) -> float | None:
+        return kind_of(self.training_objective).reward_scale(self.training_objective)
+
     # ---- logs and evaluation -------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs become the exact means since the last log; others pass as they are."""
         if "loss" in logs and "learning_rate" in logs:
-            logs |= self.sums.take(orpo_alpha=self.args.orpo_alpha, reduce=all_reduce_sum, world_size=self.args.world_size)
+            logs |= self.sums.take(reward_scale=self._reward_scale, reduce=all_reduce_sum, world_size=self.args.world_size)
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -439,7 +395,7 @@ class ORPOTrainer(CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(is_training)
         *values, loss = all_reduce_sum(totals).tolist()
-        found = means(dict(zip(METRICS, values, strict=True)), orpo_alpha=self.args.orpo_alpha)
+        found = means(dict(zip(METRICS, values, strict=True)), reward_scale=self._reward_scale)
         found.pop("grad_share/odds_ratio", None)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **found}.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]

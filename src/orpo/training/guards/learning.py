@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import GuardStop
+from orpo.objective import KINDS, ObjectiveKind
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ class ProofOfLearning:
 
     Args:
         window_steps: optimizer steps with a learning rate above zero (a warm-up may begin at zero) that make up "the first steps".
-        has_two_terms: whether the objective means to have a next-token loss beside its preference term; DPO has none.
+        kind: of the objective, ORPO if None: whether it means to have a next-token loss beside its preference term, and what weighs
+            the two.
         say: what to do with a finding besides keeping it in `findings`; the default logs a warning.
 
     Metrics it reads, where the trainer gives them: `grad_share/odds_ratio`, the odds-ratio term's share of the norms of the
@@ -52,8 +54,10 @@ class ProofOfLearning:
     answers' last token, their terminator; `answer_tokens`, mean tokens of generated answers.
     """
 
-    def __init__(self, *, window_steps: int = 10, has_two_terms: bool = True, say: Callable[[LearningFinding], None] | None = None) -> None:
-        self.window_steps, self.has_two_terms = window_steps, has_two_terms
+    def __init__(
+        self, *, window_steps: int = 10, kind: ObjectiveKind | None = None, say: Callable[[LearningFinding], None] | None = None
+    ) -> None:
+        self.window_steps, self.kind = window_steps, KINDS["orpo"] if kind is None else kind
         self._say = say or (lambda finding: logger.warning("step %d: %s", finding.step, finding.message))
         self.start_anew()
 
@@ -135,12 +139,12 @@ class ProofOfLearning:
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Look at logged metrics."""
-        if self.has_two_terms and (share := metrics.get("grad_share/odds_ratio")) is not None:
+        if self.kind.has_two_terms and (share := metrics.get("grad_share/odds_ratio")) is not None:
             self._observe_share(step, float(share))
         logp = metrics.get("logps/chosen")
         if logp is not None and self._fell("logps/chosen", float(logp), COLLAPSE_FACTOR, MIN_COLLAPSE_NATS):
             change = self._change("logps/chosen", "the chosen answers' log-probability per token has collapsed")
-            self._tell("chosen_collapse", step, f"{change}; lower orpo_alpha or learning_rate")
+            self._tell("chosen_collapse", step, f"{change}; lower {self._weigher}learning_rate")
         logp = metrics.get("logps/end")
         if logp is not None and self._fell("logps/end", float(logp), 0.0, END_DROP_NATS):
             change = self._change("logps/end", "the end of the chosen answers has become unlikely")
@@ -171,11 +175,18 @@ class ProofOfLearning:
         if len(self._shares) < _NUM_FIRST:
             return
         if mean < NEGLIGIBLE_SHARE:
-            meaning = "this is plain fine-tuning on the chosen answers; raise orpo_alpha"
-            self._tell("odds_ratio_negligible", step, f"the odds-ratio term is {mean:.1e} of the gradient: {meaning}")
+            meaning = f"this is plain fine-tuning on the chosen answers{self._advice('raise')}"
+            self._tell("odds_ratio_negligible", step, f"the {self.kind.preference} is {mean:.1e} of the gradient: {meaning}")
         elif mean > 1 - NEGLIGIBLE_SHARE:
-            meaning = "the chosen answers are not learned as text; lower orpo_alpha"
+            meaning = f"the chosen answers are not learned as text{self._advice('lower')}"
             self._tell("nll_negligible", step, f"the next-token loss is {1 - mean:.1e} of the gradient: {meaning}")
+
+    @property
+    def _weigher(self) -> str:
+        return f"{self.kind.key_of(self.kind.strength)} or " if self.kind.strength else ""
+
+    def _advice(self, verb: str) -> str:
+        return f"; {verb} {self.kind.key_of(self.kind.strength)}" if self.kind.strength else ""
 
     def _observe_length(self, step: int, tokens: float) -> None:
         first = self._first.setdefault("answer_tokens", [tokens])[0]
