@@ -368,7 +368,7 @@ class TestDemoAndAfter:
             asked.append([(message["role"], message["content"]) for message in prompts[0]])
             return [Answer(f"answer {len(asked)}", 2, "stop")]
 
-        monkeypatch.setattr("orpo.inference.generate.generate", generate)
+        monkeypatch.setattr("orpo.inference.conversation.generate", generate)
         monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/reset\n\nthree\n/quit\nnever\n"))
         assert main(["chat", str(run_dir), "--system", "Be brief."]) == 0
         system = ("system", "Be brief.")

@@ -37,6 +37,7 @@ class Job:
         max_new_tokens: most tokens of an answer.
         limit: positions that the model has, None where that is unknown.
         noise: makes a processor of scores from the rows' seeds, or None for the likeliest token.
+        on_token: told each new token of a single prompt as it comes.
     """
 
     model: Any
@@ -44,6 +45,7 @@ class Job:
     max_new_tokens: int
     limit: int | None
     noise: Callable[[list[int]], Any] | None
+    on_token: Callable[[int], None] | None = None
 
     def run(self, prompts: list[np.ndarray], seeds: list[int]) -> list[list[int]]:
         """New ids of each prompt, its stop token included and what follows it cut off."""
@@ -84,7 +86,9 @@ class Job:
     def _stretch(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, room: int, noise: Any, width: int) -> Tensor:
         """Go on until enough rows have ended, all of them have, or there is no more room."""
         stops = list(self.stop_ids)
-        leaving = [] if cache is None else [_EnoughEnded(ids, width, stops)]
+        leaving: list[StoppingCriteria] = [] if cache is None else [_EnoughEnded(ids, width, stops)]
+        if self.on_token is not None:
+            leaving.append(_Listening(self.on_token))
         return self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -108,6 +112,17 @@ class _EnoughEnded(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.is_ended_B |= torch.isin(input_ids[:, -1], self.stops)
         return (self.is_ended_B.sum() >= self.num_enough).expand(len(input_ids))
+
+
+class _Listening(StoppingCriteria):
+    """Stops nothing: it is what `generate` calls after every token."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token = on_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.on_token(int(input_ids[0, -1]))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def roomy_cache(model: Any) -> DynamicCache | None:

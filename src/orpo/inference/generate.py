@@ -70,6 +70,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[int, Answer], None] | None = None,
     occurrences: Sequence[int] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answer every prompt.
 
@@ -86,6 +87,7 @@ def generate(
         compute_dtype: None for the weights' own; bfloat16 is about twice as fast on float32 weights.
         progress: called with (answers done, prompts).
         each: called with (prompt's number, answer) as soon as it is there.
+        on_token: of a single prompt: told each new token as it comes, the one that ends the answer included.
         occurrences: how often each prompt came before, where these prompts are part of a longer list; None counts here.
 
     Returns:
@@ -114,7 +116,7 @@ def generate(
     seeds = _stream_seeds(ids, seed, count_occurrences(ids) if occurrences is None else occurrences)
     device = next(model.parameters()).device
     noise = partial(_RowNoise, temperature=temperature, top_p=top_p, device=device) if temperature > 0 else None
-    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, noise)
+    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, noise, on_token)
     with inference(model, compute_dtype), _plain_generation_config(model):
         max_tokens = _MAX_CACHE_BYTES // _token_bytes(model, compute_dtype)
         for rows in _batches(todo, [len(one) for one in ids], batch_size, max_tokens, max_new_tokens, limit):

@@ -1,0 +1,181 @@
+"""Talking to a model and its base: turns, other answers, which is better, and what of it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orpo.errors import UserError
+from orpo.inference.conversation import Chat, Settings, append_row, sides_of
+from orpo.inference.ready import make_ready
+from orpo.models.export import export_adapter, export_merged
+from orpo.models.load import adapt, load_model
+from tinymodels import build_tiny_model, build_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose adapter changes its base's answers."""
+    folder = tmp_path_factory.mktemp("chat")
+    export_merged(build_tiny_model("llama", vocab_size=384), build_tiny_tokenizer(), folder / "base")
+    loaded = load_model(folder / "base", device="cpu")
+    adapted = adapt(loaded.model, r=4)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return export_adapter(adapted, loaded.tokenizer, folder / "adapter")
+
+
+def chat_with(adapter: Path, against: str | None = "base", **settings: Any) -> Chat:
+    ready = make_ready(str(adapter), device="cpu")
+    return Chat(sides_of(ready, str(adapter), against), Settings(max_new_tokens=6, **settings))
+
+
+def test_both_answers_come_from_one_model_in_memory(adapter: Path) -> None:
+    chat = chat_with(adapter)
+    tuned, base = chat.ask("Hello")
+    assert chat.sides[0].ready is chat.sides[1].ready
+    alone = chat_with(adapter, None).ask("Hello")
+    of_base = chat_with(adapter.parent / "base", None).ask("Hello")
+    assert (tuned.text, base.text) == (alone[0].text, of_base[0].text)
+    assert tuned.text != base.text
+    assert chat.ask("Hello")[0].text != ""  # the adapter is on again
+
+
+def test_the_same_seed_gives_both_the_same_draws(adapter: Path) -> None:
+    base = adapter.parent / "base"
+    chat = chat_with(base, str(base), temperature=1.0)
+    first = chat.ask("Hello")
+    again = chat.retry()
+    assert first[0].text == first[1].text
+    assert again[0].text == again[1].text != first[0].text
+    assert [one.number for one in first + again] == [1, 2, 3, 4]
+
+
+def test_what_is_streamed_is_the_answer(adapter: Path) -> None:
+    heard: dict[int, list[str]] = {0: [], 1: []}
+    answers = chat_with(adapter).ask("Hello", lambda side, text: heard[side].append(text))
+    for side, answer in enumerate(answers):
+        assert len(heard[side]) > 1
+        assert answer.text.startswith(heard[side][-1].rstrip("\ufffd"))
+        assert all(later.startswith(earlier) for earlier, later in zip(heard[side], heard[side][1:], strict=False))
+
+
+def test_the_better_answer_goes_on_and_is_a_row_that_training_reads(adapter: Path, tmp_path: Path) -> None:
+    from orpo.data.formats import load_preferences
+
+    chat = chat_with(adapter, system="Be brief.")
+    _, base = chat.ask("Hello")
+    row = chat.prefer(2)
+    assert chat.conversation()[-1]["content"] == base.text
+    path = tmp_path / "new" / "pairs.jsonl"
+    assert append_row(path, row) == 1
+    chat.ask("And\u2028then?")
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user"]
+    assert append_row(path, chat.prefer(1)) == 2
+    read, dropped, _ = load_preferences(str(path))
+    assert len(read) == 2
+    assert not dropped
+
+
+def test_turns_are_edited_and_taken_back(adapter: Path) -> None:
+    chat = chat_with(adapter)
+    for step in (chat.retry, chat.back, lambda: chat.edit("x")):
+        with pytest.raises(UserError, match="nothing was asked"):
+            step()
+    first = chat.ask("one")[0].text
+    chat.ask("two")
+    assert chat.edit("three")
+    assert [message["content"] for message in chat.messages] == ["one", first, "three"]
+    chat.back()
+    assert [message["content"] for message in chat.conversation()] == ["one", first]
+    chat.back()
+    assert chat.conversation() == []
+
+
+def test_what_cannot_be_preferred_is_told(adapter: Path) -> None:
+    base = adapter.parent / "base"
+    chat = chat_with(base, None)
+    chat.ask("Hello")
+    with pytest.raises(UserError, match="no two answers"):
+        chat.prefer(1)
+    same = chat_with(base, str(base))
+    same.ask("Hello")
+    with pytest.raises(UserError, match="the same"):
+        same.prefer(1)
+    both = chat_with(adapter)
+    both.ask("Hello")
+    both.retry()
+    with pytest.raises(UserError, match="4 answers"):
+        both.prefer(1)
+    for pair in ((1, 1), (0, 2), (1, 5)):
+        with pytest.raises(UserError, match="two different numbers"):
+            both.prefer(*pair)
+    assert both.prefer(4, 1)["rejected"][0]["content"] == both.candidates[0].text
+
+
+def test_nothing_says_what_the_base_of_a_plain_model_is(adapter: Path) -> None:
+    with pytest.raises(UserError, match="--against MODEL"):
+        chat_with(adapter.parent / "base", "base")
+
+
+def run_chat(model: Path, *flags: str, lines: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orpo", "chat", str(model), "--max_new_tokens", "6", *flags]
+    return subprocess.run(command, input=lines, capture_output=True, text=True, cwd=folder, check=False, timeout=200)
+
+
+def test_a_chat_as_it_is_typed(adapter: Path, tmp_path: Path) -> None:
+    """/help and mistyped commands are not sent to the model; rows and conversations are written; the rows train."""
+    typed = "/help\n/hlep me\nHello\n/better 1\n//etc is a folder\n/better x\n/save talk.jsonl\n/quit\nnever\n"
+    done = run_chat(adapter, "--against", "base", lines=typed, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "/retry" in done.stderr
+    assert "/hlep is no command" in done.stderr
+    assert done.stdout.count("] tuned") == done.stdout.count("] base") == 2
+    (row,) = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+    assert row["prompt"] == [{"role": "user", "content": "Hello"}]
+    (talk,) = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
+    assert [message["role"] for message in talk["messages"]] == ["user", "assistant"] * 2
+    assert talk["messages"][2]["content"] == "/etc is a folder"
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(adapter: Path, tmp_path: Path) -> None:
+    """In a terminal, as a person does it: a long answer is broken off, the next one comes."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "orpo", "chat", str(adapter.parent / "base"), "--max_new_tokens", "480", "--temperature", "3"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, start_new_session=True, env=environment)
+    os.close(slave)
+    read_until(master, "> ")
+    os.write(master, b"Hello\n")
+    read_until(master, "Hello", more=40)  # what was typed, and some of the answer
+    os.kill(process.pid, signal.SIGINT)
+    text = read_until(master, "> ")
+    assert "stopped; the chat goes on" in text
+    os.write(master, b"/quit\n")
+    assert process.wait(60) == 0
+    os.close(master)
+
+
+def read_until(master: int, mark: str, *, more: int = 0) -> str:
+    """What a terminal shows up to a mark and some characters beyond."""
+    text, end = "", time.monotonic() + 120
+    while time.monotonic() < end:
+        if select.select([master], [], [], 1)[0]:
+            text += os.read(master, 4096).decode(errors="replace")
+        if mark in text and len(text) - text.rindex(mark) - len(mark) >= more:
+            return text
+    raise AssertionError(text)
