@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench faults audit-dependencies test-lowest constraints clean
+.PHONY: help setup demo test test-all lint format docs bench faults audit-dependencies test-lowest constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,6 +51,10 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 format: $(STAMP) ## let ruff mend and format the sources
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
+
+docs: $(STAMP) ## build the site into docs/_build/html; warnings are errors
+	@$(PY) -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 bench: $(STAMP) ## measure speed and memory against TRL's trainer
 	@$(PY) benchmarks/throughput.py $(ARGS)

@@ -118,7 +118,7 @@ def test_extras_cover_what_the_parts_need(project: dict[str, Any]) -> None:
     assert not names & {"trl", "gguf", "bitsandbytes", "datasketch", "plotly", "scikit-learn"}, "heavy parts are extras"
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "bench", "faults", "test-lowest", "setup"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "bench", "docs", "faults", "test-lowest", "setup"])
 def test_make_has_the_target(target: str) -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
