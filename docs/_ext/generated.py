@@ -81,6 +81,7 @@ def options() -> str:
     """Every key of a run: default and effect."""
     from transformers import TrainingArguments
 
+    from orpo.config.objectives import option_keys
     from orpo.config.options import ORPOConfig, field_defaults
     from orpo.run.keys import RunKeys, key_types
 
@@ -94,6 +95,8 @@ def options() -> str:
         row = (item.name, field_defaults()[item.name], item.metadata.get("help") or "")
         is_ours = item.name not in inherited or item.metadata.get("help") != inherited[item.name].metadata.get("help")
         (trainer if is_ours else others).append(row)
+    fields = {item.name for item in dataclasses.fields(ORPOConfig)}
+    trainer += [(key, option.default, option.help) for key, option in option_keys().items() if key not in fields]
     return "\n\n".join(
         [
             "## Model, data and adapter\n\n" + _table(run),

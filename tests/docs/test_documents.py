@@ -6,10 +6,12 @@ A block is excused by a comment in front of it, `<!-- not run: why -->`; a page 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +121,14 @@ def test_python_that_is_not_run_is_python(block: Block) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("block", [block for block in python_blocks() if not block.why], ids=str)
-def test_python_runs(block: Block, smollm2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(block: Block, smollm2_folder: Path, tmp_path: Path) -> None:
     """As it stands, in a folder with a file of pairs; the bundled model is found by its name."""
     rows = [f'{{"prompt": "Question {n}?", "chosen": "A good answer to {n}.", "rejected": "No. {n}!"}}\n' for n in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(rows), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, str(block), "exec"), {"__name__": "block"})  # noqa: S102 - the documents' own examples
+    (tmp_path / "block.py").write_text(block.text, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "block.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", TABLE_PAGES, ids=lambda page: page.stem)
