@@ -198,3 +198,20 @@ def test_wrong_arguments_exit_with_2(
     code, out, err = run(capsys, *words)
     assert code == EXIT_USER
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--strict"]])
+def test_rows_of_which_none_can_be_used_are_no_success(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Q{n}?", "chosen": "", "rejected": "b"}) + "\n" for n in range(40)))
+    assert main(["audit", str(path), "--workers", "1", *flags]) == 2
+    assert "no row of 40 can be trained on" in "".join(capsys.readouterr())
+
+
+def test_a_few_pairs_are_not_called_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "What is the sky like?", "chosen": "It is high and blue.", "rejected": "No idea."}) + "\n")
+    assert main(["audit", str(path), "--workers", "1"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "would hurt" not in said
+    assert "that takes 50 pairs" in said

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from orpo import ORPOConfig
 from orpo.config.checks import EVALUATED
-from orpo.errors import UserErrors
+from orpo.errors import UserError, UserErrors
 from orpo.run.config import resolve
 
 BASE = {"model_name_or_path": "m", "dataset_name": "rows.jsonl", "eval_fraction": 0.1, "eval_strategy": "epoch", "use_cpu": True}
@@ -129,3 +129,38 @@ def test_the_metrics_named_are_those_of_an_evaluation(tmp_path: Path, tiny_model
     reported = {name.removeprefix("eval_") for name in trainer.evaluate()}
     assert set(EVALUATED) <= reported
     assert reported - set(EVALUATED) <= {"runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "sets", "meant"),
+    [
+        ("accuracy", None, "rewards/accuracies"),
+        ("loss", None, None),
+        ("eval_hard_loss", ["easy", "hard"], None),
+        ("hrad_loss", ["hard"], "hard_loss"),
+    ],
+)
+def test_the_metric_is_looked_at_when_the_trainer_is_made(
+    metric: str, sets: list[str] | None, meant: str | None, tmp_path: Path, tiny_model_factory, tiny_tokenizer_factory
+) -> None:
+    from orpo import ORPOTrainer
+
+    rows = [{"prompt": f"Q{n}?", "chosen": f"Yes, {n}.", "rejected": "No."} for n in range(4)]
+    tokenizer = tiny_tokenizer_factory()
+    model = tiny_model_factory("llama", vocab_size=len(tokenizer))
+    args = ORPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", bf16=False, metric_for_best_model=metric)
+    args.per_device_train_batch_size = 2
+    held_out = rows[2:] if sets is None else dict.fromkeys(sets, rows[2:])
+    given = {"model": model, "args": args, "train_dataset": rows[:2], "processing_class": tokenizer}
+    if meant is None:
+        ORPOTrainer(**given, eval_dataset=held_out)
+        return
+    with pytest.raises(UserError, match="metric_for_best_model") as caught:
+        ORPOTrainer(**given, eval_dataset=held_out)
+    assert caught.value.mend == f"did you mean {meant!r}?"
+
+    class Own(ORPOTrainer):
+        def evaluate(self, *args, **kwargs):
+            return {**super().evaluate(*args, **kwargs), f"eval_{metric}": 1.0}
+
+    Own(**given, eval_dataset=held_out)

@@ -417,7 +417,7 @@ def test_plain_text_is_refused_with_and_without_sft_rows() -> None:
 def test_messages_as_json_text_are_messages() -> None:
     chat = json.dumps([user("Q?")])
     shape = detect_shape([{"prompt": chat, "chosen": "good", "rejected": "bad"}])
-    assert "messages as JSON text in 'prompt'" in str(shape)
+    assert "JSON text in 'prompt'" in str(shape)
     result = to_preference({"prompt": "[not a conversation]", "chosen": "good", "rejected": "bad"}, shape, HERE)
     assert isinstance(result, Dropped)
     assert result.reason == "bad_messages"

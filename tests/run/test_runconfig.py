@@ -293,3 +293,11 @@ def test_a_resolved_run_is_a_value(write) -> None:
 def test_a_learning_rate_that_destroys_the_weights_is_told_beforehand(rate: float, optimizer: str, is_told: bool) -> None:
     notes = resolve(None, ["--model_name_or_path", "m", "--dataset_name", "d", "--learning_rate", str(rate), "--optim", optimizer]).notes
     assert any(note.startswith(f"learning_rate {rate:g} is far above") for note in notes) == is_told
+
+
+@pytest.mark.parametrize("text", ["\tlearning_rate: 1e-5\n", "learning_rate:\t1e-5\n\tseed: 3\n", "column_map:\n\tprompt: question\n"])
+def test_a_tab_in_yaml_is_called_one(text: str, write) -> None:
+    told = problems_of(write(MINIMAL + text))
+    assert "tab" in told
+    assert "spaces" in told
+    assert "quotes" not in told

@@ -9,7 +9,7 @@ from typing import Any
 
 from orpo.audit.findings import Finding
 from orpo.audit.scenarios import Scenario
-from orpo.audit.shortcuts import Shortcut
+from orpo.audit.shortcuts import MIN_PAIRS, Shortcut
 from orpo.audit.surprise import Surprise
 from orpo.audit.table import AuditTable
 from orpo.audit.tokens import TokenFacts
@@ -85,7 +85,7 @@ class Audit:
             yield f"  {shape}"
         yield ""
         if not self.findings:
-            yield "Nothing found that would hurt."
+            yield self._nothing_found()
         for finding in self.findings:
             yield from self._finding_lines(finding, num_places)
         yield from self._length_lines()
@@ -105,6 +105,13 @@ class Audit:
                 yield f"  {numbers}  {scenario.name}"
         for surprise in self.surprises:
             yield surprise.sentence()
+
+    def _nothing_found(self) -> str:
+        if not self.num_usable:
+            return "No row can be trained on."
+        if self.num_pairs >= MIN_PAIRS:
+            return "Nothing found that would hurt."
+        return f"Nothing found in single rows. Shortcuts and scenarios were not looked for: that takes {MIN_PAIRS} pairs."
 
     @staticmethod
     def _finding_lines(finding: Finding, num_places: int) -> Iterator[str]:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit; exit code 2 with --strict where something was found."""
+    """Audit; exit code 2 where no row can be trained on, and with --strict where something was found."""
     from orpo.audit import run_audit, write_clean
     from orpo.system.console import print_json, report_console, say
 
@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         say(console, f"page         {args.html}")
     if args.json:
         print_json(facts)
+    if not audit.num_usable:
+        say(console, f"no row of {audit.num_rows} can be trained on: mend the rows named above")
+        return EXIT_USER
     if args.strict and not audit.is_clean:
         codes = [finding.code for finding in audit.findings if finding.severity != "info"]
         say(console, f"--strict: {len(codes)} findings to mend: {', '.join(codes)}")

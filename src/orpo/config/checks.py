@@ -5,13 +5,14 @@ Works on plain values, so that a file and flags can be checked before there is a
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
 import os
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from orpo.config import compat
@@ -350,3 +351,21 @@ def value_notes(values: dict[str, Any]) -> list[str]:
         f"learning_rate {rate:g} is far above what fine-tuning stands (about 1e-6 to 1e-3): expect it to destroy the weights within a few "
         "steps; 8e-6 is the default, small models and adapters take 5e-5 to 5e-4"
     ]
+
+
+def best_metric_problems(metric: str | None, *, has_reward: bool = True, sets: Sequence[str] = ()) -> list[UserError]:
+    """A metric that no evaluation reports; transformers would look for it at the first one.
+
+    Args:
+        has_reward: whether the objective has rewards to report.
+        sets: names of the evaluation sets where there are several, which then stand before the metric's.
+    """
+    reported = [name for name in EVALUATED if has_reward or name not in REWARDS]
+    reported += [f"{one}_{name}" for one in sets for name in reported]
+    if metric is None or (wanted := metric.removeprefix("eval_")) in reported:
+        return []
+    by_last_word = {one.rpartition("/")[2]: one for one in reversed(reported)}
+    near = difflib.get_close_matches(wanted, reported, n=1, cutoff=0.6)
+    near = near or [by_last_word[word] for word in difflib.get_close_matches(wanted, by_last_word, n=1, cutoff=0.5)]
+    mend = f"did you mean {near[0]!r}?" if near else None
+    return [UserError(f"found {metric!r}", where="metric_for_best_model", expected=f"one of {', '.join(reported)}", mend=mend)]

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orpo.data.reading.sources import MAX_ROW_BYTES, Source, as_sources, read_source
-from orpo.data.rows.messages import BadRow, decode, is_empty_answer, is_empty_prompt, plain_text, type_name
+from orpo.data.rows.columns import normal_name
+from orpo.data.rows.jsontext import decode
+from orpo.data.rows.messages import BadRow, is_empty_answer, is_empty_prompt, plain_text, type_name
 from orpo.data.rows.recognise import Shape, detect_shape, merge_rated_rows, rename
 from orpo.data.rows.shapes import Draft
 from orpo.data.types import REASONS, Dropped, Preference, Where
@@ -24,6 +26,13 @@ __all__ = ["Shape", "Source", "detect_shape", "load_preferences", "read_source",
 logger = logging.getLogger(__name__)
 
 _SAMPLE_ROWS = 1000
+_MEDIA = frozenset(
+    [
+        *("image", "images", "image_path", "image_paths", "chosen_images", "rejected_images", "pixel_values"),
+        *("video", "videos", "audio", "audios"),
+    ]
+)
+"""Columns of multimodal data sets, which mean that the text alone is not the row."""
 _SAMPLE_BYTES = 32 << 20
 _MAX_COLUMN_CHARS = 500
 _WARN_IDENTICAL_SHARE = 0.01
@@ -50,6 +59,8 @@ def to_draft(row: Any, shape: Shape) -> Draft:
 
 def judge(draft: Draft, row: Mapping[Any, Any], shape: Shape, where: Where) -> Preference | Dropped:
     """The preference that a draft makes, or why it makes none."""
+    if (medium := _medium(row, shape)) is not None:
+        return Dropped("wrong_type", where, f"the row has {medium}; only text can be trained")
     if is_empty_prompt(draft.prompt):
         return Dropped("empty_prompt", where)
     for index, response in enumerate(draft.responses):
@@ -61,6 +72,14 @@ def judge(draft: Draft, row: Mapping[Any, Any], shape: Shape, where: Where) -> P
     used = shape.used | {theirs for _, theirs in shape.column_map}
     columns = {key: value for key, value in row.items() if isinstance(key, str) and key not in used and _travels(value)}
     return Preference(draft.prompt, draft.responses, draft.pairs, where, draft.tools, columns)
+
+
+def _medium(row: Mapping[Any, Any], shape: Shape) -> str | None:
+    """The column that holds what is no text and belongs to the row's conversation: images, sound, film."""
+    for key, value in row.items():
+        if isinstance(key, str) and normal_name(key) in _MEDIA and key not in shape.used and value not in (None, "", [], {}, ()):
+            return repr(key)
+    return None
 
 
 def _name_of(index: int, draft: Draft) -> str:

@@ -7,7 +7,6 @@ Every problem of both is told in one go, with file and line. Nothing is loaded, 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.config import compat
-from orpo.config.checks import EVALUATED, REWARDS, check_values, value_notes
+from orpo.config.checks import best_metric_problems, check_values, value_notes
 from orpo.config.objectives import find, known, needs_reference, option_keys, options_without_effect
 from orpo.data.reading.sources import DEMO_DATA
 from orpo.data.settings import DataSettings
@@ -238,23 +237,8 @@ def _run_problems(values: dict[str, Any], *, has_broken_keys: bool, has_model: b
                 mend="name dataset_test_split or eval_dataset_name, or hold rows out with eval_fraction",
             )
         )
-    return problems + _best_metric_problems(values["metric_for_best_model"], values["objective"])
-
-
-def _best_metric_problems(metric: str | None, objective: str) -> list[UserError]:
-    """A metric that no evaluation reports; transformers would look for it at the first one."""
-    if metric is None:
-        return []
-    has_reward = objective not in known() or known()[objective].reward is not None
-    reported = [name for name in EVALUATED if has_reward or name not in REWARDS]
-    name = metric.removeprefix("eval_")
-    if name in reported:
-        return []
-    by_last_word = {one.rpartition("/")[2]: one for one in reversed(reported)}
-    near = difflib.get_close_matches(name, reported, n=1, cutoff=0.6)
-    near = near or [by_last_word[word] for word in difflib.get_close_matches(name, by_last_word, n=1, cutoff=0.5)]
-    mend = f"did you mean {near[0]!r}?" if near else None
-    return [UserError(f"found {metric!r}", where="metric_for_best_model", expected=f"one of {', '.join(reported)}", mend=mend)]
+    objective = known().get(values["objective"])
+    return problems + best_metric_problems(values["metric_for_best_model"], has_reward=objective is None or objective.reward is not None)
 
 
 def stored_config(facts: Mapping[str, Any]) -> RunConfig | None:

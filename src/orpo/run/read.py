@@ -156,6 +156,8 @@ def _yaml_problem(path: Path, error: yaml.YAMLError) -> UserError:
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
     is_tag = isinstance(error, yaml.constructor.ConstructorError)
     mend = "plain values only; tags such as !!python are never executed" if is_tag else "a value with a colon or # in it needs quotes"
+    if "\\t" in what:  # "found character '\\t' that cannot start any token"
+        what, mend = "a tab", "YAML takes no tabs at the start of a value or line: put spaces in its place"
     if path.suffix not in (".yaml", ".yml"):
         mend = "a configuration is a YAML file; data are named by --dataset_name"
     return UserError(f"not valid YAML: {what}", where=where, mend=mend)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from orpo.config.checks import best_metric_problems
 from orpo.config.objectives import find
 from orpo.config.options import ORPOConfig
 from orpo.data.types import TokenGroup
@@ -99,6 +100,22 @@ def use_one_gpu(args: ORPOConfig) -> None:
         # Or transformers would wrap the model in DataParallel, which cuts along a batch dimension that packed rows do not have.
         logger.warning("%d GPUs are visible, and one process uses one; to use all: torchrun --nproc_per_node %d …", args.n_gpu, args.n_gpu)
         args._n_gpu = 1
+
+
+def check_best_metric(trainer: Any, args: ORPOConfig, eval_dataset: Any) -> None:
+    """The metric that chooses the best model is one that the evaluation will report; the trainer knows its objective already.
+
+    Raises:
+        UserError: it is not. An evaluation of a subclass's own may report anything, and is not looked at.
+    """
+    from transformers import Trainer
+
+    if eval_dataset is None or type(trainer).evaluate is not Trainer.evaluate:
+        return
+    has_reward = kind_of(trainer.training_objective).reward is not None
+    sets = list(eval_dataset) if isinstance(eval_dataset, dict) else []
+    for problem in best_metric_problems(args.metric_for_best_model, has_reward=has_reward, sets=sets):
+        raise problem
 
 
 def resolve_objective(args: ORPOConfig) -> Objective:

@@ -41,6 +41,7 @@ from orpo.training.outside import OutsideMixin
 from orpo.training.saving import CheckpointMixin
 from orpo.training.search import SearchMixin
 from orpo.training.setup import (
+    check_best_metric,
     check_rows,
     prepared_model,
     refuse_arguments,
@@ -115,6 +116,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
         use_one_gpu(args)
         self._own_objective = objective
         self.training_objective = resolve_objective(args) if objective is None else objective
+        check_best_metric(self, args, eval_dataset)
         self._peft_config = peft_config
         self._engine: Engine | None = None
         self._working: WorkingWeights | None = None

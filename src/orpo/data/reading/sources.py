@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from orpo.data.reading import jsonfiles, tables
+from orpo.data.reading.cells import cell_readers, read_cells
 from orpo.data.reading.jsonfiles import RawRow
 from orpo.data.reading.splits import did_you_mean, pick_split, read_split, require_only_split, split_of_file, split_of_name
 from orpo.data.types import Where
@@ -269,11 +270,13 @@ def _read_object(data: Any, split: str | None, max_row_bytes: int, label: str = 
         return ((Where(f"{label}[{taken}]" if taken else label, row), value) for row, value in enumerate(rows))
     is_of_datasets = hasattr(data, "with_format") and hasattr(data, "features")  # Dataset, IterableDataset
     require_only_split(split, label, announced=str(data.split) if is_of_datasets and data.split else None)
-    if is_of_datasets:  # plain Python values
-        data = data.with_format(None)
-    elif hasattr(data, "to_batches"):  # pyarrow.Table
+    if is_of_datasets:
+        features, data = data.features, data.with_format(None)  # plain Python values
+        readers = cell_readers(features.arrow_schema, is_decoded=True) if features is not None else {}
+        return ((Where(label, row), read_cells(value, readers)) for row, value in enumerate(data))
+    if hasattr(data, "to_batches"):  # pyarrow.Table
         return tables.read_batches(iter(data.to_batches(max_chunksize=1024)), label, max_row_bytes)
-    elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas.DataFrame
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas.DataFrame
         data = data.to_dict(orient="records")
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise DataError(

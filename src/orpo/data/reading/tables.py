@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from orpo.data.reading.cells import Read, cell_readers, read_cells
 from orpo.data.reading.jsonfiles import BOM, Opener, RawRow, check_encoding, empty_file, invalid_utf8, too_large
 from orpo.data.types import Dropped, Where
 from orpo.errors import DataError
@@ -159,7 +160,7 @@ def _batch_rows(num_bytes: int, num_rows: int) -> int:
     return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * max(num_rows, 1) // max(num_bytes, 1)))
 
 
-def _rows_of_batch(batch: Any, name: str, first_row: int, max_row_bytes: int) -> Iterator[RawRow]:
+def _rows_of_batch(batch: Any, name: str, first_row: int, max_row_bytes: int, readers: Mapping[str, Read]) -> Iterator[RawRow]:
     for offset in range(batch.num_rows):
         where = Where(name, first_row + offset)
         one = batch.slice(offset, 1)
@@ -167,19 +168,20 @@ def _rows_of_batch(batch: Any, name: str, first_row: int, max_row_bytes: int) ->
         if batch.nbytes > max_row_bytes and one.nbytes > max_row_bytes:
             yield where, too_large(where, max_row_bytes)
             continue
-        yield where, one.to_pylist()[0]
+        yield where, read_cells(one.to_pylist()[0], readers)
 
 
 def read_batches(batches: Iterator[Any], name: str, max_row_bytes: int) -> Iterator[RawRow]:
     """The rows of pyarrow record batches."""
     row = 0
     for batch in batches:
+        readers = cell_readers(batch.schema)
         for start in range(0, batch.num_rows, _MAX_BATCH_ROWS):
             piece = batch.slice(start, _MAX_BATCH_ROWS)
             if piece.nbytes <= max_row_bytes:
-                yield from ((Where(name, row + offset), value) for offset, value in enumerate(piece.to_pylist()))
+                yield from ((Where(name, row + offset), read_cells(value, readers)) for offset, value in enumerate(piece.to_pylist()))
             else:
-                yield from _rows_of_batch(piece, name, row, max_row_bytes)
+                yield from _rows_of_batch(piece, name, row, max_row_bytes, readers)
             row += piece.num_rows
 
 

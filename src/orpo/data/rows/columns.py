@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -133,6 +134,7 @@ class Sample:
         return DataError(f"{what} (found: {found})", where=self.where, expected=expected, mend=mend)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every column of every row
 def normal_name(column: str) -> str:
     """A column's name for comparing: lower case, words joined by underscores."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z][a-z0-9]*$)", "_", column.strip())

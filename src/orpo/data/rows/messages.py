@@ -12,10 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo.data.types import Message, Text
-from orpo.errors import DataError
-
-_NUM_LOOKED_AT = 50
-_PYTHON_TEXT = re.compile(r"\s*\[?\s*\{'(?:role|from|content|value)':")
 
 _ROLES = {
     "system": "system",
@@ -205,6 +201,9 @@ def split_conversations(conversations: Sequence[tuple[Message, ...]]) -> tuple[t
     for messages in conversations:
         if messages[-1]["role"] != "assistant":
             raise BadRow("bad_messages", f"the conversation ends with {messages[-1]['role']}")
+    whole = next((messages for messages in conversations if is_whole(messages)), None)
+    if whole is not None:  # an answer that stands alone is one to the same prompt
+        conversations = [messages if is_whole(messages) else (*whole[:-1], *messages) for messages in conversations]
     first = conversations[0]
     if all(messages[:-1] == first[:-1] for messages in conversations):
         return first[:-1], tuple(messages[-1:] for messages in conversations)
@@ -215,6 +214,11 @@ def split_conversations(conversations: Sequence[tuple[Message, ...]]) -> tuple[t
     if not all(_is_run_of_one_answer(rest) for rest in rests):
         raise BadRow("prompts_differ", f"the conversations part at turn {shared + 1}, before their last answers")
     return first[:shared], rests
+
+
+def is_whole(messages: Text) -> bool:
+    """Whether messages are a whole conversation, with the prompt inside."""
+    return not isinstance(messages, str) and any(message["role"] in {"user", "system"} for message in messages)
 
 
 def _is_run_of_one_answer(messages: tuple[Message, ...]) -> bool:
@@ -267,50 +271,3 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
         raise BadRow("wrong_type", f"tools is a {type_name(value)}, not a list of objects")
     return tuple(dict(tool) for tool in value) or None
-
-
-def json_columns(rows: Sequence[Mapping[Any, Any]], where: str) -> frozenset[str]:
-    """The columns whose values are conversations written as JSON text.
-
-    Raises:
-        DataError: conversations written with Python's `str()`, which nothing can read back for certain.
-    """
-    found: dict[str, list[str]] = {}
-    for row in rows[:_NUM_LOOKED_AT]:
-        for column, value in row.items():
-            if isinstance(column, str) and isinstance(value, str) and not is_blank(value):
-                found.setdefault(column, []).append(value)
-    for column, texts in found.items():
-        if all(map(_PYTHON_TEXT.match, texts)):
-            raise DataError(
-                f"the messages in {column!r} were written as Python text: {texts[0].strip()[:40]} …",
-                where=where,
-                expected='JSON, such as [{"role": "user", "content": "…"}]',
-                mend="write the column with json.dumps instead of str, or save the data as jsonl or parquet",
-            )
-    return frozenset(column for column, texts in found.items() if all(_messages_of(text) is not None for text in texts))
-
-
-def _messages_of(text: str) -> Any:
-    """The conversation that a text is in JSON, or None."""
-    if text.lstrip()[:1] not in {"[", "{"}:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if looks_like_messages(value) else None
-
-
-def decode(row: Mapping[Any, Any], columns: frozenset[str]) -> Mapping[Any, Any]:
-    """The row with the conversations of these columns as values.
-
-    Raises:
-        BadRow: a text in one of them is no conversation.
-    """
-    texts = {column: row[column] for column in columns if isinstance(row.get(column), str) and not is_blank(row[column])}
-    decoded = {column: _messages_of(text) for column, text in texts.items()}
-    for column, value in decoded.items():
-        if value is None:
-            raise BadRow("bad_messages", f"{column} holds text where the other rows have messages as JSON")
-    return {**row, **decoded} if decoded else row

@@ -28,9 +28,10 @@ from orpo.data.rows.columns import (
     unused_line,
     verdict_on_one_answer,
 )
-from orpo.data.rows.messages import BadRow, decode, is_transcript, json_columns, looks_like_messages, type_name
+from orpo.data.rows.jsontext import decode, json_columns
+from orpo.data.rows.messages import BadRow, is_transcript, looks_like_messages, read_messages, type_name
 from orpo.data.rows.pairs import PairPolicy, parse_policy
-from orpo.data.rows.refusals import map_hint, no_prompt, refusal
+from orpo.data.rows.refusals import map_hint, no_prompt, refusal, refuse_objects, refuse_second_answers
 from orpo.data.rows.several import Found, several_responses
 from orpo.data.rows.shapes import GroupReader, PairReader, PromptReader, Reader, SftReader
 from orpo.data.types import Dropped
@@ -65,7 +66,7 @@ class Shape:
     answer_column: str | None = None
     score_column: str | None = None
     json_columns: frozenset[str] = frozenset()
-    """Columns whose text is messages in JSON."""
+    """Columns whose text is JSON: messages, or lists of texts."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.description}"
@@ -130,12 +131,14 @@ def detect_shape(
         )
     shape = _pair_shape(sample, sft_rows) or several_responses(sample, policy) or _rated_rows(sample, policy)
     if shape is None:
+        refuse_second_answers(sample)
         shape = _sft_shape(sample) if sft_rows else None
     if shape is None:
         raise refusal(sample)
     name, description, reader, used, *grouping = shape
+    refuse_objects(sample, reader)
     if told := sorted(in_json & set(used)):
-        description += f"; messages as JSON text in {', '.join(map(repr, told))}"
+        description += f"; JSON text in {', '.join(map(repr, told))}"
     return replace(Shape(name, description, reader, frozenset(used), mapping, *grouping), json_columns=in_json)
 
 
@@ -176,6 +179,9 @@ def _pair_shape(sample: Sample, sft_rows: bool) -> Found:
     chosen, rejected = sample.find(CHOSEN), sample.find(REJECTED)
     if chosen is None and rejected is None:
         return None
+    if chosen is None and sample.share(rejected, _is_text_or_messages) > 0.5:  # ms-swift: the chosen answer ends the conversation
+        talks = (sample.find((name,)) for name in ("messages", "conversations", "conversation"))
+        chosen = next((column for column in talks if sample.share(column, _is_answered) > 0.8), None)
     if chosen is None or rejected is None or not sample.filled[chosen] or not sample.filled[rejected]:
         return None if _is_verdict(sample, chosen) else _half_a_pair(sample, chosen, rejected, sft_rows)
     prompt = prompt_reader(sample, taken=(chosen, rejected))
@@ -191,6 +197,21 @@ def _pair_shape(sample: Sample, sft_rows: bool) -> Found:
     used = [*columns_of(prompt), chosen, rejected]
     line = f"{prompt_line(prompt)}, chosen = {chosen!r}, rejected = {rejected!r}{unused_line(sample, used)}"
     return name, line, reader, used
+
+
+def _is_text_or_messages(value: Any) -> bool:
+    return isinstance(value, str) or looks_like_messages(value)
+
+
+def _is_answered(value: Any) -> bool:
+    """Whether a conversation has a question, and the assistant's answer as its last turn."""
+    if not isinstance(value, (list, tuple)) or not looks_like_messages(value):
+        return False
+    try:
+        messages = read_messages(value, "messages")
+    except BadRow:
+        return False
+    return len(messages) > 1 and messages[-1]["role"] == "assistant"
 
 
 def _is_verdict(sample: Sample, column: str | None) -> bool:
@@ -231,7 +252,7 @@ def _pair_name(sample: Sample, prompt: PromptReader, chosen: str, transcripts: b
 def _rated_rows(sample: Sample, policy: PairPolicy) -> Found:
     """One rated response per row, the rows of a prompt one after the other (HelpSteer)."""
     score, answer = sample.find(RATINGS), sample.find(ANSWERS[:5])
-    if score is None or answer is None or sample.share(score, is_number) < 0.5:
+    if score is None or answer is None or sample.share(score, lambda value: isinstance(value, bool) or is_number(value)) < 0.5:
         return None
     prompt = prompt_reader(sample, taken=(answer,))
     if len(prompt.columns) != 1:
@@ -249,7 +270,8 @@ def _rated_rows(sample: Sample, policy: PairPolicy) -> Found:
 
 def merge_rated_rows(rows: Sequence[Mapping[Any, Any]], shape: Shape) -> Mapping[Any, Any]:
     """The rated rows of one prompt as one row with completions."""
-    completions = [{"text": row.get(shape.answer_column), "score": row.get(shape.score_column)} for row in rows]
+    scores = [float(mark) if isinstance(mark := row.get(shape.score_column), bool) else mark for row in rows]
+    completions = [{"text": row.get(shape.answer_column), "score": score} for row, score in zip(rows, scores, strict=True)]
     return {**rows[0], "completions": completions}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo.data.rows import shapes
@@ -16,10 +16,11 @@ from orpo.data.rows.columns import (
     REJECTED,
     Sample,
     is_number,
+    normal_name,
     prompt_reader,
     verdict_on_one_answer,
 )
-from orpo.data.rows.messages import BadRow, looks_like_messages
+from orpo.data.rows.messages import BadRow, looks_like_messages, read_text_or_messages
 from orpo.errors import DataError
 
 
@@ -57,6 +58,78 @@ def unlabelled(sample: Sample, columns: Sequence[str], *, is_list: bool = False)
     )
 
 
+_BAD_WORDS = frozenset(
+    [
+        *("rejected", "reject", "dispreferred", "undesirable", "negative", "bad", "worse", "worst"),
+        *("loser", "losing", "lose", "incorrect", "wrong"),
+    ]
+)
+_GOOD_WORDS = frozenset(
+    {"chosen", "accepted", "preferred", "positive", "good", "better", "best", "winner", "winning", "win", "correct", "right", "desirable"}
+)
+
+
+def second_answers(sample: Sample) -> tuple[str, str] | None:
+    """(good, bad): two columns of texts whose names differ in a word for good and bad (`text` and `rejected_text`, `good`, `bad`)."""
+    texts = [c for c in sample.columns if sample.share(c, lambda value: isinstance(value, str) or looks_like_messages(value)) > 0.5]
+    words = {column: frozenset(normal_name(column).split("_")) for column in texts}
+    for bad in texts:
+        if words[bad] & _BAD_WORDS:
+            rest = words[bad] - _BAD_WORDS
+            good = next((c for c in texts if not words[c] & _BAD_WORDS and words[c] - _GOOD_WORDS == rest), None)
+            if good is not None:
+                return good, bad
+    return None
+
+
+def refuse_second_answers(sample: Sample) -> None:
+    """Stop at rows whose second answer goes by a name of its own: one answer of two would be trained, and nobody told.
+
+    Raises:
+        DataError: there are two such columns.
+    """
+    found = second_answers(sample)
+    if found is not None:
+        raise sample.error(
+            f"two answers to each prompt, it seems: {found[0]!r} and {found[1]!r}",
+            expected=PAIR_EXAMPLE,
+            mend=f"column_map: {{chosen: {found[0]}, rejected: {found[1]}}}; or leave the column {found[1]!r} out of the data",
+        )
+
+
+def refuse_objects(sample: Sample, reader: Any) -> None:
+    """Stop at a column of objects where text or messages are needed: every row would be dropped, and nobody told how to reach in.
+
+    Raises:
+        DataError: most values of the prompt or of an answer are objects that are neither.
+    """
+    pair = [(name, getattr(reader, name, None)) for name in ("chosen", "rejected")]
+    several = [("a response", column) for column in getattr(reader, "responses", ())]
+    prompt = getattr(reader, "prompt", None)
+    for name, column in [("prompt", next(iter(prompt.columns), None) if prompt else None), *pair, *several]:
+        if column is None or sample.share(column, _is_unreadable) <= 0.5:
+            continue
+        value = next(value for value in sample.values(column) if _is_unreadable(value))
+        texts = [key for key, item in value.items() if isinstance(item, str) or looks_like_messages(item)]
+        best = max(texts, key=lambda key: len(str(value[key])), default="…")
+        ours = "prompt" if name == "prompt" else name if name != "a response" else column
+        raise sample.error(
+            f"{column!r} holds objects with {', '.join(map(repr, value))}, not text or messages",
+            expected=f"the text itself as {name}",
+            mend=f"name the part that holds it: column_map: {{{ours}: {column}.{best}}}",
+        )
+
+
+def _is_unreadable(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    try:
+        read_text_or_messages(value, "the value")
+    except BadRow:
+        return True
+    return False
+
+
 def refusal(sample: Sample) -> DataError:
     """Why a source without pairs cannot be used, and what it would need."""
     prompt, answer = prompt_reader(sample), next((c for n in ANSWERS if (c := sample.find((n,)))), None)
@@ -64,11 +137,7 @@ def refusal(sample: Sample) -> DataError:
         (c for n in RATINGS if (c := sample.find((n,))) and sample.share(c, is_number) > 0.5), None
     )
     if label is not None and answer is not None:
-        return sample.error(
-            f"unpaired rows (KTO): one answer per row with the verdict {label!r}, {_num_pairable(sample, answer, label)}",
-            expected=f"two answers to the same prompt, the better one marked: {PAIR_EXAMPLE}",
-            mend="add a second answer to each prompt (for instance from another model), or train the good rows alone with sft_rows: true",
-        )
+        return _unpaired(sample, answer, label)
     missing = {name: _near_column(sample, names) for name, names in (("chosen", CHOSEN), ("rejected", REJECTED))}
     if all(missing.values()):
         hint = ", ".join(f"{ours}: {theirs}" for ours, theirs in missing.items())
@@ -118,15 +187,32 @@ def _near_column(sample: Sample, names: Sequence[str]) -> str | None:
     return near[0] if near else None
 
 
-def _num_pairable(sample: Sample, answer: str, label: str) -> str:
-    """How many prompts of the sample have both a good and a bad answer."""
+def _unpaired(sample: Sample, answer: str, label: str) -> DataError:
+    """One answer per row and a verdict on it (KTO): what of that can be paired, and how."""
+    num_both, num_prompts, is_in_order = _pairable(sample, answer, label)
+    mends = ["add a second answer to each prompt (for instance from another model)", "train the good rows alone with sft_rows: true"]
+    if num_both and sample.share(label, lambda value: isinstance(value, bool) or is_number(value)) == 1:
+        first = "" if is_in_order else "bring the rows of each prompt together (sort them by prompt), then "
+        mends.insert(0, f"{first}pair the answers of each prompt with column_map: {{score: {label}}}")
+    return sample.error(
+        f"unpaired rows (KTO): one answer per row with the verdict {label!r}, "
+        f"and {num_both} of {num_prompts} prompts with answers of both kinds",
+        expected=f"two answers to the same prompt, the better one marked: {PAIR_EXAMPLE}",
+        mend=", or ".join(mends),
+    )
+
+
+def _pairable(sample: Sample, answer: str, label: str) -> tuple[int, int, bool]:
+    """(prompts of the sample with a good and a bad answer, prompts, whether the rows of each follow each other)."""
     prompt = prompt_reader(sample, taken=(answer,))
     labels: dict[str, set[str]] = {}
+    order: list[str] = []
     for row in sample.rows:
         try:
             key = repr(prompt.read(row)) if prompt.columns else repr(shapes.read_sft(prompt, row, row.get(answer)).prompt)
         except BadRow:
             continue
         labels.setdefault(key, set()).add(repr(row.get(label)))
-    both = sum(len(kinds) > 1 for kinds in labels.values())
-    return f"and {both} of {len(labels)} prompts with answers of both kinds"
+        if not order or order[-1] != key:
+            order.append(key)
+    return sum(len(kinds) > 1 for kinds in labels.values()), len(labels), len(order) == len(labels)

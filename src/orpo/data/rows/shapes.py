@@ -17,6 +17,7 @@ from orpo.data.rows.messages import (
     check_text,
     is_blank,
     is_transcript,
+    is_whole,
     plain_text,
     read_text_or_messages,
     read_tools,
@@ -128,7 +129,7 @@ def draft_of(prompt: Text, responses: Sequence[Text], pairs: Pairs, tools: tuple
 
 def are_whole(responses: Sequence[Text]) -> bool:
     """Whether any response is a whole conversation, with the prompt inside."""
-    return any(message["role"] in {"user", "system"} for response in responses if not isinstance(response, str) for message in response)
+    return any(map(is_whole, responses))
 
 
 @dataclass(frozen=True, slots=True)
