@@ -10,6 +10,7 @@ import torch
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.data.types import TokenGroup
+from orpo.engine.parallel import gathered, is_sharded
 from randomgroups import random_groups
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 
@@ -49,8 +50,8 @@ def logged(trainer: ORPOTrainer, name: str = "loss") -> list[float]:
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all weights."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Copies of all weights; of a sharded model all ranks call it."""
+    return {name: gathered(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
 def assert_same_trajectory(found: Sequence[float], expected: Sequence[float], *, largest: float = 1e-5, mean: float = 1e-6) -> None:
@@ -61,7 +62,9 @@ def assert_same_trajectory(found: Sequence[float], expected: Sequence[float], *,
     assert differences.mean().abs() <= mean, differences.mean()
 
 
-def train_and_report(output_dir: str, *, num_rows: int = 13, lora: bool = False, **options: Any) -> None:
+def train_and_report(
+    output_dir: str, *, num_rows: int = 13, lora: bool = False, architecture: str = "llama", resume: bool = False, **options: Any
+) -> None:
     """A run of one or more ranks: every rank leaves its weights, rank 0 the logs and an evaluation, for a test to compare."""
     from pathlib import Path
 
@@ -73,8 +76,9 @@ def train_and_report(output_dir: str, *, num_rows: int = 13, lora: bool = False,
     if lora:
         arguments["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = random_groups(num_rows, kinds=("pair", "pair", "four", "sft", "partial", "pair"))
-    trainer = make_trainer(output_dir, rows, arguments=arguments, **options)
-    trainer.train()
+    model = build_tiny_model(architecture, num_layers=2)
+    trainer = make_trainer(output_dir, rows, model=model, arguments=arguments, **options)
+    trainer.train(resume_from_checkpoint=True if resume else None)
     evaluation = trainer.evaluate()
     rank = trainer.args.process_index
     save_file(
@@ -86,5 +90,6 @@ def train_and_report(output_dir: str, *, num_rows: int = 13, lora: bool = False,
             "evaluation": evaluation,
             "engine": trainer.engine.name,
             "steps": trainer.state.global_step,
+            "is_sharded": is_sharded(trainer.model),
         }
         (Path(output_dir) / "report.json").write_text(json.dumps(report))

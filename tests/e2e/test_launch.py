@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo.config.checks import sharding_problems
+from orpo.config.parallelism import Parallelism, parallelism_of, sharding_problems
 from orpo.errors import UserError
 from orpo.system.launch import _exit_code
 from orpo.system.place import Place, adopt, read_place
@@ -33,6 +33,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory, t
     tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+ACCELERATE_FSDP2 = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_offload_params: false
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: false
+"""
 
 
 class Desk:
@@ -74,12 +90,12 @@ class Desk:
         texts = [process.communicate(timeout=200)[0] for process in processes]
         return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
-    def assert_one_training(self, text: str, world_size: int = 2) -> None:
+    def assert_one_training(self, text: str, world_size: int = 2, weights: str = "model/model.safetensors") -> None:
         facts = json.loads((self.run / "run.json").read_text())
         assert (facts["status"], facts["world_size"]) == ("complete", world_size), text
         steps = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in steps if "nll_loss" in line] == [1, 2, 3, 4], text
-        assert (self.run / "model" / "model.safetensors").is_file()
+        assert (self.run / weights).is_file()
         for line in SAID_ONCE:
             assert text.count(line) == 1, text
 
@@ -133,6 +149,32 @@ def test_a_launch_without_a_flag_for_it_is_one_training(words: tuple[str, ...], 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "words",
+    [
+        (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo", "train", "run.yaml", "--fsdp", "full_shard auto_wrap"),
+        pytest.param(
+            (str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2", "--parallelism", "fsdp2", "--use_peft"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (str(BIN / "accelerate"), "launch", "--config_file", "fsdp2.yaml", "-m", "orpo", "train", "run.yaml"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["torchrun", "num_processes", "accelerate"],
+)
+def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read(words: tuple[str, ...], desk: Desk) -> None:
+    (desk.folder / "fsdp2.yaml").write_text(ACCELERATE_FSDP2)
+    code, text = desk.type(*words)
+    assert code == 0, text
+    assert text.count("processes    2, gloo, fsdp2") == 1, text
+    desk.assert_one_training(text, weights="adapter/adapter_model.safetensors" if "--use_peft" in words else "model/model.safetensors")
+    assert (desk.run / "checkpoint-4" / "sharded").is_dir()
+    code, text = desk.type(str(BIN / "orpo"), "eval", "run", "--data", "rows.jsonl", "--tasks", "pairs")
+    assert code == 0, text
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
 def test_tasks_that_srun_starts_are_one_training(desk: Desk) -> None:
     """As Slurm describes tasks; no launcher has set torch's names."""
     job = str(int(free_port()))
@@ -169,22 +211,23 @@ def test_a_script_under_torchrun_is_one_training(desk: Desk, model_folder: Path)
 # ---- a stop
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        pytest.param(["--learning_rte", "1"], "did you mean 'learning_rate'", marks=pytest.mark.slow),
-        (["--fsdp", "full_shard"], "asks for FSDP, which would not be applied"),
+        (["--learning_rte", "1"], "did you mean 'learning_rate'"),
+        (["--fsdp", "--fsdp_config", '{"transformer_layer_cls_to_wrap": "LlamaLayer"}'], "no module of LlamaForCausalLM is a LlamaLayer"),
     ],
-    ids=["a wrong key", "fsdp on the CPU"],
+    ids=["a wrong key", "a layer that there is not"],
 )
 def test_what_is_wrong_on_all_processes_is_told_once_with_exit_code_2(flags: list[str], told: str, desk: Desk) -> None:
     code, text = desk.type(str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2", *flags)
     assert code == 2, text
-    assert text.count(told) == 1
+    assert text.count(told) == 1, text
     assert "Traceback" not in text
-    assert not desk.run.exists()
+    assert not list(desk.run.glob("checkpoint-*"))
 
 
 @pytest.mark.distributed
@@ -319,26 +362,65 @@ def test_tasks_on_several_nodes_meet_at_the_first(nodes: str, host: str) -> None
     assert 20_000 <= int(environ["MASTER_PORT"]) < 32_000
 
 
-@pytest.mark.parametrize("names", [{}, torch_names(0, "1")], ids=["one process", "two on the CPU"])
+@pytest.mark.parametrize(
+    ("values", "environ", "wanted"),
+    [
+        ({"parallelism": "fsdp2"}, {}, {}),
+        ({"fsdp": True}, {}, {}),
+        ({"fsdp": "true"}, {}, {}),
+        ({"fsdp": "full_shard auto_wrap"}, {}, {}),
+        ({"fsdp": ["full_shard"]}, {}, {}),
+        ({"fsdp": "full_shard", "parallelism": "fsdp2"}, {}, {}),
+        ({"fsdp": "shard_grad_op offload"}, {}, {"reshards": False, "offloads": True}),
+        ({"fsdp": "hybrid_shard"}, {}, {"is_hybrid": True}),
+        ({"fsdp": True, "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "A,B"}}, {}, {"layers": ("A", "B")}),
+        ({"parallelism": "fsdp2", "fsdp_config": {"reshard_after_forward": False}}, {}, {"reshards": False}),
+        ({"parallelism": "fsdp2", "fsdp_config": {"cpu_offload": True}}, {}, {"offloads": True}),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}),
+        (
+            {},
+            {
+                "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true",
+                "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+            },
+            {"reshards": False, "offloads": True, "layers": ("LlamaDecoderLayer",)},
+        ),
+    ],
+)  # fmt: skip
+def test_every_way_to_ask_for_fsdp_means_it(values: dict[str, Any], environ: dict[str, str], wanted: dict[str, Any]) -> None:
+    environ = {**torch_names(0, "1"), **environ}
+    assert sharding_problems(values, environ) == []
+    found = parallelism_of(values, environ)
+    assert found == Parallelism("fsdp2", found.asked_by, **wanted)
+    alone = sharding_problems(values, {name: value for name, value in environ.items() if name not in torch_names(0, "1")})
+    assert [problem.where for problem in alone] == [found.asked_by], "one process shards nothing"
+    assert "there is one process" in str(alone[0])
+
+
 @pytest.mark.parametrize(
     ("values", "environ", "where"),
     [
         ({"deepspeed": "x.json"}, {}, "deepspeed"),
+        ({"parallelism": "zero2"}, {}, "parallelism"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
-        ({"fsdp": True}, {}, "fsdp"),
-        ({"fsdp": "full_shard auto_wrap"}, {}, "fsdp"),
-        ({"fsdp": ["full_shard"]}, {}, "fsdp"),
-        ({"fsdp_config": {"version": 2}}, {}, "fsdp_config"),
-        ({}, {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP"),
         ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM"),
+        ({"fsdp_config": {"version": 2}}, {}, "fsdp_config"),
+        ({"fsdp": "fullshard"}, {}, "fsdp"),
+        ({"fsdp": "no_shard"}, {}, "fsdp"),
+        ({"fsdp": True, "parallelism": "ddp"}, {}, "parallelism"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "fsdp_config"),
+        ({"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP"}}, {}, "fsdp_config"),
+        ({"fsdp": True, "fsdp_config": {"transformer_layer_class_to_wrap": "X"}}, {}, "fsdp_config"),
+        ({"fsdp": True, "fsdp_config": "nowhere.json"}, {}, "fsdp_config"),
+        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, {}, "fsdp_config"),
+        ({"fsdp": True, "torch_compile": True}, {}, "torch_compile"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "accelerate launch"),
     ],
 )
-def test_a_sharding_that_would_not_be_applied_is_refused(
-    values: dict[str, Any], environ: dict[str, str], where: str, names: dict[str, str]
-) -> None:
-    problems = sharding_problems({"use_cpu": True, **values}, {**names, **environ})
+def test_a_sharding_that_would_not_be_applied_is_refused(values: dict[str, Any], environ: dict[str, str], where: str) -> None:
+    problems = sharding_problems(values, {**torch_names(0, "1"), **environ})
     assert [problem.where for problem in problems] == [where]
-    assert problems[0].mend
+    assert problems[0].mend or problems[0].expected
 
 
 @pytest.mark.parametrize("values", [{}, {"fsdp": ""}, {"fsdp": []}, {"fsdp": False, "fsdp_config": None, "deepspeed": None}])

@@ -18,6 +18,7 @@ MAY_CHANGE = frozenset(
         "log_level_replica", "log_on_each_node", "report_to", "project", "trackio_space_id", "disable_tqdm", "save_steps", "save_strategy",
         "save_total_limit", "eval_steps", "eval_strategy", "eval_on_start", "eval_delay", "per_device_eval_batch_size",
         "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push",
+        "parallelism", "fsdp", "fsdp_config", "deepspeed",
         "hub_revision", "plugins", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout", "local_rank", "logits_budget_mb",
     }

@@ -205,7 +205,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path | str) -> None
             mend="resume with the model and adapter settings of the run, or start in a new folder",
         )
     optimizer.load_state_dict(saved["state"])
-    inner = _unwrapped(optimizer)
+    inner = unwrapped(optimizer)
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     indices = [index for group in saved["state"]["param_groups"] for index in group["params"]]
     by_index = saved["state"]["state"]
@@ -214,7 +214,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path | str) -> None
             inner.state[parameter] = _exact(inner.state[parameter], by_index[index])
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     return optimizer.optimizer if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
 

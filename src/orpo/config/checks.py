@@ -12,15 +12,15 @@ import math
 import os
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from orpo.config import compat
 from orpo.config.objectives import objective_problems, range_problem
+from orpo.config.parallelism import KINDS, sharding_problems
 from orpo.config.values import describe, did_you_mean, found, is_accepted, members
 from orpo.data.rows.pairs import parse_policy
 from orpo.errors import DataError, UserError
-from orpo.system.place import read_place
 
 ENGINES = ("auto", "shared", "padded")
 
@@ -95,7 +95,7 @@ def _enum_choices() -> dict[str, tuple[str, ...]]:
         "optim": OptimizerNames,
     }
     choices = {name: tuple(str(item.value) for item in kind) for name, kind in enums.items()}
-    return {**choices, "engine": ENGINES}
+    return {**choices, "engine": ENGINES, "parallelism": KINDS}
 
 
 def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
@@ -256,52 +256,6 @@ def _try_schedule(name: str, arguments: dict[str, Any], values: dict[str, Any]) 
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     is_sound = all(isinstance(rate, (int, float)) and math.isfinite(rate) for rate in rates)
     return None if is_sound else f"the learning rate would be multiplied by {', '.join(map(str, rates))}"
-
-
-_ACCELERATE_WANTS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-}
-
-
-def sharding_problems(values: dict[str, Any], environ: Mapping[str, str]) -> list[UserError]:
-    """Every way to ask for a sharded run that would not be one, by option or by `accelerate launch`; a fallback to DDP is never quiet."""
-    mend = "leave it out: the processes then train by DDP, each with the whole model"
-    problems = []
-    if values.get("deepspeed"):
-        problems.append(UserError("is not supported: DeepSpeed would step after every micro-batch", where="deepspeed", mend=mend))
-    if values.get("parallelism_config"):
-        problems.append(UserError("is not supported", where="parallelism_config", mend=mend))
-    for name, what in _ACCELERATE_WANTS.items():
-        if _is_on(environ, name):
-            told = f"accelerate was told to use {what}, which is not supported"
-            problems.append(UserError(told, where=name, mend="choose another accelerate configuration"))
-    asked_by = next((name for name in ("fsdp", "fsdp_config") if values.get(name)), None)
-    if asked_by is None and _is_on(environ, "ACCELERATE_USE_FSDP"):
-        asked_by = "ACCELERATE_USE_FSDP"
-    if asked_by is not None and (reason := _why_not_sharded(values, environ)) is not None:
-        problems.append(UserError(f"asks for FSDP, which would not be applied: {reason}", where=asked_by, mend=mend))
-    return problems
-
-
-def _why_not_sharded(values: dict[str, Any], environ: Mapping[str, str]) -> str | None:
-    if not values.get("fsdp") and not _is_on(environ, "ACCELERATE_USE_FSDP"):
-        return "transformers reads fsdp_config only where fsdp is on"
-    try:
-        world_size = read_place(environ).world_size
-    except UserError:  # which is told when the processes meet
-        return None
-    if world_size == 1:
-        return "there is one process (orpo train --num_processes N starts more)"
-    if not _has_gpu(values) or _is_on(environ, "ACCELERATE_USE_CPU"):
-        return "accelerate applies it on accelerators only, and this run is on the CPU"
-    return None
-
-
-def _is_on(environ: Mapping[str, str], name: str) -> bool:
-    """As accelerate reads its variables."""
-    return environ.get(name, "").lower() in ("true", "1", "yes", "y", "on", "t")
 
 
 def _tracker_problems(report_to: Any) -> list[UserError]:

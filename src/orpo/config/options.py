@@ -14,6 +14,8 @@ import secrets
 import time
 import typing
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +23,7 @@ from transformers import TrainingArguments
 
 from orpo.config import compat, objectives
 from orpo.config.checks import check_values
+from orpo.config.parallelism import Parallelism, accelerate_left_out, parallelism_of
 from orpo.config.values import did_you_mean
 from orpo.errors import UserError, UserErrors
 from orpo.system import group
@@ -125,6 +128,9 @@ class ORPOConfig(TrainingArguments):
         default=False, metadata={"help": "Resume although configuration or data changed; the result is then neither run's."}
     )
 
+    parallelism: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = field(
+        default="auto", metadata={"help": "Several processes: each with the whole model (ddp), or weights spread over them. auto: ddp."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for loading a model that is given by name."}
     )
@@ -158,7 +164,8 @@ class ORPOConfig(TrainingArguments):
             use_cpu=use_cpu or _accelerate_wants_cpu(), backend=self.ddp_backend, timeout_s=self.ddp_timeout
         )
         try:
-            super().__post_init__()
+            with self.fsdp_hidden():
+                super().__post_init__()
         except ValueError as error:
             raise UserError(str(error), where="configuration") from error
         group.require_group(self.world_size)
@@ -178,6 +185,22 @@ class ORPOConfig(TrainingArguments):
 
             return "bfloat16" if bf16_is_fast(self.device) else "float32"
         return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def spread(self) -> Parallelism:
+        """How weights are spread over the processes, whichever option or launcher asked for it."""
+        return parallelism_of({item.name: getattr(self, item.name) for item in fields(self)}, os.environ)
+
+    @contextmanager
+    def fsdp_hidden(self) -> Iterator[None]:
+        """Neither transformers nor accelerate hears of FSDP while the context lasts: `orpo.engine.parallel` applies it, on any device."""
+        given = self.fsdp, self.fsdp_config
+        self.fsdp = self.fsdp_config = None
+        try:
+            with accelerate_left_out():
+                yield
+        finally:
+            self.fsdp, self.fsdp_config = given
 
     @property
     def microbatch_tokens(self) -> int:

@@ -9,14 +9,14 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
 from orpo.models.adapters import is_adapted, merge, pin_base
-from orpo.models.verify import check_adapter, check_gguf, check_merge, check_merged
+from orpo.models.verify import check_adapter, check_gguf, check_merge, check_merged, check_state
 from orpo.system.replace import recover_folder, replaced_folder
 
 if TYPE_CHECKING:
@@ -88,6 +88,36 @@ def export_merged(
         if stop_token_ids:
             _add_stop_ids(plain, staging / "generation_config.json", stop_token_ids)
         check_merged(plain, staging)
+    return Path(folder)
+
+
+def export_whole_state(
+    model: Any, state: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, stop_token_ids: Sequence[int] = ()
+) -> Path:
+    """`model/` or `adapter/` from weights that were brought together from the ranks of a run; what is there is replaced.
+
+    Args:
+        model: the model whose own weights are in parts, for its configuration.
+        state: its whole weights, of an adapter those that belong to it, on the CPU.
+
+    Raises:
+        UserError: as `export_merged` and `export_adapter`; what was written is compared with `state` by its tensors.
+    """
+    adapted = is_adapted(model)
+    with _staged_folder(Path(folder), is_overwriting=True) as staging:
+        keywords = {"save_embedding_layers": _has_own_embeddings(model)} if adapted else {}
+        if adapted:
+            pin_base(model)
+        model.save_pretrained(staging, state_dict=dict(state), **keywords)
+        tokenizer.save_pretrained(staging)
+        base = model.get_base_model() if adapted else model
+        if adapted:
+            (staging / "README.md").unlink(missing_ok=True)
+            _save_generation(base, staging, stop_token_ids)
+            _write_resize_note(model, staging)
+        elif stop_token_ids:
+            _add_stop_ids(base, staging / "generation_config.json", stop_token_ids)
+        check_state(model, state, staging)
     return Path(folder)
 
 

@@ -142,13 +142,29 @@ def _check_equal(own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tens
             _refuse("model", f"{name} is not the one in memory")
 
 
-def _check_adapter_tensors(model: Any, folder: Path) -> None:
+def check_state(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """A folder written from the whole weights of a model that is in parts has these weights, bit for bit.
+
+    Raises:
+        UserError: it does not.
+    """
+    if is_adapted(model):
+        _check_adapter_tensors(model, folder, state)
+        return
+    from transformers import AutoModelForCausalLM
+
+    written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
+    _check_equal(state, written.state_dict())
+
+
+def _check_adapter_tensors(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
     stored = load_file(folder / "adapter_model.safetensors")
-    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+    whole = None if state is None else dict(state)
+    for name, tensor in get_peft_model_state_dict(model, whole, save_embedding_layers=False).items():
         if name not in stored or not torch.equal(stored[name], tensor.detach().cpu()):
             _refuse("adapter", f"{name} is {'not the one in memory' if name in stored else 'missing'}")
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from orpo.config.options import ORPOConfig
 from orpo.data.dataset import fingerprint
+from orpo.engine.parallel import is_sharded, whole_state
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.objective import kind_of
 from orpo.run.config import RunConfig, as_facts
@@ -200,7 +201,7 @@ def _run_training(
     tell(f"folder       {folder.path}")
     checkpoint = args.resume_from_checkpoint or _newest_checkpoint(folder, args)
     if args.world_size > 1:
-        tell(f"processes    {args.world_size}, {torch.distributed.get_backend()}")
+        tell(f"processes    {args.world_size}, {torch.distributed.get_backend()}, {args.spread.kind}")
     data = on_all(lambda: prepare_data(config, args, tell)) if data is None else data
     agree_on_rows(data.train, data.held_out)
     loaded = on_all(lambda: load_run_model(config, args, data))
@@ -209,7 +210,7 @@ def _run_training(
         tell(f"             {note}")
     journal = _Journal(folder, config, args, data, loaded, command=command, is_resumed=bool(checkpoint))
     trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal], trainer_class=trainer_class)
-    journal.trainer = trainer
+    journal.trainer, trainer.before_sharding = trainer, journal.weigh
     tell(f"training     {describe_schedule(trainer)}")
     if checkpoint:
         tell(f"resuming     from {checkpoint}")
@@ -317,6 +318,14 @@ class _Journal(TrainerCallback):
         self.command, self.is_resumed = command, is_resumed
         self.trainer: ORPOTrainer | None = None
         self.is_started = False
+        self._starting_sha256: str | None = None
+
+    def weigh(self) -> None:
+        """Take the starting weights' checksum while they are whole."""
+        from orpo.models.fingerprint import weights_sha256
+
+        if self.args.process_index == 0 and not self.is_resumed:
+            self._starting_sha256 = weights_sha256(self.loaded.model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero or self.trainer is None:
@@ -352,7 +361,7 @@ class _Journal(TrainerCallback):
             },
         }
         if not self.is_resumed:  # on resume the weights in memory are no longer those of the start
-            facts["starting_weights_sha256"] = weights_sha256(self.loaded.model)
+            facts["starting_weights_sha256"] = self._starting_sha256 or weights_sha256(self.loaded.model)
         self.folder.write(**facts)
         self.is_started = True
 
@@ -376,14 +385,16 @@ class _Journal(TrainerCallback):
 
 def save_final_weights(trainer: ORPOTrainer, data: RunData) -> None:
     """`model/` or `adapter/` with tokenizer and chat template, published by one rename."""
-    from orpo.models.export import export_adapter, export_merged
+    from orpo.models.export import export_adapter, export_merged, export_whole_state
     from orpo.models.load import is_adapted
 
     folder = Path(trainer.args.output_dir or ".")
     model = trainer.accelerator.unwrap_model(trainer.model)
     name = "adapter" if is_adapted(model) else "model"
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model(str(folder / name))  # collective: no rank has the weights alone
+    if is_sharded(model):
+        state = whole_state(model, is_kept=trainer.args.should_save)  # collective: no rank has the weights alone
+        if trainer.args.should_save:
+            export_whole_state(model, state, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids)
     elif trainer.args.should_save:
         if name == "adapter":
             export_adapter(model, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids, is_overwriting=True)

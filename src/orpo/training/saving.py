@@ -40,7 +40,10 @@ from orpo.checkpoint import (
     set_earlier_aside,
     verify,
 )
+from orpo.checkpoint.sharded import is_sharded_checkpoint, load_optimizer_parts, load_weights, save_optimizer_parts, save_weights
 from orpo.data.dataset import fingerprint
+from orpo.engine.parallel import is_sharded, whole_state
+from orpo.engine.shared import unwrap
 from orpo.errors import CheckpointError
 from orpo.system.plugins import plugin_sha256
 from orpo.system.redact import redact
@@ -91,12 +94,13 @@ class CheckpointMixin(_Base):
 
     def _write_checkpoint(self, folder: Path, sums: list[Any]) -> None:
         """This rank's files of a checkpoint."""
-        self.save_model(str(folder), _internal_call=True)
+        self._write_weights(folder)
         if not self.args.save_only_model:
             if self._is_sharded:
-                super()._save_optimizer_and_scheduler(str(folder))
+                save_optimizer_parts(self.optimizer, self.model, folder, rank=self.ranks.rank)
             elif self.ranks.is_first:
                 save_optimizer(self.optimizer, folder)
+            if self.ranks.is_first:
                 save_scheduler(self.lr_scheduler, folder)
                 if self.accelerator.scaler is not None:
                     save_scaler(self.accelerator.scaler, folder)
@@ -114,6 +118,30 @@ class CheckpointMixin(_Base):
                 "divergence": self.divergence.state_dict(),
             }
             (folder / STATE_NAME).write_text(json.dumps(own))
+
+    def _write_weights(self, folder: Path) -> None:
+        """The whole model by rank 0, or each rank's part of it with what belongs beside the weights."""
+        if not self._is_sharded:
+            self.save_model(str(folder), _internal_call=True)
+            return
+        save_weights(self.model, folder, rank=self.ranks.rank)
+        if self.ranks.is_first:
+            adapters = getattr(self.model, "peft_config", None) or {}
+            for settings in adapters.values():
+                settings.save_pretrained(str(folder))
+            if not adapters:
+                unwrap(self.model).config.save_pretrained(str(folder))
+            self.processing_class.save_pretrained(str(folder))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; weights in parts are brought together by rank 0, and all ranks call it."""
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model, is_kept=self.ranks.is_first)
+        if self.args.should_save:
+            self._save(output_dir, state)
+        self.ranks.gather(None)
 
     def _export_callbacks(self) -> None:
         """Callbacks with a state of their own put it into the trainer's, as transformers does before a save."""
@@ -150,6 +178,7 @@ class CheckpointMixin(_Base):
         """What a resumed run must share with the one that saved."""
         if self._facts is None:
             configuration = {**self.args.to_dict(), **self.hidden_args}
+            configuration.pop("fsdp_config", None)  # how weights are spread over ranks changes rounding alone
             self._facts = {
                 "data": fingerprint(self.train_dataset),
                 "rows_per_step": self.train_sampler.rows_per_step,
@@ -222,9 +251,18 @@ class CheckpointMixin(_Base):
         self._facts = None
         _ = self.engine
 
+    def load_whole_weights(self, checkpoint: str | None) -> None:
+        """Before the model is sharded: the weights of a checkpoint that has them whole."""
+        if checkpoint is not None and not is_sharded_checkpoint(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._is_sharded:
-            require_safe_weights(resume_from_checkpoint)
+        if is_sharded_checkpoint(resume_from_checkpoint):
+            load_weights(self.model, Path(resume_from_checkpoint))
+            return
+        if is_sharded(self.model):  # `load_whole_weights` was here before
+            return
+        require_safe_weights(resume_from_checkpoint)
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except SafetensorError as error:
@@ -233,17 +271,25 @@ class CheckpointMixin(_Base):
     def _load_best_model(self) -> None:
         folder = str(self.state.best_model_checkpoint)
         verify(folder)
-        if not self._is_sharded:
-            require_safe_weights(folder)
+        if is_sharded_checkpoint(folder):
+            load_weights(self.model, Path(folder))
+            return
+        if is_sharded(self.model):
+            raise CheckpointError(
+                "was written before the weights were in parts, and is the best",
+                where=folder,
+                mend="finish the run as it was started, or without load_best_model_at_end",
+            )
+        require_safe_weights(folder)
         super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self._is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_optimizer(self.optimizer, checkpoint)
+        if self._is_sharded or is_sharded_checkpoint(checkpoint):
+            load_optimizer_parts(self.optimizer, self.model, checkpoint)
+        else:
+            load_optimizer(self.optimizer, checkpoint)
         load_scheduler(self.lr_scheduler, checkpoint)
         self._load_own_state(Path(checkpoint))
 

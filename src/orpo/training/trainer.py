@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,8 @@ from orpo.config.options import ORPOConfig
 from orpo.engine.choose import Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
-from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
+from orpo.engine.parallel import norm_of, own_part, reshard, synchronised
+from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
 from orpo.objective import METRICS, Objective, kind_of
 from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
@@ -52,6 +53,7 @@ from orpo.training.setup import (
     resolve_tokenizer,
     use_one_gpu,
 )
+from orpo.training.spread import SpreadMixin
 from orpo.training.steps import EpochCallback, StepBatch, only_item
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Trainer):
+class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, SearchMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
     Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed. A subclass with a method that
@@ -132,17 +134,19 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
         self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
         if args.should_save:
             make_run_folder(str(args.output_dir))
-        super().__init__(
-            model=None if loaded is None else prepared_model(loaded, args, peft_config, tokenizer, encoder),
-            args=args,
-            data_collator=only_item,
-            train_dataset=train_groups,
-            eval_dataset=eval_groups,
-            processing_class=tokenizer,
-            model_init=model_init,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        self.parallelism = args.spread
+        with args.fsdp_hidden():
+            super().__init__(
+                model=None if loaded is None else prepared_model(loaded, args, peft_config, tokenizer, encoder),
+                args=args,
+                data_collator=only_item,
+                train_dataset=train_groups,
+                eval_dataset=eval_groups,
+                processing_class=tokenizer,
+                model_init=model_init,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         check_rows(self.model, tokenizer, train_groups, eval_groups)
         self.tolerate_trackers()
         self.ranks = current_ranks()
@@ -214,10 +218,6 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
         is_useful = self.args.device.type == "cpu" if wanted is None else wanted
         return is_possible and is_useful
 
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
     # ---- training ------------------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
@@ -246,6 +246,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
                 keep_freed_memory()
                 if engine.name == "shared":
                     stack.enter_context(fused_modules(self.model))
+            self.spread_weights(checkpoint)
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
             if checkpoint is not None and self.is_complete_at(checkpoint):
@@ -290,9 +291,10 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
         logps: list[Tensor] = []
         last = len(inputs.microbatches) - 1
         for number, microbatch in enumerate(inputs.microbatches):
-            with self._synchronised(model, is_last=number == last), self._computing():
+            with synchronised(self.accelerator, model, is_last=number == last), self._computing():
                 result = self.engine.step(model, microbatch.to(self.args.device), self.training_objective)
-                self.accelerator.backward(result.loss)
+                # DDP takes the mean over ranks; shards are summed.
+                self.accelerator.backward(result.loss / self.args.world_size if self._is_sharded else result.loss)
             loss += result.loss.detach()
             logps.append(result.logp_N)
             self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=end_logps(microbatch, result.logp_N))
@@ -314,19 +316,12 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
                 if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
                     parameter.grad = parameter.grad.to(parameter.dtype)
 
-    def _synchronised(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients are reduced over ranks once per step, with the last micro-batch."""
-        return nullcontext() if is_last or self.is_deepspeed_enabled else self.accelerator.no_sync(model)
-
     def _finish_gradients(self, model: nn.Module, loss: Tensor, inputs: StepBatch, logps: list[Tensor]) -> None:
         """Total norm, clip, and the guard before any weight is touched."""
-        if self._is_sharded:
-            self._grad_norm = None
-            return
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self._grad_norm = total_norm(gradients)
+        self._grad_norm = norm_of(gradients)
         is_fine = self.accelerator.scaler is not None or self.nonfinite.check(
             step=self.state.global_step + 1,
             loss=loss,
@@ -344,7 +339,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
         if isinstance(optimizer, MasterAdamW):
             optimizer.gradient_scale = scale  # in the same visit as the update
         else:
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_([own_part(gradient) for gradient in gradients], scale)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Already done in the step; transformers would read and write every gradient once more."""
@@ -395,6 +390,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, OutsideMixin, SearchMixin, Train
                 totals[:-1] += result.sums
                 totals[-1] += result.loss / self.args.world_size
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        reshard(self.model)
         self.model.train(is_training)
         *values, loss = all_reduce_sum(totals).tolist()
         found = means(dict(zip(METRICS, values, strict=True)), reward_scale=self._reward_scale)

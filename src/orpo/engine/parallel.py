@@ -1,0 +1,199 @@
+"""A model's weights spread over the ranks of a run: torch's FSDP2 around each decoder layer and around the whole.
+
+One way on every device: `torch.distributed.fsdp.fully_shard` itself. (accelerate applies it on accelerators alone, and on a CPU trains DDP
+without a word.) Gradients are plain sums over ranks: what each rank adds to the loss is already divided by the whole step's counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo.engine.precision import total_norm
+from orpo.engine.shared import unwrap
+from orpo.errors import UserError
+from orpo.system.group import on_all
+from orpo.system.ranks import all_reduce_sum, current_ranks
+
+
+def shard(model: nn.Module, *, layers: Sequence[str] = (), reshards: bool = True, offloads: bool = False, per_replica: int = 0) -> None:
+    """Spread the weights over all ranks, in place; every rank calls it, before the optimizer is made.
+
+    Args:
+        model: the same on every rank in shape; rank 0's values are what is spread.
+        layers: class names of the modules that are gathered one at a time; by default the model's own decoder layers.
+        reshards: give a layer's gathered weights back between its forward and its backward pass.
+        offloads: keep shards, gradients and the optimizer's state in host memory.
+        per_replica: ranks that share one copy of the model, where there are several copies (hybrid sharding); 0: all of them.
+
+    Raises:
+        UserError: no module has a name in `layers`, or weights that cannot be spread.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    units = on_all(lambda: _units(model, layers, per_replica))
+    _take_from_first(model)
+    options: dict[str, Any] = {
+        "mesh": _mesh(next(model.parameters()).device.type, per_replica),
+        "reshard_after_forward": reshards,
+        "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
+    }
+    for unit in units:
+        fully_shard(unit, **options)
+    # What is left (embeddings, last norm, head) is needed again at once by the backward pass: it stays gathered in between.
+    fully_shard(model, **{**options, "reshard_after_forward": False})
+    for module in _sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled reduction
+    require_sharded(model)
+
+
+def _units(model: nn.Module, layers: Sequence[str], per_replica: int) -> list[nn.Module]:
+    size = current_ranks().world_size
+    if per_replica and size % per_replica:
+        raise UserError(f"{size} processes cannot form replicas of {per_replica}", where="fsdp", mend="full_shard spreads over all of them")
+    _refuse_quantized(model)
+    return decoder_layers(model, layers)
+
+
+def decoder_layers(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
+    """The modules that are gathered one at a time.
+
+    Raises:
+        UserError: a name that no module's class has.
+    """
+    core = unwrap(model)
+    known = {type(module).__name__ for module in core.modules()}
+    if missing := [name for name in names if name not in known]:
+        own = sorted(getattr(core, "_no_split_modules", None) or ())
+        raise UserError(
+            f"no module of {type(core).__name__} is a {missing[0]}",
+            where="fsdp_config.transformer_layer_cls_to_wrap",
+            expected=f"names of its layers: {', '.join(own) or 'classes of its modules'}",
+            mend="leave it out: the model's own decoder layers are taken",
+        )
+    wanted = set(names or getattr(core, "_no_split_modules", None) or ())
+    found = [module for module in core.modules() if type(module).__name__ in wanted]
+    if found:
+        return found
+    stacks = [module for module in core.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=nn.ModuleList()))
+
+
+def _mesh(device: str, per_replica: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = current_ranks().world_size
+    if not per_replica or per_replica == size:
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (size // per_replica, per_replica), mesh_dim_names=("replicate", "shard"))
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    odd = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
+    if odd is not None:
+        raise UserError(
+            f"{odd} is stored as {str(next(w.dtype for n, w in model.named_parameters() if n == odd)).removeprefix('torch.')}, "
+            "which cannot be spread over ranks",
+            where="fsdp",
+            expected="weights stored as floating-point numbers",
+            mend="bnb_4bit_quant_storage: bfloat16, or parallelism: ddp",
+        )
+
+
+def _take_from_first(model: nn.Module) -> None:
+    """Rank 0's weights on every rank, as DDP does: an adapter may have been drawn from a seed of each process's own."""
+    import torch.distributed as dist
+
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, 0)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has been applied."""
+    return any(True for _ in _sharded_modules(model))
+
+
+def require_sharded(model: nn.Module) -> None:
+    """Hold what was asked for against what is: every weight is in shards.
+
+    Raises:
+        RuntimeError: one is not.
+    """
+    whole = [name for name, parameter in model.named_parameters() if not is_shard(parameter)]
+    if whole or not is_sharded(model):
+        raise RuntimeError(f"FSDP2 was asked for and not applied to {len(whole)} weights, {', '.join(whole[:3])} among them")
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of the tensor only (a DTensor)."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in place."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor; all ranks call it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Give gathered weights back after a forward pass that no backward pass follows."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def norm_of(gradients: Iterable[Tensor]) -> float:
+    """Euclidean norm of all gradients of the whole model, the same on every rank; all ranks call it where they are in shards."""
+    gradients = list(gradients)
+    norm = total_norm([own_part(gradient) for gradient in gradients])
+    if not any(is_shard(gradient) for gradient in gradients):
+        return norm
+    square = torch.tensor(norm, dtype=torch.float64, device=own_part(gradients[0]).device).square() / _num_copies(gradients[0])
+    return float(all_reduce_sum(square).sqrt())
+
+
+def _num_copies(gradient: Any) -> int:
+    """Ranks that hold the very same part (hybrid sharding)."""
+    mesh = gradient.device_mesh
+    return int(mesh.size(0)) if mesh.ndim == 2 else 1
+
+
+def synchronised(accelerator: Any, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+    """Where gradients are reduced: with the last micro-batch of a step, or with each one where a rank has no room for whole gradients."""
+    return nullcontext() if is_last or is_sharded(model) else accelerator.no_sync(model)
+
+
+def whole_state(model: Any, *, is_kept: bool) -> dict[str, Tensor]:
+    """The whole weights of a model that is in parts, on the CPU, one gathered at a time; of an adapted model those an adapter may hold.
+
+    Args:
+        is_kept: whether this rank wants them; the others help and get an empty dict. All ranks call it.
+    """
+    is_adapted = getattr(model, "peft_config", None) is not None
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if is_adapted and name not in trained and "embed" not in name and "lm_head" not in name:
+            continue
+        whole = gathered(tensor.detach())
+        if is_kept:
+            state[name] = whole.to("cpu", copy=True)
+        del whole
+    return state

@@ -1,0 +1,44 @@
+"""The part of the trainer that spreads a model's weights over ranks, in place of accelerate's own FSDP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from orpo.config.parallelism import Parallelism
+from orpo.engine.parallel import is_sharded, shard
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class SpreadMixin(_Base):
+    """Spreading for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
+
+    parallelism: Parallelism
+    before_sharding: Callable[[], None] = staticmethod(lambda: None)
+    """Called when the weights are whole for the last time."""
+    load_whole_weights: Callable[[str | None], None]
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.parallelism.is_sharded
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers, without accelerate's own FSDP."""
+        with self.args.fsdp_hidden():
+            super().create_accelerator_and_postprocess()
+
+    def spread_weights(self, checkpoint: str | None) -> None:
+        """Spread the weights over the ranks, those of a checkpoint that has them whole too."""
+        if not self._is_sharded or is_sharded(self.model):
+            return
+        self.load_whole_weights(checkpoint)
+        self.before_sharding()
+        wanted = self.parallelism
+        per_replica = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if wanted.is_hybrid else 0
+        shard(self.model, layers=wanted.layers, reshards=wanted.reshards, offloads=wanted.offloads, per_replica=per_replica)
+        self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it

@@ -1,0 +1,38 @@
+"""Weights spread over gloo ranks by FSDP2 train as one process does: the same losses, norms, evaluation and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.forked import Zygote
+from invariance.test_ranks import assert_same, run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+FULL: dict[str, Any] = {"engine": "shared"}
+UNEVEN: dict[str, Any] = {**FULL, "max_tokens_per_microbatch": 20}
+LORA: dict[str, Any] = {**FULL, "lora": True, "gradient_checkpointing": True, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama_tied", UNEVEN),
+        ("qwen3", LORA),
+        pytest.param("llama", {**FULL, "max_steps": 30}, marks=pytest.mark.slow),
+        pytest.param("gemma3", {**UNEVEN, "max_steps": 30}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {**UNEVEN, "max_steps": 30}, marks=pytest.mark.slow),
+        pytest.param("llama_tied", {**LORA, "max_steps": 30}, marks=pytest.mark.slow),
+        pytest.param("gemma3", {**LORA, "max_steps": 30}, marks=pytest.mark.slow),
+        pytest.param("llama", {"engine": "padded", "max_steps": 30}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_sharded_ranks_equal_one(architecture: str, options: dict[str, Any], forks: Zygote, tmp_path: Path) -> None:
+    one = run(forks, tmp_path / "one", 1, architecture=architecture, **options)
+    two = run(forks, tmp_path / "two", 2, architecture=architecture, parallelism="fsdp2", **options)
+    assert two["engine"] == one["engine"] == options["engine"]
+    assert two["is_sharded"]
+    assert_same(two, one)
