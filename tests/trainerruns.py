@@ -76,7 +76,7 @@ def train_and_report(
     if lora:
         arguments["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = random_groups(num_rows, kinds=("pair", "pair", "four", "sft", "partial", "pair"))
-    model = build_tiny_model(architecture, num_layers=2)
+    model = build_tiny_model(architecture, num_layers=3 if architecture == "gemma3" else 2)
     trainer = make_trainer(output_dir, rows, model=model, arguments=arguments, **options)
     trainer.train(resume_from_checkpoint=True if resume else None)
     evaluation = trainer.evaluate()

@@ -128,7 +128,7 @@ def save_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path, *
         TypeError: the optimizer keeps something of another shape than its weight; the message names it.
     """
     inner = unwrapped(optimizer)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     dtypes: dict[str, dict[str, Any]] = {}

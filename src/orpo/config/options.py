@@ -194,7 +194,7 @@ class ORPOConfig(TrainingArguments):
     @contextmanager
     def fsdp_hidden(self) -> Iterator[None]:
         """Neither transformers nor accelerate hears of FSDP while the context lasts: `orpo.engine.parallel` applies it, on any device."""
-        given = self.fsdp, self.fsdp_config
+        given: tuple[Any, Any] = (self.__dict__["fsdp"], self.__dict__["fsdp_config"])
         self.fsdp = self.fsdp_config = None
         try:
             with accelerate_left_out():

@@ -81,7 +81,11 @@ def decoder_layers(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Modul
     if found:
         return found
     stacks = [module for module in core.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=nn.ModuleList()))
+    return list(max(stacks, key=_num_weights, default=nn.ModuleList()))
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _mesh(device: str, per_replica: int) -> Any:
@@ -94,11 +98,10 @@ def _mesh(device: str, per_replica: int) -> Any:
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    odd = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
+    odd = next(((name, weight.dtype) for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
     if odd is not None:
         raise UserError(
-            f"{odd} is stored as {str(next(w.dtype for n, w in model.named_parameters() if n == odd)).removeprefix('torch.')}, "
-            "which cannot be spread over ranks",
+            f"{odd[0]} is stored as {str(odd[1]).removeprefix('torch.')}, which cannot be spread over ranks",
             where="fsdp",
             expected="weights stored as floating-point numbers",
             mend="bnb_4bit_quant_storage: bfloat16, or parallelism: ddp",
