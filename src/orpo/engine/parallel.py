@@ -80,8 +80,8 @@ def decoder_layers(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Modul
     found = [module for module in core.modules() if type(module).__name__ in wanted]
     if found:
         return found
-    stacks = [module for module in core.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(stacks, key=_num_weights, default=nn.ModuleList()))
+    stacks: list[nn.Module] = [module for module in core.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(stacks, key=_num_weights, default=nn.ModuleList()).children())
 
 
 def _num_weights(module: nn.Module) -> int:
