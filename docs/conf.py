@@ -19,6 +19,7 @@ html_theme = "furo"
 html_title = f"orpo {VERSION}"
 html_copy_source = False
 html_show_sourcelink = False
+html_show_search_summary = False  # summaries are fetched from the pages, which a browser refuses between files
 
 myst_enable_extensions = ["dollarmath", "deflist", "fieldlist"]
 myst_heading_anchors = 4

@@ -42,12 +42,15 @@ def find_browser() -> str:
     return found
 
 
-def visit(page: Path, profile: Path, *, width: int = 1180, height: int = 1600, picture: Path | None = None, dark: bool = False) -> Visit:
+def visit(
+    page: Path, profile: Path, *, query: str = "", width: int = 1180, height: int = 1600, picture: Path | None = None, dark: bool = False
+) -> Visit:
     """Open a page: its document, or with `picture` a screenshot.
 
     Args:
         page: the file.
         profile: a new folder for the browser's own files.
+        query: what stands behind the address, such as `?q=word`.
         width, height: of the window.
         picture: PNG to write; the document is not read then.
         dark: as on a screen whose user prefers dark pages.
@@ -55,7 +58,7 @@ def visit(page: Path, profile: Path, *, width: int = 1180, height: int = 1600, p
     flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "--virtual-time-budget=10000"]
     flags += [f"--screenshot={picture}" if picture else "--dump-dom"]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    done = subprocess.run([find_browser(), *flags, page.as_uri()], capture_output=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run([find_browser(), *flags, page.as_uri() + query], capture_output=True, timeout=TIMEOUT_S, check=False)
     log = done.stderr.decode("utf-8", "replace")
     assert done.returncode == 0, log[-2000:]
     return Visit(done.stdout.decode("utf-8", "replace"), re.findall(r"CONSOLE[^\]]*\] (.*)", log))

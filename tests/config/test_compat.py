@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
+import orpo
 from orpo.config import compat
 from orpo.config.options import field_defaults, field_types
+from orpo.run.config import resolve
 from orpo.run.keys import key_defaults, key_types
 
 DOCS = Path(__file__).parents[2] / "docs" / "trl-compatibility.md"
@@ -113,6 +115,15 @@ class TestTranslate:
 
     def test_null_under_an_old_name_says_nothing(self) -> None:
         assert compat.translate({"beta": None}) == ({}, [], [])
+
+    def test_a_script_in_trl_s_words_hears_once_what_its_defaults_were(self) -> None:
+        with pytest.warns(UserWarning, match="lr_scheduler_type linear, warmup_steps 0"):
+            orpo.ORPOConfig(beta=0.2)
+        for options in ({"orpo_alpha": 0.2}, {"beta": 0.2, "lr_scheduler_type": "linear"}, {"beta": 0.2, "warmup_ratio": 0.1}, {}):
+            assert compat.unlike_trl(options) == []
+        words = ["--model_name_or_path", "m", "--dataset_name", "d"]
+        assert any("cosine" in note for note in resolve(None, [*words, "--beta", "0.2"]).notes)
+        assert not resolve(None, [*words, "--orpo_alpha", "0.2"]).notes
 
     def test_refused_old_name(self) -> None:
         _, problems, _ = compat.translate({"save_safetensors": False})

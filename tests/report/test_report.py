@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from htmlpages import parse
 from orpo.cli import main
@@ -174,6 +175,44 @@ def test_a_stage_of_a_comparison_is_not_called_orpo(tmp_path: Path) -> None:
     assert "share" not in figures
     assert report.card is not None
     assert "Trained with ORPO" not in report.card.read_text(encoding="utf-8")
+
+
+def test_the_card_of_a_plain_run_has_what_the_run_measured_itself(tmp_path: Path) -> None:
+    """Nobody has run `orpo eval`: the last evaluation of training is what there is, and no word of results where there is none either."""
+    folder = make_run(tmp_path / "run", tasks=())
+    text = (write_report(folder).card or folder).read_text(encoding="utf-8")
+    last = json.loads([line for line in (folder / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line][-1])
+    assert f"| chosen answer preferred | {last['eval_rewards/accuracies']:.1%} |" in text
+    assert f"at step {last['step']}, on rows of" in text
+    assert "The results above" in text
+    lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "eval_" not in line]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    text = (write_report(folder).card or folder).read_text(encoding="utf-8")
+    assert "results above" not in text
+    assert "Nothing was measured on rows that were held out" in text
+
+
+def test_the_card_names_the_base_and_its_licence_as_the_base_s_own_card_does(tmp_path: Path) -> None:
+    """A local base has no hub id of its own; its card may say where it is from."""
+    base, folder = tmp_path / "base", make_run(tmp_path / "run", tasks=())
+    for kind, card, expected in (
+        ("folder", "---\nbase_model: someone/model\nlicense: mit\n---\n# A model\n", {"base_model": "someone/model", "license": "mit"}),
+        ("folder", "---\nbase_model: [several, things]\nlicense: '<b>'\n---\n", {}),
+        ("folder", "---\n: broken: [\n---\n", {}),
+        ("folder", None, {}),
+        ("alias", None, {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}),
+    ):
+        base.mkdir(exist_ok=True)
+        (base / "README.md").unlink(missing_ok=True)
+        if card is not None:
+            (base / "README.md").write_text(card, encoding="utf-8")
+        facts = run_facts()
+        facts["model"] |= {"kind": kind, "location": str(base)}
+        write_json(folder / "run.json", facts)
+        text = (write_report(folder).card or folder).read_text(encoding="utf-8")
+        metadata = yaml.safe_load(text.split("---\n")[1])
+        assert {key: metadata[key] for key in ("base_model", "license") if key in metadata} == expected
+        assert str(tmp_path) not in text
 
 
 def test_evaluations_of_several_sets_have_a_line_each() -> None:

@@ -245,6 +245,8 @@ INHERITED = [
     Entry("enable_jit_checkpoint", _TA, "ignored", "SIGTERM always saves a checkpoint", harmless=(False,)),
     Entry("remove_unused_columns", _TA, "ignored", "rows are read once, into token groups", harmless=(False, True)),
     Entry("logging_nan_inf_filter", _TA, "accepted", "default off: a non-finite loss is shown, and stops the run"),
+    Entry("lr_scheduler_type", _TA, "accepted", "default cosine (there: linear)"),
+    Entry("warmup_steps", _TA, "accepted", "default 0.1, a tenth of the steps (there: none)"),
 ]
 
 TABLE: tuple[Entry, ...] = tuple(TRL_ORPO_CONFIG + TRL_SCRIPT_ARGUMENTS + TRL_MODEL_CONFIG + OLDER_NAMES + INHERITED)
@@ -287,6 +289,21 @@ def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[UserError],
         else:
             notes += _note(entry, value)
     return result, problems, notes
+
+
+def unlike_trl(options: Iterable[str]) -> list[str]:
+    """What computes another thing here than in TRL although no option says so, for options that are written in TRL's words; else empty.
+
+    Told where `beta` is given, which is TRL's name alone, and the schedule is left to its default.
+    """
+    names = set(options)
+    if "beta" not in names or names & {"lr_scheduler_type", "warmup_steps", "warmup_ratio"}:
+        return []
+    return [
+        "beta is TRL's name for orpo_alpha; unlike in TRL the rate follows a cosine after a tenth of warm-up (TRL's: lr_scheduler_type "
+        "linear, warmup_steps 0), and prompts and answers given as text become chat turns where the tokenizer has a template "
+        "(chat_template none leaves them plain). docs/guides/from-trl.md lists what differs"
+    ]
 
 
 def _is_only_a_name(name: str) -> bool:
@@ -363,6 +380,8 @@ def render() -> str:
         "- *mapped*: another name for one of our options; giving both with different values is an error",
         "- *ignored*: has no effect, and the run says so when it is set",
         "- *refused*: stops before anything is loaded, with the reason, unless it is set to what we do anyway",
+        "",
+        "What differs although no option says so (schedule, BOS, plain text, ends of answers): [moving from TRL](guides/from-trl.md).",
         "",
         "This page is printed by `python -m orpo.config.compat`.",
     ]

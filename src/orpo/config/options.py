@@ -310,6 +310,7 @@ def _init_with_compat(self: ORPOConfig, *args: Any, **kwargs: Any) -> None:
         del kwargs["orpo_alpha"]
     load_plugins(kwargs.get("plugins"))
     options, problems, notes = compat.translate(kwargs)
+    notes += compat.unlike_trl(kwargs)
     known = field_types()
     notes += _gather_objective_options(options, problems)
     for name in [name for name in options if name not in known]:

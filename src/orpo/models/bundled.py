@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BUNDLED_ALIAS = "smollm2-135m-instruct"
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUNDLED_LICENCE = "apache-2.0"
 
 _CACHE_FORMAT = 1
 """Raise it when what is written into the cache changes; older copies are then left alone and not used."""

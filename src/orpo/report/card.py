@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from orpo.report.evaluations import METRICS, pairs_of, verdict
 from orpo.report.facts import RunFacts, read_run
 from orpo.report.runpage import as_yaml, setup_section, short_name, source_names, what_was_trained
@@ -23,6 +25,7 @@ MARK = "<!-- Written by orpo. A card without this line is left as it is. -->"
 
 _PRIVATE_KEYS = ("hub_", "output_dir", "resume_from_checkpoint", "logging_dir", "run_name", "report_to", "push_to_hub")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NAME = re.compile(r"[A-Za-z0-9][\w./-]*")
 _DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".txt")
 
 
@@ -52,13 +55,15 @@ def card_text(facts: RunFacts) -> str:
 
 
 def _metadata(facts: RunFacts) -> Any:
-    """The hub's metadata. What is not known is left out: a licence above all, which is the base model's and the data's to give."""
+    """The hub's metadata. What is not known is left out; a licence is the base model's, where its own card gives one."""
     from huggingface_hub import ModelCardData
 
     is_adapter = bool(facts.configuration.get("use_peft"))
     scores = _eval_results(facts)
+    base, licence = _base(facts)
     return ModelCardData(
-        base_model=_base_model(facts),
+        base_model=base,
+        license=licence,
         datasets=[name for name in _sources(facts) if _is_hub_data(name)] or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -81,14 +86,31 @@ def _is_hub_data(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_DATA_FILES) and not Path(name).exists()
 
 
-def _base_model(facts: RunFacts) -> str | None:
-    """The hub id of the starting weights, where they have one."""
-    from orpo.models.bundled import BUNDLED_HUB_ID
+def _base(facts: RunFacts) -> tuple[str | None, str | None]:
+    """Hub id of the starting weights and their licence, where they are known: by the hub's cache, or by the card beside a local model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from orpo.models.bundled import BUNDLED_HUB_ID, BUNDLED_LICENCE
 
     kind, location = text(part(facts.run, "model", "kind")), text(part(facts.run, "model", "location"))
     if kind == "alias":
-        return BUNDLED_HUB_ID
-    return location if kind == "hub" and _HUB_ID.fullmatch(location) else None
+        return BUNDLED_HUB_ID, BUNDLED_LICENCE
+    if kind == "hub" and _HUB_ID.fullmatch(location):
+        cached = try_to_load_from_cache(location, CARD_FILE, revision=text(part(facts.run, "model", "revision")) or None)
+        return location, _card_of(cached).get("license") if isinstance(cached, str) else None
+    beside = _card_of(Path(location) / CARD_FILE) if location else {}
+    return beside.get("base_model"), beside.get("license")
+
+
+def _card_of(path: str | Path) -> dict[str, str]:
+    """Base model and licence of another model's card; empty where it cannot be read or they are no plain names."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        return {}
+    return {key: data[key] for key in ("base_model", "license") if isinstance(data.get(key), str) and _NAME.fullmatch(data[key])}
 
 
 def _eval_results(facts: RunFacts) -> list[Any]:
@@ -134,9 +156,20 @@ def _body(facts: RunFacts) -> list[str]:
         _use(facts),
         _options(facts),
         _versions(facts),
-        "## Limits\n\nThe results above are on the data named there and say nothing about other data. Preference tuning changes style more "
-        "surely than knowledge; what the model writes may be wrong. The licences of the base model and of the data apply.",
+        _limits(facts),
     ]
+
+
+def _limits(facts: RunFacts) -> str:
+    said = (
+        "The results above are on the data named there and say nothing about other data."
+        if _results(facts)
+        else "Nothing was measured on rows that were held out; `orpo eval` measures a run."
+    )
+    return (
+        f"## Limits\n\n{said} Preference tuning changes style more surely than knowledge; what the model writes may be wrong. "
+        "The licences of the base model and of the data apply."
+    )
 
 
 def _method(facts: RunFacts) -> str:
@@ -165,10 +198,35 @@ def _results(facts: RunFacts) -> str:
         count, where = text(after.get("num_pairs"), "?"), escape(short_name(source))
         said = f"{count} pairs that were not trained on ({where}); 95 % bootstrap intervals over prompts."
         blocks.append(said + (f" {verdict(change).text}" if change else "") + "\n\n" + _table(("", "before", "after", "change"), rows))
+    elif last := _last_evaluation(facts):
+        where = escape(", ".join(source_names(facts.configuration.get("dataset_name"))) or "the data")
+        said = f"The run's own last evaluation, at step {human_count(last['step'])}, on rows of {where} that were not trained on."
+        blocks.append(
+            said + "\n\n" + _table(("", "after"), [(words, format(last[key], style)) for key, words, style in _HELD_OUT if key in last])
+        )
     others = [(words, _plain(estimate(value, style))) for words, value, style in _other_scores(facts)]
     if others:
         blocks.append(_table(("other evaluations", "result"), others))
     return "## Results\n\n" + "\n\n".join(blocks) if blocks else ""
+
+
+_HELD_OUT = (
+    ("eval_loss", "loss", ".3f"),
+    ("eval_nll_loss", "next-token loss, nats per token", ".3f"),
+    ("eval_rewards/accuracies", "chosen answer preferred", ".1%"),
+    ("eval_logps/chosen", "log-probability of chosen, nats per token", "+.3f"),
+    ("eval_logps/rejected", "log-probability of rejected, nats per token", "+.3f"),
+)
+"""Logged name, words, style: what an evaluation in training measures."""
+
+
+def _last_evaluation(facts: RunFacts) -> dict[str, float]:
+    """The last evaluation of the run on its held-out rows; empty where there was none."""
+    for record in reversed(facts.logs.evaluation):
+        found = {key: number(record.get(key)) for key in ("step", *(key for key, _, _ in _HELD_OUT))}
+        if found["step"] is not None and found["eval_loss"] is not None:
+            return {key: value for key, value in found.items() if value is not None}
+    return {}
 
 
 def _other_scores(facts: RunFacts) -> list[tuple[str, Any, str]]:

@@ -165,6 +165,7 @@ def resolve(
     given_file = read_file(Path(path), problems) if path is not None else {}
     notes: list[str] = []
     layers = [translate_layer(layer, problems, notes) for layer in (given_file, given_flags)]
+    notes += compat.unlike_trl([*given_file, *given_flags])
     given = {**{key: Given(value, str(name)) for key, value in (base or {}).items()}, **layers[0], **layers[1], **plugins}
     values, origins = {**key_defaults(), **_objective_options(given)}, {}
     for key, default in values.items():
