@@ -181,6 +181,14 @@ def test_eval_sees_what_was_held_out(run: Run, tmp_path: Path) -> None:
     assert result["fingerprint"] == fingerprint(group for group in held_out if group.pairs)
 
 
+def test_another_model_is_asked_about_the_same_rows(run: Run, model: Path, tmp_path: Path) -> None:
+    """A model that is no run has no length contract of its own: the run's counts, and no row is missing on one side."""
+    command = ["eval", str(run.folder), "--tasks", "pairs", "--against", str(model), "--output", str(tmp_path), "--device", "cpu"]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "pairs.json").read_text())["result"]
+    assert result["against"]["num_pairs"] == result["model"]["num_pairs"]
+
+
 def test_chat_asks_with_the_prompts_of_training(run: Run) -> None:
     encoder = make_ready(str(run.folder), device="cpu").encoder
     compared = 0

@@ -87,9 +87,10 @@ class Session:
                 raise UserError("this needs a model", where="orpo eval", expected="a run or a model")
             self.release()
             is_before = which == "against" and self.options.against is None
-            config = self.target.config if self.target is not None and is_before else None
+            run = self.target.config if self.target is not None and which == "against" else None
+            given = {"config": run} if is_before else {"lengths": run}
             self.tell(f"loading      {name}")
-            self._loaded = which, load_subject(name, self.options.loading, config=config)
+            self._loaded = which, load_subject(name, self.options.loading, **given)
             subject = self._loaded[1]
             self._described[which] = {"name": subject.name, "identity": subject.identity, **subject.facts}
         self._used.add(which)

@@ -65,7 +65,7 @@ def make_ready(
         dtype = "auto"
     loaded = load_model(name, revision=revision, dtype=dtype, device=device)
     # A conversation may be as long as the model takes, whatever length it was trained on.
-    free = {"max_length": None, "max_prompt_length": None, "truncation": "drop", "strict_data": False}
+    free: dict[str, Any] = {"max_length": None, "max_prompt_length": None, "truncation": "drop", "strict_data": False}
     encoder = _encoder(loaded, target, Loading(chat_template=chat_template), None, **free)
     compute_dtype = torch.bfloat16 if bf16_is_fast(loaded.model.device) else torch.float32
     return Ready(loaded, encoder, target.run.read() if target.run else None, compute_dtype)
@@ -159,7 +159,7 @@ class Loading:
     trust_remote_code: bool = False
 
 
-def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None) -> Subject:
+def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None, lengths: RunConfig | None = None) -> Subject:
     """Load a model for evaluation.
 
     Args:
@@ -167,6 +167,8 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
         loading: how.
         config: the run's whose template and length contract count; None for the model's own run, if it has one. The model before training
             is given the run's, so that both see the same prompts.
+        lengths: the run's whose length contract counts though the template does not: of a model that it is compared with, so that no row is
+            dropped on one side alone.
     """
     import torch
 
@@ -187,7 +189,7 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
         load_in_8bit=config is not None and bool(config["load_in_8bit"]),
     )
     model, tokenizer, facts = loaded
-    encoder = _encoder(loaded, target, loading, before)
+    encoder = _encoder(loaded, target, loading, before, lengths)
     if encoder.new_tokens and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         _grow(model, tokenizer, name, encoder.new_tokens, config)
     fast = torch.bfloat16 if bf16_is_fast(facts.device) else None
@@ -232,8 +234,13 @@ def _saved_template(config: RunConfig) -> str | None:
     return "none" if config["chat_template"] == "none" else None
 
 
-def _encoder(loaded: LoadedModel, target: Target, loading: Loading, config: RunConfig | None, **replaced: Any) -> TemplateEncoder:
-    """The encoder of a loaded model, under the settings of a run: `config`, else its own; the defaults where there is neither."""
+def _encoder(
+    loaded: LoadedModel, target: Target, loading: Loading, config: RunConfig | None, lengths: RunConfig | None = None, **replaced: Any
+) -> TemplateEncoder:
+    """The encoder of a loaded model, under the settings of a run: `config`, else its own; the defaults where there is neither.
+
+    `lengths` is a run whose settings count in place of its own, but for the template.
+    """
     from orpo.data.settings import DataSettings
     from orpo.data.template import make_encoder
     from orpo.models.newtokens import positions_of
@@ -241,7 +248,7 @@ def _encoder(loaded: LoadedModel, target: Target, loading: Loading, config: RunC
 
     own = target.config
     template = config["chat_template"] if config is not None else _saved_template(own) if own is not None else None
-    config = config or own
+    config = config or lengths or own
     settings = DataSettings.of(key_defaults() if config is None else config.values)
     template, max_length = loading.chat_template or template, loading.max_length or settings.max_length
     settings = replace(settings, **{"chat_template": template, "max_length": max_length, **replaced})
