@@ -385,6 +385,24 @@ def test_drift_in_length_is_told() -> None:
     assert _observe(ProofOfLearning(), "logps/end", [-0.5] * 3 + [-6.0] * 10) == ["length_drift"]
 
 
+def test_drift_that_a_callback_logs_is_told_by_the_run(tmp_path: Path) -> None:
+    """As docs/reliability.md says: lengths are looked at where somebody generates answers and logs their mean."""
+    from transformers import TrainerCallback
+
+    from randomgroups import random_groups
+    from trainerruns import make_trainer
+
+    class Lengths(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            trainer.log({"answer_tokens": 100.0 * state.global_step})
+
+    trainer = make_trainer(tmp_path, random_groups(12), max_steps=3, arguments={"callbacks": [Lengths()]})
+    trainer.train()
+    assert [(finding.code, finding.step) for finding in trainer.learning.findings if finding.code == "length_drift"] == [
+        ("length_drift", 3)
+    ]
+
+
 def test_the_trainer_gives_the_ends_of_chosen_answers_that_have_one() -> None:
     from orpo.engine.layout import collate
     from orpo.training.metrics import end_logps

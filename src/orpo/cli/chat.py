@@ -174,7 +174,7 @@ class Terminal:
         from orpo.system.console import print_json
 
         for answer in make(None):
-            facts = {"prompt": self.chat.messages[-1]["content"] if self.chat.messages else None, "text": answer.text}
+            facts: dict[str, Any] = {"prompt": self.chat.messages[-1]["content"] if self.chat.messages else None, "text": answer.text}
             facts |= {"num_tokens": answer.num_tokens, "finish": answer.finish}
             print_json(facts | ({"model": answer.side, "number": answer.number} if len(self.chat.sides) > 1 else {}))
 
