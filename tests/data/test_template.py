@@ -41,6 +41,17 @@ def messages_of(prompt: Text, answer: Text, *, parts: bool = False) -> list[Mess
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns] if parts else turns
 
 
+def assert_notes(encoder: TemplateEncoder, group: TokenGroup, prompt: Text, *others: str) -> None:
+    """These notes alone; and, exactly where it is so, that the prompt is another than the template's own for generation."""
+    conversation = messages_of(prompt, "x", parts=bool(encoder.facts and encoder.facts.wants_parts))[:-1]
+    bare = encoder.tokenizer.apply_chat_template(conversation, tokenize=False)
+    text = encoder.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    is_known = text != bare or not (encoder.facts and encoder.facts.generation is None)
+    ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    is_other = is_known and ids != group.prompt_ids.tolist()
+    assert set(group.notes) == {*others, *(["other_generation_prompt"] if is_other else [])}
+
+
 def assert_is_templates_own(encoder: TemplateEncoder, group: TokenGroup, prompt: Text, answers: tuple[Text, ...], **options: Any) -> None:
     """Prompt + answer are the first ids of apply_chat_template, and only blanks and special tokens follow there."""
     tokenizer, facts = encoder.tokenizer, encoder.facts
@@ -49,7 +60,7 @@ def assert_is_templates_own(encoder: TemplateEncoder, group: TokenGroup, prompt:
         conversation = messages_of(prompt, answer, parts=facts.wants_parts)
         reference = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False, **options)
         ids = [*group.prompt_ids.tolist(), *response.tolist()]
-        compared = ids[:-1] if facts.is_eos_appended else ids
+        compared = ids[:-1] if facts.end.is_appended else ids
         assert reference[: len(compared)] == compared
         assert tokenizer.decode(reference[len(compared) :], skip_special_tokens=True).strip() == ""
         assert ids[-1] == encoder.terminator_id
@@ -65,7 +76,7 @@ def test_ids_are_the_templates_own(style: str, kind: str) -> None:
         assert_is_templates_own(encoder, group, prompt, answers)
         np.testing.assert_array_equal(encoder.prompt_ids(prompt), group.prompt_ids)
         assert group.is_ended == (True, True)
-        assert group.notes == ()
+        assert_notes(encoder, group, prompt)
         assert group.prompt_ids.dtype == np.int32
 
 
@@ -143,7 +154,7 @@ def test_templates_of_real_models(path: Path) -> None:
         group = encode(encoder, prompt, *answers)
         assert_is_templates_own(encoder, group, prompt, answers)
         np.testing.assert_array_equal(encoder.prompt_ids(prompt), group.prompt_ids)
-        assert group.notes == ()
+        assert_notes(encoder, group, prompt)
 
 
 def test_batches_give_what_single_rows_give() -> None:
@@ -276,7 +287,8 @@ def test_a_system_message_that_the_template_leaves_out_is_told() -> None:
     encoder = TemplateEncoder(tokenizer)
     prompt = ({"role": "system", "content": "Be very short."}, {"role": "user", "content": "Hello"})
     group = encode(encoder, prompt, "Yes", "No")
-    assert group.notes == ("text_not_printed",)
+    assert_notes(encoder, group, prompt, "text_not_printed")
+    assert "other_generation_prompt" in group.notes
     assert "short" not in tokenizer.decode(group.prompt_ids)  # nor is it in what transformers makes of the whole conversation
     assert_is_templates_own(encoder, group, prompt, ("Yes", "No"))
     np.testing.assert_array_equal(encoder.prompt_ids(prompt), group.prompt_ids)
@@ -284,14 +296,14 @@ def test_a_system_message_that_the_template_leaves_out_is_told() -> None:
 
 def test_reasoning_that_the_template_takes_out_of_an_answer_is_told() -> None:
     encoder = TemplateEncoder(build_tokenizer("byte_level", STYLES["think_in_prompt"]))
-    assert encode(encoder, "Hello", "because</think>Yes", "No").notes == ("text_not_printed",)
+    assert_notes(encoder, encode(encoder, "Hello", "because</think>Yes", "No"), "Hello", "reasoning_not_printed")
     kept = TemplateEncoder(build_tokenizer("byte_level", QWEN3))
     assert encode(kept, "Hello", "<think>\nbecause\n</think>\n\nYes", "No").notes == ()
 
 
-def test_template_variables_are_passed_on() -> None:
+def test_chat_template_kwargs_are_passed_on() -> None:
     tokenizer = build_tokenizer("newline_merging", QWEN3)
-    group = encode(TemplateEncoder(tokenizer, template_variables={"enable_thinking": False}), "Hello", "Yes", "No")
+    group = encode(TemplateEncoder(tokenizer, chat_template_kwargs={"enable_thinking": False}), "Hello", "Yes", "No")
     assert tokenizer.decode(group.prompt_ids).endswith("<think>\n\n</think>\n\n")
     assert tokenizer.decode(group.response_ids[0]) == "Yes<|im_end|>"
 
@@ -385,8 +397,10 @@ def test_rendered_strings_are_not_wrapped_again(style: str) -> None:
         extra = "<|channel|>final<|message|>" if style == "harmony" else ""
         group = encode(encoder, prompt, extra + "Yes, you." + end + "\n", extra + "no")
         assert "already_rendered" in group.notes
-        assert group.prompt_ids.tolist() == wrapped.prompt_ids.tolist()
-        assert [ids.tolist() for ids in group.response_ids] == [ids.tolist() for ids in wrapped.response_ids]
+        for mine, theirs in zip(group.response_ids, wrapped.response_ids, strict=True):
+            assert [*group.prompt_ids.tolist(), *mine.tolist()] == [*wrapped.prompt_ids.tolist(), *theirs.tolist()]
+        bos = "<s>" if rendered.startswith("<s>") else ""
+        assert tokenizer.decode(group.prompt_ids) == bos + prompt.removeprefix("<s>")  # to the character
         np.testing.assert_array_equal(encoder.prompt_ids(prompt), group.prompt_ids)
 
 
@@ -465,4 +479,4 @@ def test_describe_is_plain_json() -> None:
     facts = TemplateEncoder(build_tokenizer("byte_level", LLAMA3)).describe()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["terminator"] == "<|eot_id|>"
-    assert facts["template_uses_date"] is False
+    assert facts["date"] is None

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from orpo.data.chat.fit import Ends, Joined, common_prefix, cut_answers, join, to_group
+from orpo.data.chat.ends import End
+from orpo.data.chat.fit import Joined, common_prefix, cut_answers, join, to_group
 from orpo.data.chat.turns import TurnDraft
 from orpo.data.types import Dropped, Preference, TokenGroup, Where
 
 END, HEADER = 2, 1
-ENDS = Ends(END, is_appended=False, control_ids=frozenset({END, HEADER}))
+PRINTED, APPENDED = End("<e>", "<e>", END), End("", "", END, is_appended=True)
+CONTROL = frozenset({END, HEADER})
 ROW = Preference("q", ("a", "b"), ((0, 1),), Where("rows.jsonl", 0, 1))
 
 
-def draft(**options: object) -> TurnDraft:
-    return TurnDraft(ROW, "q", ["qa", "qb"], **options)  # type: ignore[arg-type]
+def draft(end: End = PRINTED, **options: object) -> TurnDraft:
+    return TurnDraft(ROW, "q", ["qa", "qb"], [end, end], **options)  # type: ignore[arg-type]
 
 
-def joined(*ids: list[int], ends: Ends = ENDS, **options: object) -> Joined:
-    result = join(draft(**options), ids, ends)
+def joined(*ids: list[int], **options: object) -> Joined:
+    result = join(draft(**options), ids, CONTROL)  # type: ignore[arg-type]
     assert isinstance(result, Joined), result
     return result
 
@@ -54,15 +56,14 @@ def test_a_merge_in_one_answer_moves_the_boundary_for_both() -> None:
     ],
 )
 def test_what_cannot_be_proved_is_refused(ids: tuple[list[int], ...], reason: str, why: str) -> None:
-    result = join(draft(), ids, ENDS)
+    result = join(draft(), ids, CONTROL)
     assert isinstance(result, Dropped)
     assert result.reason == reason
     assert why in result.detail
 
 
 def test_an_appended_terminator() -> None:
-    ends = Ends(END, is_appended=True, control_ids=frozenset({END}))
-    assert joined([5], [5, 7], [5, 8], ends=ends).responses == [[7, END], [8, END]]
+    assert joined([5], [5, 7], [5, 8], end=APPENDED).responses == [[7, END], [8, END]]
 
 
 def test_an_answer_shortened_beforehand_has_not_ended() -> None:
@@ -84,12 +85,12 @@ def test_an_answer_shortened_beforehand_has_not_ended() -> None:
     ],
 )
 def test_cutting(room: int, responses: list[list[int]], ended: list[bool]) -> None:
-    cut = cut_answers(Joined([5], [[7, 8, 9, END], [7, END, 8, END]], [True, True], []), room, END)
+    cut = cut_answers(Joined([5], [[7, 8, 9, END], [7, END, 8, END]], [True, True], []), room, {END})
     assert (cut.responses, cut.ended) == (responses, ended)
 
 
 def test_identical_after_cutting() -> None:
-    cut = cut_answers(Joined([5], [[7, 8, END], [7, 9, END]], [True, True], []), 1, END)
+    cut = cut_answers(Joined([5], [[7, 8, END], [7, 9, END]], [True, True], []), 1, {END})
     result = to_group(ROW, cut)
     assert isinstance(result, Dropped)
     assert result.reason == "identical_after_truncation"

@@ -59,7 +59,7 @@ def test_ids_are_those_of_apply_chat_template(style: str, kind: str, prompt: str
     assert facts is not None
     for answer, response in zip((first, second), group.response_ids, strict=True):
         messages = conversation(encoder, prompt, answer)
-        if facts.is_eos_appended:  # nothing is printed after the answer: the text itself, and eos
+        if facts.end.is_appended:  # nothing is printed after the answer: the text itself, and eos
             text = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
             reference = [*encoder.tokenizer(text, add_special_tokens=False)["input_ids"], encoder.terminator_id]
         else:

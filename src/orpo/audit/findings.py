@@ -72,6 +72,10 @@ _REASON_HELP: dict[str, tuple[str, str]] = {
         "With special_tokens_in_text: split the text has to become plain tokens, and this tokenizer cannot do that.",
         "Remove the text, or use the model's fast tokenizer.",
     ),
+    "not_printed": (
+        "Another answer would be trained than the one that was preferred.",
+        "Use a chat_template that prints tool calls (and the text beside them), or write the call into the answer's text.",
+    ),
     "boundary": (
         "Where the prompt ends could not be proved on the tokens, so it is unknown what would be scored.",
         "Use another chat_template, or report the row.",
@@ -212,10 +216,46 @@ KINDS: dict[str, Kind] = {
         "Raise max_length, or drop these rows (truncation: drop).",
     ),
     "text_not_printed": Kind(
-        "rows of which the chat template leaves out some text",
+        "rows of which the chat template leaves out some of the prompt",
         "warning",
-        "A system message or a reasoning part that the template does not print is not trained on, and the answer may rest on it.",
+        "The model does not see a system message or a turn that the template does not print, and the answer may rest on it.",
         "Use a chat_template that prints it, or move the text into the user's turn.",
+    ),
+    "reasoning_not_printed": Kind(
+        "rows whose reasoning the chat template leaves out",
+        "warning",
+        "Reasoning that the template does not print is not trained: the model learns to answer without it.",
+        "Use a chat_template that prints it, or write it into the answer's text.",
+    ),
+    "tools_not_printed": Kind(
+        "rows whose tools the chat template leaves out, or a part of them",
+        "warning",
+        "The model does not see which tools there are, and learns to call some by heart.",
+        "Use a chat_template that prints tools, or describe them in the system message.",
+    ),
+    "calls_not_printed": Kind(
+        "rows of which the chat template leaves out an earlier tool call",
+        "warning",
+        "The model sees a tool's result, but not what it was asked.",
+        "Use a chat_template that prints tool calls.",
+    ),
+    "name_not_printed": Kind(
+        "rows with a name in a message that the chat template leaves out",
+        "info",
+        "The model does not see who speaks.",
+        "Write the name into the text, if it matters.",
+    ),
+    "other_generation_prompt": Kind(
+        "rows trained with another prompt than the chat template gives for generation",
+        "warning",
+        "A server that asks with the template's generation prompt begins the answer elsewhere than the training did.",
+        "Set chat_template_kwargs so that both agree (orpo check shows both texts), or ask with the trained one, as orpo's commands do.",
+    ),
+    "rendered_otherwise": Kind(
+        "rows rendered before, with another end than the chat template's generation prompt",
+        "info",
+        "They are trained as they stand; asked with the template's own prompt, the model begins elsewhere.",
+        "Render them with the same chat_template_kwargs as the model will be asked with, or give the messages.",
     ),
     "already_rendered": Kind(
         "rows whose prompt was rendered with the chat template before",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from orpo.data.template import TemplateEncoder
     from orpo.run.config import RunConfig
 
-_SAME_NAMES = ("column_map", "pairs", "nll_scope", "chat_template", "max_length", "max_prompt_length", "truncation")
+_SAME_NAMES = ("column_map", "pairs", "nll_scope", "chat_template", "chat_template_kwargs", "max_length", "max_prompt_length", "truncation")
 _KEYS = {
     **{name: name for name in (*_SAME_NAMES, "special_tokens_in_text")},
     "split": "dataset_train_split",
@@ -35,6 +35,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     _option(tokens, "model", "model_name_or_path", metavar="MODEL", help="hub id, folder, GGUF file or smollm2-135m-instruct")
     _option(tokens, "revision", "model_revision", help="revision of the model on the hub")
     _option(tokens, "chat_template", help="chatml, none, a Jinja file, or the template itself (default: the tokenizer's)")
+    _option(tokens, "chat_template_kwargs", metavar="JSON", help="variables for the chat template: '{\"enable_thinking\": false}'")
     _option(tokens, "max_length", type=int, help="most tokens of a prompt and one answer (default 1024)")
     _option(tokens, "max_prompt_length", type=int, help="most tokens of a prompt")
     _option(tokens, "truncation", choices=("drop", "keep_end", "keep_start"), help="what is done with longer rows (default drop)")

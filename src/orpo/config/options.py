@@ -100,6 +100,10 @@ class ORPOConfig(TrainingArguments):
     chat_template: str | None = field(
         default=None, metadata={"help": "null: the tokenizer's own; chatml; none (plain text); a file; or the template itself."}
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables for the chat template, such as {enable_thinking: false}; a row's own go before."},
+    )
     special_tokens_in_text: Literal["warn", "split"] = field(
         default="warn", metadata={"help": "Special-token text inside a row: count and warn, or tokenise it as plain text."}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 from array import array
 from collections import Counter
@@ -23,6 +24,14 @@ NUM_EXAMPLES = 3
 """Locations kept per reason and note."""
 
 _CHUNK_ROWS = 256
+_NOT_SEEN = (
+    "text_not_printed",
+    "reasoning_not_printed",
+    "tools_not_printed",
+    "calls_not_printed",
+    "name_not_printed",
+    "rendered_otherwise",
+)
 _IDENTICAL = ("identical_answers", "identical_after_truncation")
 _WARN_IDENTICAL_SHARE = 0.01
 _MEASURED = ("prompt", "response", "sequence")
@@ -43,6 +52,8 @@ class DataReport:
         notes: rows per note code: what was altered.
         examples: per code, where the first few such rows are, with the detail.
         truncation: the policy that was applied.
+        remarks: what is to be said of tokenizer and template.
+        generation: how the prompt for generation differs from the trained one, from `TemplateEncoder.generation`.
     """
 
     num_rows: int = 0
@@ -54,6 +65,8 @@ class DataReport:
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[tuple[Where, str]]] = field(default_factory=dict)
     truncation: str = ""
+    remarks: list[str] = field(default_factory=list)
+    generation: dict[str, Any] | None = None
     _lengths: dict[str, array[int]] = field(default_factory=lambda: {name: array("i") for name in _MEASURED}, repr=False)
     _seen: set[bytes] = field(default_factory=set, repr=False)
 
@@ -115,12 +128,26 @@ class DataReport:
                 f"{count} of {self.num_groups} prompts were already rendered with the chat template and are taken as they are"
                 f"{self._first('already_rendered')}; give messages to have them rendered here"
             )
-        if count := self.notes["text_not_printed"]:
-            found.append(
-                f"the chat template leaves out some of the text of {count} rows (a system message, or reasoning); "
-                f"that text is not trained{self._first('text_not_printed')}"
-            )
-        return found
+        for code in _NOT_SEEN:
+            if count := self.notes[code]:
+                found.append(f"{count} of {self.num_groups} rows: {NOTES[code]}{self._first(code)}")
+        if count := self.notes["other_generation_prompt"]:
+            found.append(self._generation_warning(count))
+        if count := self.dropped["not_printed"]:
+            found.append(f"{count} of {self.num_rows} rows are left out: {REASONS['not_printed']}{self._first('not_printed')}")
+        return [*self.remarks, *found]
+
+    def _generation_warning(self, count: int) -> str:
+        """That the two prompts differ, with both texts and, where there is one, the switch that makes them agree."""
+        what = f"{count} of {self.num_groups} rows are trained with another prompt than the template gives for generation"
+        texts = self.generation
+        if texts is None:
+            return f"{what}, which depends on the answer there{self._first('other_generation_prompt')}"
+        agreeing = texts["agreeing"]
+        mend = (
+            f"chat_template_kwargs: {json.dumps(agreeing)} makes them the same" if agreeing else "orpo's own commands use the trained one"
+        )
+        return f"{what}: trained {texts['trained']!r}, for generation {texts['generation']!r}; {mend}"
 
     def _first(self, code: str) -> str:
         return f" (first: {self.examples[code][0][0]})" if self.examples.get(code) else ""
@@ -210,7 +237,7 @@ def prepare_groups(
         DataError: with `strict`, at the first dropped row; or what the encoder raises.
     """
     groups: list[TokenGroup] = []
-    report = DataReport(truncation=encoder.truncation)
+    report = DataReport(truncation=encoder.truncation, remarks=encoder.remarks(), generation=encoder.generation())
     for _, result in encode_rows(rows, encoder):
         if strict and isinstance(result, Dropped):
             raise unusable_row(result)

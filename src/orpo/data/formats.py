@@ -18,6 +18,7 @@ from orpo.data.rows.jsontext import decode
 from orpo.data.rows.messages import BadRow, is_empty_answer, is_empty_prompt, plain_text, type_name
 from orpo.data.rows.recognise import Shape, detect_shape, merge_rated_rows, rename
 from orpo.data.rows.shapes import Draft
+from orpo.data.rows.variables import TEMPLATE_KWARGS, read_template_kwargs
 from orpo.data.types import REASONS, Dropped, Preference, Where
 from orpo.errors import DataError
 
@@ -71,7 +72,12 @@ def judge(draft: Draft, row: Mapping[Any, Any], shape: Shape, where: Where) -> P
             return Dropped("identical_answers", where)
     used = shape.used | {theirs for _, theirs in shape.column_map}
     columns = {key: value for key, value in row.items() if isinstance(key, str) and key not in used and _travels(value)}
-    return Preference(draft.prompt, draft.responses, draft.pairs, where, draft.tools, columns)
+    try:
+        variables = read_template_kwargs(row.get(TEMPLATE_KWARGS))
+    except BadRow as bad:
+        return Dropped(bad.reason, where, bad.detail)
+    columns.pop(TEMPLATE_KWARGS, None)
+    return Preference(draft.prompt, draft.responses, draft.pairs, where, draft.tools, columns, variables)
 
 
 def _medium(row: Mapping[Any, Any], shape: Shape) -> str | None:

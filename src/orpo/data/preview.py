@@ -97,7 +97,7 @@ def view_row(item: Preference | Dropped, encoder: Any, *, nll_scope: str = "sequ
     group = encoder.encode(item)
     if isinstance(group, Dropped):
         return _view_dropped(group)
-    return _view_group(item, group, encoder.tokenizer, counts_prompt=nll_scope == "sequence")
+    return _view_group(item, group, encoder.tokenizer, encoder.generation(), counts_prompt=nll_scope == "sequence")
 
 
 def _view_dropped(dropped: Dropped) -> RowView:
@@ -105,8 +105,18 @@ def _view_dropped(dropped: Dropped) -> RowView:
     return RowView(str(dropped.where), dropped=f"{dropped.reason}: {REASONS.get(dropped.reason, '')}{detail}")
 
 
-def _view_group(preference: Preference, group: TokenGroup, tokenizer: Any, *, counts_prompt: bool) -> RowView:
-    notes = tuple(NOTES.get(note, note.replace("_", " ")) for note in group.notes)
+def _note(code: str, generation: dict[str, Any] | None) -> str:
+    """A note in words; that of the two prompts with both of them."""
+    text = NOTES.get(code, code.replace("_", " "))
+    if code != "other_generation_prompt" or generation is None:
+        return text
+    return f"{text}: it ends {generation['trained']!r} where that one ends {generation['generation']!r}"
+
+
+def _view_group(
+    preference: Preference, group: TokenGroup, tokenizer: Any, generation: dict[str, Any] | None, *, counts_prompt: bool
+) -> RowView:
+    notes = tuple(_note(note, generation) for note in group.notes)
     prompt_ids = group.prompt_ids.tolist()
     pieces = token_texts(tokenizer, prompt_ids)
     is_content = _content_mask(pieces, [message["content"] for message in as_messages(preference.prompt, "user")])

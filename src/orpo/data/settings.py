@@ -22,6 +22,7 @@ class DataSettings:
     strict_data: bool
     dataset_streaming: bool
     chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | str | None
     max_length: int | None
     max_prompt_length: int | None
     truncation: str

@@ -12,6 +12,7 @@ What holds for every group that comes out:
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +21,24 @@ from typing import Any
 import numpy as np
 
 from orpo.data.chat import fit
-from orpo.data.chat.fit import Ends, Joined, common_prefix, cut_answers, distinct, join, to_group
-from orpo.data.chat.render import ChatRenderer, TemplateFacts, TemplateFailed, added_token_texts, probe_template
-from orpo.data.chat.selection import choose_template, unwrap_tokenizer
-from orpo.data.chat.special import ControlText, NotPlainError, content_text, is_unicode, strings_of
-from orpo.data.chat.turns import ChatText, Marks, PlainText, TurnDraft
+from orpo.data.chat.dates import ASKS, read_date
+from orpo.data.chat.fit import Joined, common_prefix, cut_answers, distinct, join, to_group
+from orpo.data.chat.plain import PlainText, own_beginning
+from orpo.data.chat.probe import TemplateFacts, added_token_texts, probe_template
+from orpo.data.chat.render import ChatRenderer, TemplateFailed
+from orpo.data.chat.selection import choose_template, missing_tokens, unwrap_tokenizer
+from orpo.data.chat.special import ControlText, NotPlainError, is_unicode, strings_of
+from orpo.data.chat.turns import ChatText, Marks, TurnDraft
+from orpo.data.rows.variables import read_run_kwargs
 from orpo.data.settings import DataSettings
 from orpo.data.types import REASONS, Dropped, Message, Preference, Text, TokenGroup
 from orpo.errors import DataError, OrpoError, UserError
 
 NUM_VERIFIED = 32
 """Responses of an encoder's first rows that are compared with transformers' own `apply_chat_template(tokenize=True)`."""
+
+_MOST_VARIANTS = 64
+"""Sets of a row's own template variables that stay probed."""
 
 
 class TemplateEncoder:
@@ -48,7 +56,8 @@ class TemplateEncoder:
         truncation: "drop", "keep_end" or "keep_start"; see `orpo.data.chat.fit`.
         special_tokens_in_text: "warn" trains rows with special-token text as they are, counted; "split" tokenises it as plain text.
         strict: raise at the first row that cannot be used.
-        template_variables: further variables for the template, such as `{"enable_thinking": False}`.
+        chat_template_kwargs: further variables for the template, such as `{"enable_thinking": False}`.
+        date: the template's today, as ISO 8601; taken when the encoder is made, if not given.
 
     Attributes:
         new_tokens: tokens that were added to the tokenizer.
@@ -74,26 +83,32 @@ class TemplateEncoder:
         truncation: str = "drop",
         special_tokens_in_text: str = "warn",
         strict: bool = False,
-        template_variables: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        date: str | None = None,
     ) -> None:
-        _check_options(max_length, max_prompt_length, truncation, special_tokens_in_text)
+        fit.check_lengths(max_length, max_prompt_length, truncation)
+        if special_tokens_in_text not in ("warn", "split"):
+            raise UserError(f"special_tokens_in_text is {special_tokens_in_text!r}", where="special_tokens_in_text", expected="warn, split")
         self.tokenizer = unwrap_tokenizer(tokenizer)
         self.max_length, self.max_prompt_length, self.truncation = max_length, max_prompt_length, truncation
         self.special_tokens_in_text, self.is_strict = special_tokens_in_text, strict
         self._is_fast = bool(getattr(self.tokenizer, "is_fast", False))
         self._num_to_verify = NUM_VERIFIED
+        self._date = read_date(date)
         self._prefix_ids: list[int] = []
         self.template, self.template_name, self.new_tokens = choose_template(self.tokenizer, chat_template)
         self._most_text_chars = self._most_chars()
-        options = {"is_split": special_tokens_in_text == "split", "most_chars": None if truncation == "drop" else self._most_text_chars}
+        most_chars = None if truncation == "drop" else self._most_text_chars
+        self._options: dict[str, Any] = {"is_split": special_tokens_in_text == "split", "most_chars": most_chars}
         self.facts: TemplateFacts | None = None
         self._texts: ChatText | PlainText
         if self.template_name == "none":
-            self._texts = self._plain_text(options)
+            self._texts = self._plain_text(self._options)
         else:
-            self._texts = self._chat_text(options, template_variables)
-        self._ends = Ends(self.terminator_id, self._is_eos_appended, frozenset(self._control.ids.values()))
-        stops = (self.terminator_id, self.tokenizer.eos_token_id)
+            self._texts = self._chat_text(self._options, read_run_kwargs(chat_template_kwargs))
+        self._variants: dict[str, ChatText] = {}
+        self._control_ids = frozenset(self._control.ids.values())
+        stops = (self.terminator_id, self.tokenizer.eos_token_id, self._call_terminator_id)
         self.terminator_ids: tuple[int, ...] = tuple(dict.fromkeys(int(i) for i in stops if i is not None))
 
     def encode(self, preference: Preference) -> TokenGroup | Dropped:
@@ -123,12 +138,15 @@ class TemplateEncoder:
             results.append(result)
         return results
 
-    def prompt_ids(self, prompt: Text, tools: Sequence[dict[str, Any]] | None = None) -> np.ndarray:
+    def prompt_ids(
+        self, prompt: Text, tools: Sequence[dict[str, Any]] | None = None, chat_template_kwargs: dict[str, Any] | None = None
+    ) -> np.ndarray:
         """The ids to generate from: exactly those that training has as the prompt (untrimmed, and where nothing merges across its end).
 
         Args:
             prompt: text or messages, as in a `Preference`.
             tools: the tools' schemas, for templates that know them.
+            chat_template_kwargs: the row's own variables for the template.
 
         Returns:
             int32, shape (P,).
@@ -137,16 +155,41 @@ class TemplateEncoder:
             DataError: the template raised on these messages.
         """
         try:
-            ids = self._prompt_ids(prompt, tools)
+            ids = self._prompt_ids(prompt, tools, chat_template_kwargs)
         except TemplateFailed as error:
             raise DataError(f"the {self.template_name} cannot render this prompt: {error}", where="chat_template") from error
         except NotPlainError as error:
             raise DataError(str(error), where="special_tokens_in_text") from error
         return np.asarray(ids, dtype=np.int32)
 
-    def _prompt_ids(self, prompt: Text, tools: Sequence[dict[str, Any]] | None) -> list[int]:
-        text, marks = self._texts.prompt(prompt, tools)
+    def _prompt_ids(self, prompt: Text, tools: Sequence[dict[str, Any]] | None, variables: dict[str, Any] | None = None) -> list[int]:
+        text, marks = self._texts_for(variables).prompt(prompt, tools)
         return self._prefix_ids + self._encode_texts([text], marks)[0]
+
+    def remarks(self) -> list[str]:
+        """What a user should know about tokenizer and template before any row is read, one sentence each."""
+        if self.facts is None:
+            return []
+        return missing_tokens(self.tokenizer, self.facts.dialogue, self.template_name)
+
+    def generation(self) -> dict[str, Any] | None:
+        """How the prompt that the template gives for generation differs from the one that is trained; None where it does not.
+
+        Returns:
+            `trained` and `generation`: what stands behind the user's text in either. `agreeing`: template variables under which the two
+            are the same, or None.
+        """
+        if self.facts is None or self.facts.is_generation_trained:
+            return None
+        agreeing = next((value for value in ({"enable_thinking": False}, {"enable_thinking": True}) if self._agrees(value)), None)
+        return {"trained": self.facts.trained, "generation": self.facts.generation, "agreeing": agreeing}
+
+    def _agrees(self, variables: dict[str, Any]) -> bool:
+        try:
+            texts = self._texts_for(variables)
+        except DataError:
+            return False
+        return isinstance(texts, ChatText) and texts.facts.is_generation_trained
 
     def describe(self) -> dict[str, Any]:
         """Facts for run.json and the preview; plain JSON types."""
@@ -165,34 +208,43 @@ class TemplateEncoder:
             source = self.template or self.tokenizer.get_chat_template()
             facts |= {
                 "template_sha256": hashlib.sha256(source.encode()).hexdigest(),
-                "template_variables": self._renderer.variables,
-                "template_uses_date": "strftime_now" in source,
-                "boundary": self.facts.boundary,
-                "after_answer": self.facts.after,
-                "system": self.facts.system,
-                "control_tokens": list(self.facts.control_tokens),
+                "chat_template_kwargs": self._texts.render.variables if isinstance(self._texts, ChatText) else {},
+                "date": self._date.isoformat() if ASKS in source else None,
+                "generation": self.generation(),
+                **self.facts.to_dict(),
             }
         return facts
 
-    def _chat_text(self, options: dict[str, Any], variables: dict[str, Any] | None) -> ChatText:
-        self._renderer = ChatRenderer(self.tokenizer, self.template, name=self.template_name, variables=variables)
-        self.facts = probe_template(self._renderer, self._ids)
-        self.terminator_id, self._is_eos_appended = self.facts.terminator_id, self.facts.is_eos_appended
-        self._control = ControlText(self.tokenizer, self.facts.control_tokens, self.facts.markers)
-        return ChatText(self._renderer, self.facts, self._control, self._encode_texts, **options)
+    def _chat_text(self, options: dict[str, Any], variables: dict[str, Any]) -> ChatText:
+        texts = self._probed(options, variables)
+        self.facts, self._control = texts.facts, texts.control
+        self.terminator_id, self._is_eos_appended = self.facts.end.terminator_id, self.facts.end.is_appended
+        self._call_terminator_id = self.facts.call_end.terminator_id
+        return texts
+
+    def _probed(self, options: dict[str, Any], variables: dict[str, Any]) -> ChatText:
+        """The template under these variables, probed."""
+        renderer = ChatRenderer(self.tokenizer, self.template, name=self.template_name, variables=variables, date=self._date)
+        facts = probe_template(renderer, self._ids)
+        control = ControlText(self.tokenizer, facts.control_tokens, facts.markers)
+        return ChatText(renderer, facts, control, self._encode_texts, **options)
+
+    def _texts_for(self, variables: dict[str, Any] | None) -> ChatText | PlainText:
+        """The template under a row's own variables: they may change what it prints anywhere, so it is probed for each set of them."""
+        if not variables or isinstance(self._texts, PlainText):
+            return self._texts
+        key = json.dumps(variables, sort_keys=True, default=repr)
+        if key not in self._variants:
+            if len(self._variants) >= _MOST_VARIANTS:  # a variable that differs in every row: none is asked for again
+                self._variants.clear()
+            self._variants[key] = self._probed(self._options, {**self._texts.render.variables, **variables})
+        return self._variants[key]
 
     def _plain_text(self, options: dict[str, Any]) -> PlainText:
-        if self.tokenizer.eos_token_id is None:
-            raise DataError(
-                "the tokenizer has no eos_token: nothing could tell the model where an answer ends",
-                where="chat_template",
-                mend="set the tokenizer's eos_token, or use chat_template: chatml",
-            )
+        self._prefix_ids = own_beginning(self.tokenizer, self._ids)
         self.terminator_id, self._is_eos_appended = int(self.tokenizer.eos_token_id), True
+        self._call_terminator_id = self.terminator_id
         self._control = ControlText(self.tokenizer, list(added_token_texts(self.tokenizer, special_only=True)))
-        alone, whole = self._ids(["a"])[0], list(self.tokenizer.encode("a"))
-        start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
-        self._prefix_ids = whole[:start]  # the tokenizer's own beginning of a text; its ending, if any, belongs to no prompt
         bos = self.tokenizer.convert_ids_to_tokens(self._prefix_ids[-1]) if self._prefix_ids else None
         return PlainText(self.tokenizer, self._control, bos=bos, **options)
 
@@ -205,30 +257,22 @@ class TemplateEncoder:
     def _draft(self, preference: Preference) -> TurnDraft | Dropped:
         """The preference as texts; texts too long for any token count are dropped or shortened before they are tokenised."""
         most = self._most_text_chars
-        prompt_chars, *answer_chars = [_num_chars(text) for text in (preference.prompt, *preference.responses)]
+        prompt_chars, *answer_chars = [fit.num_chars(text) for text in (preference.prompt, *preference.responses)]
         if self.truncation == "drop" and max(prompt_chars, *answer_chars) > most:
             reason = "prompt_too_long" if prompt_chars > most else "too_long"
             return Dropped(reason, preference.where, f"{max(prompt_chars, *answer_chars)} characters")
         if not is_unicode(strings_of([preference.prompt, preference.responses, preference.tools])):
             return Dropped("invalid_text", preference.where, "a lone surrogate")
+        texts = self._texts_for(preference.chat_template_kwargs)
         if prompt_chars <= most:
-            return self._texts.draft(preference)
-        if self._texts.is_rendered(preference.prompt):
+            return texts.draft(preference)
+        if texts.is_rendered(preference.prompt):
             return _untrimmable(preference)
-        short = self._shorten(preference.prompt)
-        draft = self._texts.draft(replace(preference, prompt=short))
+        short = fit.shorten(preference.prompt, most, self.truncation)
+        draft = texts.draft(replace(preference, prompt=short))
         if isinstance(draft, TurnDraft) and short != preference.prompt:
             draft.notes.append("prompt_trimmed")
         return draft
-
-    def _shorten(self, prompt: Text) -> Text:
-        most = self._most_text_chars
-        part = slice(-most, None) if self.truncation == "keep_end" else slice(most)
-        if isinstance(prompt, str):
-            return prompt[part]
-        return tuple(
-            {**message, "content": content_text(message)[part]} if len(content_text(message)) > most else message for message in prompt
-        )
 
     def _encode_texts(self, texts: Sequence[str], marks: Marks) -> list[list[int]]:
         if marks is None:
@@ -251,12 +295,13 @@ class TemplateEncoder:
 
     def _verify(self, draft: TurnDraft, full_ids: list[list[int]]) -> None:
         """Hold the first rows to transformers' own ids."""
-        is_comparable = not draft.marks and not (self._is_eos_appended and self.facts and self.facts.after)
-        if self._num_to_verify <= 0 or not is_comparable:
+        is_comparable = not draft.marks and not any(end.is_appended and end.after for end in draft.ends)
+        texts = self._texts_for(draft.preference.chat_template_kwargs)
+        if self._num_to_verify <= 0 or not is_comparable or not isinstance(texts, ChatText):
             return
         for conversation, ids in zip(draft.conversations, full_ids, strict=False):
             self._num_to_verify -= 1
-            expected = self._renderer.reference_ids(conversation, draft.preference.tools)
+            expected = texts.render.reference_ids(conversation, draft.preference.tools)
             if expected[: len(ids)] != ids:
                 raise OrpoError(f"{draft.preference.where}: ids differ from those of apply_chat_template(tokenize=True)")
 
@@ -275,7 +320,7 @@ class TemplateEncoder:
         return [self._prefix_ids + ids for ids in self._encode_texts(draft.texts, draft.marks)]
 
     def _fit(self, draft: TurnDraft, ids: list[list[int]]) -> TokenGroup | Dropped:
-        joined = join(draft, ids, self._ends)
+        joined = join(draft, ids, self._control_ids)
         if isinstance(joined, Dropped):
             return joined
         pairs = draft.preference.pairs
@@ -301,11 +346,11 @@ class TemplateEncoder:
                 break
         if isinstance(trimmed, Dropped):
             return trimmed
-        return cut_answers(trimmed, self.max_length - len(trimmed.prompt_ids), self.terminator_id)
+        return cut_answers(trimmed, self.max_length - len(trimmed.prompt_ids), self.terminator_ids)
 
     def _num_head_tokens(self, draft: TurnDraft, joined: Joined) -> int:
         """Tokens of the template that stand between the prompt and what the answer says (an empty think block, say)."""
-        before = self._texts.before_content(draft)
+        before = self._texts_for(draft.preference.chat_template_kwargs).before_content(draft)
         if before is None:
             return 0
         ids = self._encode_texts([before], draft.marks)[0]
@@ -314,7 +359,8 @@ class TemplateEncoder:
     def _trim(self, draft: TurnDraft, joined: Joined, budget: int) -> Joined | Dropped:
         """The same group with a prompt of at most `budget` tokens."""
         preference = draft.preference
-        if isinstance(self._texts, PlainText):
+        texts = self._texts_for(preference.chat_template_kwargs)
+        if isinstance(texts, PlainText):
             num_prefix = len(self._prefix_ids)
             num_kept, text_ids = budget - num_prefix, joined.prompt_ids[num_prefix:]
             if num_kept < 1:
@@ -325,16 +371,16 @@ class TemplateEncoder:
             return _untrimmable(preference)
 
         def measure(messages: Sequence[Message]) -> int:
-            return len(self._prompt_ids(tuple(messages), preference.tools))
+            return len(self._prompt_ids(tuple(messages), preference.tools, preference.chat_template_kwargs))
 
-        messages = fit.trim_messages(self._texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
+        messages = fit.trim_messages(texts.as_messages(preference.prompt), budget, self.truncation, measure, self._spans)
         if messages is None:
             return Dropped("prompt_too_long", preference.where, f"its headers alone need more than the {budget} tokens left for it")
-        shorter = self._texts.draft(replace(preference, prompt=tuple(messages)))
+        shorter = texts.draft(replace(preference, prompt=tuple(messages)))
         if isinstance(shorter, Dropped):
             return shorter
         shorter.notes = [*draft.notes, "prompt_trimmed"]
-        return join(shorter, self._draft_ids(shorter), self._ends)
+        return join(shorter, self._draft_ids(shorter), self._control_ids)
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Character spans of a text's tokens; of its characters, where the tokenizer gives none."""
@@ -353,32 +399,17 @@ def unusable_row(dropped: Dropped) -> DataError:
     )
 
 
-def _check_options(max_length: int, max_prompt_length: int | None, truncation: str, special_tokens_in_text: str) -> None:
-    if max_length < 2:
-        raise UserError(f"max_length is {max_length}", where="max_length", expected="at least 2: a prompt token and an answer token")
-    if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
-        expected = f"1 to {max_length - 1} (max_length is {max_length})"
-        raise UserError(f"max_prompt_length is {max_prompt_length}", where="max_prompt_length", expected=expected)
-    if truncation not in fit.POLICIES:
-        raise UserError(f"truncation is {truncation!r}", where="truncation", expected=", ".join(fit.POLICIES))
-    if special_tokens_in_text not in ("warn", "split"):
-        raise UserError(f"special_tokens_in_text is {special_tokens_in_text!r}", where="special_tokens_in_text", expected="warn, split")
-
-
 def _untrimmable(preference: Preference) -> Dropped:
     detail = "the prompt was rendered before; cutting it would break its chat headers"
     return Dropped("prompt_too_long", preference.where, detail)
 
 
-def _num_chars(text: Text) -> int:
-    return len(text) if isinstance(text, str) else sum(len(content_text(message)) for message in text)
-
-
-def make_encoder(tokenizer: Any, settings: DataSettings, *, num_positions: int | None = None) -> TemplateEncoder:
+def make_encoder(tokenizer: Any, settings: DataSettings, *, num_positions: int | None = None, date: str | None = None) -> TemplateEncoder:
     """The encoder of a configuration. Without a `max_length` the smaller of the tokenizer's and the model's limit counts.
 
     Args:
         num_positions: the longest sequence that the model was made for; None where that is not known.
+        date: what a template that asks for today gets; now, if not given.
     """
     return TemplateEncoder(
         tokenizer,
@@ -388,6 +419,8 @@ def make_encoder(tokenizer: Any, settings: DataSettings, *, num_positions: int |
         truncation=settings.truncation,
         special_tokens_in_text=settings.special_tokens_in_text,
         strict=settings.strict_data,
+        chat_template_kwargs=read_run_kwargs(settings.chat_template_kwargs),
+        date=date,
     )
 
 

@@ -28,15 +28,23 @@ REASONS: dict[str, str] = {
     "unpaired": "one answer with a label, but no counterpart",
     "template_failed": "the chat template raised on this row",
     "special_tokens": "special-token text that the tokenizer cannot read as plain text",
+    "not_printed": "the chat template does not print what an answer says (a tool call, its text)",
     "boundary": "the end of the prompt could not be proved on the tokens",
 }
+
 NOTES: dict[str, str] = {
     "prompt_trimmed": "tokens were taken from the prompt to fit max_length",
     "answer_cut": "an answer's tail was cut to fit max_length; it carries no end-of-turn token",
     "special_tokens_in_text": "the text of the row contains special-token text",
     "boundary_merge": "the tokenizer merges the last prompt character with the answer; the merged token counts as answer",
     "already_rendered": "the prompt was already rendered with the chat template; it was taken as it is",
-    "text_not_printed": "the chat template leaves out some of the row's text (a system message, reasoning); it is not trained",
+    "text_not_printed": "the chat template leaves out some of the prompt's text (a system message); the model does not see it",
+    "reasoning_not_printed": "the chat template leaves out the reasoning before an answer; it is not trained",
+    "tools_not_printed": "the chat template leaves out the row's tools, or a part of them; the model does not see them",
+    "calls_not_printed": "the chat template leaves out a tool call of an earlier turn; the model does not see it",
+    "name_not_printed": "the chat template leaves out the name in a message",
+    "other_generation_prompt": "the prompt that is trained is not the one that the template gives for generation",
+    "rendered_otherwise": "the prompt was rendered already, and ends otherwise than the template's generation prompt",
     "identical_pair_removed": "of several pairs, one or more had two identical answers and were left out",
 }
 
@@ -79,6 +87,8 @@ class Preference:
     tools: tuple[dict[str, Any], ...] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     """The row's other columns (scenario, id, ...), for slices and reports."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The row's own variables for the chat template (`enable_thinking`, ...), over those of the run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,12 +189,14 @@ def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None
         load_in_8bit=config is not None and bool(config["load_in_8bit"]),
     )
     model, tokenizer, facts = loaded
-    encoder = _encoder(loaded, target, loading, before, lengths)
+    encoder = _encoder(loaded, target, loading, before, lengths, date=_date_of(target, config))
     if encoder.new_tokens and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         _grow(model, tokenizer, name, encoder.new_tokens, config)
     fast = torch.bfloat16 if bf16_is_fast(facts.device) else None
     wanted = fast if loading.dtype == "auto" else parse_dtype(loading.dtype)
-    template = {key: value for key, value in encoder.describe().items() if key.startswith(("template", "terminator"))}
+    template = {
+        key: value for key, value in encoder.describe().items() if key.startswith(("template", "terminator", "chat_template", "date"))
+    }
     identity = content_key(weights=weights_sha256(model), template=template)
     return Subject(name, model, tokenizer, encoder, identity, facts.to_dict(), wanted)
 
@@ -215,6 +217,15 @@ def _grow(model: Any, tokenizer: Any, name: str, new_tokens: Sequence[str], conf
     logger.warning("%s does not know the template's tokens %s: their embeddings are random", name, ", ".join(new_tokens))
 
 
+def _date_of(target: Target, config: RunConfig | None) -> str | None:
+    """What the template's today was in the run, so that its prompts are asked as they were trained."""
+    from orpo.run.data import kept_date
+
+    if target.run is not None:
+        return target.run.template_date()
+    return kept_date(config) if config is not None else None
+
+
 def run_encoder(target: Target) -> TemplateEncoder:
     """The encoder that a run trained with, from its own tokenizer; no weights are loaded.
 
@@ -226,7 +237,8 @@ def run_encoder(target: Target) -> TemplateEncoder:
     config = target.config
     if config is None:
         raise UserError("is no run", where=target.name, expected="a folder with run.json")
-    return load_encoder(config, model=target.name, chat_template=_saved_template(config))
+    date = target.run.template_date() if target.run is not None else None
+    return load_encoder(config, model=target.name, chat_template=_saved_template(config), date=date)
 
 
 def _saved_template(config: RunConfig) -> str | None:
@@ -235,7 +247,14 @@ def _saved_template(config: RunConfig) -> str | None:
 
 
 def _encoder(
-    loaded: LoadedModel, target: Target, loading: Loading, config: RunConfig | None, lengths: RunConfig | None = None, **replaced: Any
+    loaded: LoadedModel,
+    target: Target,
+    loading: Loading,
+    config: RunConfig | None,
+    lengths: RunConfig | None = None,
+    *,
+    date: str | None = None,
+    **replaced: Any,
 ) -> TemplateEncoder:
     """The encoder of a loaded model, under the settings of a run: `config`, else its own; the defaults where there is neither.
 
@@ -252,4 +271,4 @@ def _encoder(
     settings = DataSettings.of(key_defaults() if config is None else config.values)
     template, max_length = loading.chat_template or template, loading.max_length or settings.max_length
     settings = replace(settings, **{"chat_template": template, "max_length": max_length, **replaced})
-    return make_encoder(loaded.tokenizer, settings, num_positions=positions_of(loaded.model.config))
+    return make_encoder(loaded.tokenizer, settings, num_positions=positions_of(loaded.model.config), date=date)

@@ -96,12 +96,15 @@ def open_run_rows(config: RunConfig, settings: DataSettings | None = None) -> Ru
     return RunRows(train, None if evaluation is None else read_rows(settings, *evaluation))
 
 
-def load_encoder(config: RunConfig, *, model: str | None = None, tokenizer: str | None = None, **replaced: Any) -> TemplateEncoder:
+def load_encoder(
+    config: RunConfig, *, model: str | None = None, tokenizer: str | None = None, date: str | None = None, **replaced: Any
+) -> TemplateEncoder:
     """The encoder of a configuration. Tokenizer and model configuration are loaded, no weights.
 
     Args:
         model: another model than the configuration's, such as the run's own folder.
         tokenizer: the name of a tokenizer to take in place of the model's.
+        date: what a template that asks for today gets; that of the run's first start, if not given, else now.
         replaced: settings that go before the configuration's.
 
     Raises:
@@ -116,7 +119,14 @@ def load_encoder(config: RunConfig, *, model: str | None = None, tokenizer: str 
     model = model or config["model_name_or_path"]
     loaded = load_tokenizer(tokenizer or str(model), revision=config["model_revision"], trust_remote_code=bool(config["trust_remote_code"]))
     num_positions = None if settings.max_length or model is None else positions_of(read_model_config(config, model))
-    return make_encoder(loaded, settings, num_positions=num_positions)
+    return make_encoder(loaded, settings, num_positions=num_positions, date=date or kept_date(config))
+
+
+def kept_date(config: RunConfig) -> str | None:
+    """What a template's today was when the run of this configuration first started, as ISO 8601; None where it has not, or prints none."""
+    from orpo.run.folder import RunFolder
+
+    return RunFolder(config["output_dir"]).template_date() if config["output_dir"] else None
 
 
 def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
@@ -133,6 +143,8 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     rows = open_run_rows(config)
     train_rows, held_out_rows = prompts.watch(rows.train), None if rows.held_out is None else prompts.watch(rows.held_out)
     encoder = load_encoder(config)
+    if date := kept_date(config):
+        tell(f"date         the chat template's today is {date[:10]}, as at the run's first start")
     train, train_report = _tokenise(train_rows, encoder, "train rows", tell)
     held_out, held_out_report = None, None
     if held_out_rows is not None:

@@ -68,6 +68,12 @@ class RunFolder:
             )
         return facts
 
+    def template_date(self) -> str | None:
+        """The date that the run's chat template printed at the first start, as ISO 8601; None where it printed none, or nothing has run."""
+        template = ((self.read() or {}).get("data") or {}).get("template") or {}
+        date = template.get("date")
+        return date if isinstance(date, str) else None
+
     def write(self, **facts: Any) -> None:
         """Replace run.json by what it holds and these facts; a reader sees the old file or the new one, never half of it."""
         merged = {"format": FORMAT, **(self.read() or {}), **facts}

@@ -16,14 +16,15 @@ message loses its beginning (`keep_end`) or its end (`keep_start`). The system m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from orpo.data.chat.special import content_text
 from orpo.data.chat.turns import TurnDraft
-from orpo.data.types import Dropped, Message, Pairs, Preference, TokenGroup
+from orpo.data.types import Dropped, Message, Pairs, Preference, Text, TokenGroup
+from orpo.errors import UserError
 
 POLICIES = ("drop", "keep_end", "keep_start")
 
@@ -34,6 +35,32 @@ Spans = Callable[[str], list[tuple[int, int]]]
 """A text to the character spans of its tokens."""
 
 _SYSTEM_ROLES = ("system", "developer")
+
+
+def check_lengths(max_length: int, max_prompt_length: int | None, truncation: str) -> None:
+    """Raise a `UserError` for a length contract that no row could meet."""
+    if max_length < 2:
+        raise UserError(f"max_length is {max_length}", where="max_length", expected="at least 2: a prompt token and an answer token")
+    if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
+        expected = f"1 to {max_length - 1} (max_length is {max_length})"
+        raise UserError(f"max_prompt_length is {max_prompt_length}", where="max_prompt_length", expected=expected)
+    if truncation not in POLICIES:
+        raise UserError(f"truncation is {truncation!r}", where="truncation", expected=", ".join(POLICIES))
+
+
+def num_chars(text: Text) -> int:
+    """Characters of a text or of a conversation."""
+    return len(text) if isinstance(text, str) else sum(len(content_text(message)) for message in text)
+
+
+def shorten(prompt: Text, most_chars: int, policy: str) -> Text:
+    """A prompt of which no text is longer than that: a first, rough cut of what is far beyond any number of tokens."""
+    part = slice(-most_chars, None) if policy == "keep_end" else slice(most_chars)
+    if isinstance(prompt, str):
+        return prompt[part]
+    return tuple(
+        {**message, "content": content_text(message)[part]} if len(content_text(message)) > most_chars else message for message in prompt
+    )
 
 
 def prompt_budgets(
@@ -145,21 +172,6 @@ def drop_identical(pairs: Pairs, is_same: Callable[[int, int], bool]) -> tuple[P
     return tuple((number[chosen], number[rejected]) for chosen, rejected in distinct), kept
 
 
-@dataclass(frozen=True, slots=True)
-class Ends:
-    """How sequences end, and which ids no prompt may lose.
-
-    Attributes:
-        terminator_id: the id that ends an answer.
-        is_appended: it is not part of the texts' ids, so it is put after them.
-        control_ids: ids of control tokens.
-    """
-
-    terminator_id: int
-    is_appended: bool
-    control_ids: frozenset[int]
-
-
 @dataclass(slots=True)
 class Joined:
     """A prompt and its responses; for each response whether it carries its terminator."""
@@ -170,26 +182,27 @@ class Joined:
     notes: list[str]
 
 
-def join(draft: TurnDraft, ids: Sequence[list[int]], ends: Ends) -> Joined | Dropped:
+def join(draft: TurnDraft, ids: Sequence[list[int]], control_ids: Set[int]) -> Joined | Dropped:
     """Find where the prompt ends in every whole sequence, and check that each response ends as it should.
 
     Args:
         draft: the texts that the ids were made from.
         ids: of the prompt, then of each whole sequence.
-        ends: how sequences end.
+        control_ids: ids of control tokens, which no prompt may lose.
     """
     prompt_ids, *full_ids = ids
     where, notes, num_prompt = draft.preference.where, list(draft.notes), len(prompt_ids)
     if not all(whole[:num_prompt] == prompt_ids for whole in full_ids):
         num_prompt = common_prefix(ids)
-        if not ends.control_ids.isdisjoint(prompt_ids[num_prompt:]):
+        if not control_ids.isdisjoint(prompt_ids[num_prompt:]):
             return Dropped("boundary", where, "an answer changes the tokens of the prompt's last header")
         notes.append("boundary_merge")
     if num_prompt == 0:
         return Dropped("boundary", where, "no token of the prompt stays the same with an answer after it")
-    end = [ends.terminator_id] if ends.is_appended else []
-    responses = [whole[num_prompt:] + end for whole in full_ids]
-    if not all(response and response[-1] == ends.terminator_id for response in responses):
+    # A terminator that the template does not print is no part of the texts' ids.
+    tails = [[end.terminator_id] if end.is_appended else [] for end in draft.ends]
+    responses = [whole[num_prompt:] + tail for whole, tail in zip(full_ids, tails, strict=True)]
+    if not all(response and response[-1] == end.terminator_id for response, end in zip(responses, draft.ends, strict=True)):
         return Dropped("boundary", where, "an answer does not end with the terminator")
     if not all(response[:-1] for response in responses):
         return Dropped("empty_answer", where, "the tokenizer makes no token of an answer")
@@ -198,13 +211,13 @@ def join(draft: TurnDraft, ids: Sequence[list[int]], ends: Ends) -> Joined | Dro
     return Joined(prompt_ids[:num_prompt], responses, ended, notes)
 
 
-def cut_answers(joined: Joined, room: int, terminator_id: int) -> Joined:
+def cut_answers(joined: Joined, room: int, terminator_ids: Collection[int]) -> Joined:
     """Take the tails of responses of more than `room` tokens, and with a tail every terminator before it."""
     responses, ended = [], []
     for ids, was_ended in zip(joined.responses, joined.ended, strict=True):
         is_ended = was_ended and len(ids) <= room
         kept = ids[:room]
-        while not is_ended and kept and kept[-1] == terminator_id:  # the text itself held one just there
+        while not is_ended and kept and kept[-1] in terminator_ids:  # the text itself held one just there
             kept = kept[:-1]
         responses.append(kept)
         ended.append(is_ended)

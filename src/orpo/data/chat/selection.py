@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from orpo.data.chat.render import CHATML, CHATML_TOKENS
 from orpo.errors import DataError
 
 _MOST_TEMPLATE_BYTES = 1 << 20
+_TOKEN_LIKE = re.compile(r"<\|[A-Za-z0-9_]{1,30}\|>|<｜[^｜<>]{1,30}｜>|<(?:start|end)_of_[a-z]{1,20}>")
 _EXPECTED = "chatml, none, the path of a Jinja file, the name of one of the tokenizer's templates, or Jinja text"
 
 
@@ -37,8 +39,31 @@ def choose_template(tokenizer: Any, choice: str | Path | None) -> tuple[str | No
     if choice == "none":
         return None, "none", ()
     template, name = _find(choice, own)
+    new = _add_tokens(tokenizer) if template == CHATML else ()
+    if template == CHATML:
+        template = _bos_of(tokenizer) + template
     tokenizer.chat_template = template
-    return template, name, _add_tokens(tokenizer) if template == CHATML else ()
+    return template, name, new
+
+
+def _bos_of(tokenizer: Any) -> str:
+    """What the built-in template prints first: the beginning-of-text token, where the tokenizer itself begins every text with it. Models
+    of such tokenizers (Gemma, Llama 3) were never trained on a text without."""
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
+    return "{{ bos_token }}" if begins else ""
+
+
+def missing_tokens(tokenizer: Any, printed: str, name: str) -> list[str]:
+    """A sentence about what a template prints that looks like a token of its model, and that this tokenizer would read letter by letter."""
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.get_vocab())
+    missing = [repr(text) for text in dict.fromkeys(_TOKEN_LIKE.findall(printed)) if text not in known]
+    if not missing:
+        return []
+    return [
+        f"the {name} prints {', '.join(missing[:6])}, which this tokenizer has no token for: it is trained letter by letter, and ends no "
+        "answer. Add it to the tokenizer, or use chat_template: chatml, which adds its tokens"
+    ]
 
 
 def _add_tokens(tokenizer: Any) -> tuple[str, ...]:

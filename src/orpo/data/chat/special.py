@@ -25,6 +25,13 @@ def pattern_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
+def common_start(texts: Sequence[str]) -> str:
+    """The longest text that all of the texts begin with."""
+    first, last = min(texts), max(texts)
+    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:size]
+
+
 def strings_of(value: Any) -> list[str]:
     """All strings inside a message, a content or a tool; roles and keys are not text."""
     if isinstance(value, str):

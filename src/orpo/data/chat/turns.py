@@ -1,6 +1,6 @@
-"""From a preference to texts: where its prompt ends, and what each whole sequence reads like up to its terminator.
+"""From a preference to texts through a chat template: where its prompt ends, and what each whole sequence reads like up to its terminator.
 
-Two ways: through a chat template (`ChatText`), or as plain text (`PlainText`). Nothing here counts tokens; that is the encoder's part.
+Nothing here counts tokens; that is the encoder's part.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orpo.data.chat.render import PROBE_ANSWERS, ChatRenderer, TemplateFacts, TemplateFailed, as_content, sentinel_for
-from orpo.data.chat.special import ControlText, NotPlainError, content_text, free_marks, strings_of, without_bos, without_end
+from orpo.data.chat.ends import CALL_FORMS, End, in_call_form
+from orpo.data.chat.notes import missing_of_answer, missing_of_prompt, split_reasoning
+from orpo.data.chat.probe import PROBE_ANSWERS, TemplateFacts, as_content, sentinel_for
+from orpo.data.chat.render import ChatRenderer, TemplateFailed
+from orpo.data.chat.rendered import RenderedPrompts
+from orpo.data.chat.special import ControlText, NotPlainError, common_start, content_text, free_marks, strings_of, without_bos, without_end
 from orpo.data.types import Dropped, Message, Preference, Text
 from orpo.errors import DataError
 
@@ -27,6 +31,7 @@ class TurnDraft:
         preference: where it came from.
         prompt_text: what the prompt's ids are made from.
         full_texts: prompt and response, one per response, up to and including the terminator's text.
+        ends: how each response ends.
         marks: the characters around control tokens that must be read as plain text, or None.
         notes: codes of what was done.
         cut: responses that were shortened before tokenising, far above any length limit.
@@ -37,6 +42,7 @@ class TurnDraft:
     preference: Preference
     prompt_text: str
     full_texts: list[str]
+    ends: list[End]
     marks: Marks = None
     notes: list[str] = field(default_factory=list)
     cut: frozenset[int] = frozenset()
@@ -71,8 +77,11 @@ class ChatText:
     ) -> None:
         self.render, self.facts, self.control, self.encode = render, facts, control, encode
         self.is_split, self.most_chars = is_split, most_chars
-        terminator = next((text for text, index in control.ids.items() if index == facts.terminator_id), "")
-        self._endings = [text for text in dict.fromkeys((terminator, render.tokenizer.eos_token or "", facts.ending.strip())) if text]
+        self.rendered = RenderedPrompts(facts)
+        ids = (facts.end.terminator_id, facts.call_end.terminator_id)
+        terminators = [text for text, index in control.ids.items() if index in ids]
+        found = (facts.end.text.strip(), facts.call_end.text.strip(), *terminators, render.tokenizer.eos_token or "")
+        self._endings = sorted({text for text in found if text}, key=len, reverse=True)
 
     def draft(self, preference: Preference) -> TurnDraft | Dropped:
         """The preference as texts, or why it cannot be.
@@ -102,7 +111,7 @@ class ChatText:
             DataError: the prompt is not text or messages.
         """
         if isinstance(prompt, str) and self.is_rendered(prompt):
-            return self._rendered_prompt(prompt)[0] + self.facts.prompt_gap, None
+            return self.rendered.prompt_text(prompt), None
         try:
             messages, prefill = self._prompt_messages(prompt)
         except _BadTurns as bad:
@@ -128,17 +137,63 @@ class ChatText:
             answers[i] = self._with_text(answers[i], content_text(answers[i])[: self.most_chars])
         messages, answers, tools, prefill, marks = self._mark(messages, answers, preference.tools, prefill)
         conversations = [[*messages, answer] for answer in answers]
-        full = [self._up_to_end(conversation, tools, marks) for conversation in conversations]
-        prompt_text = ""
-        if not prefill and self.facts.boundary.startswith("generation"):
-            prompt_text = self._generation_prompt(messages, tools)
-        if not prompt_text or not all(text.startswith(prompt_text) for text in full):
-            prompt_text = self._before_answer(messages, tools, prefill, marks)[1]
-        if not all(text.startswith(prompt_text) for text in full):
+        sequences = [self._up_to_end(conversation, tools) for conversation in conversations]
+        full, ends = [text for text, _ in sequences], [end for _, end in sequences]
+        prompt_text, is_generation = self._prompt_text(messages, tools, prefill, marks, full)
+        if not is_generation:
+            notes.append("other_generation_prompt")
+        notes += self._missing(messages, tools, prefill, answers, prompt_text, full)
+        return TurnDraft(preference, prompt_text, full, ends, marks, list(dict.fromkeys(notes)), cut, conversations, tools)
+
+    def _prompt_text(self, messages: list[Message], tools: Tools, prefill: str, marks: Marks, full: list[str]) -> tuple[str, bool]:
+        """The text that the prompt ends with in all of the sequences, and whether it is the template's own for generation.
+
+        Tried in this order: the prompt for generation; what stands before any answer; as much of either as all sequences share.
+
+        Raises:
+            _BadTurns: what stands before the answers differs.
+        """
+        facts = self.facts
+        generation = None if prefill or facts.generation is None else self.render(messages, tools=tools, generation_prompt=True)
+        if generation is not None:
+            trained = generation.rstrip() if facts.boundary == "generation_prompt_stripped" else generation
+            is_usual = facts.boundary.startswith("generation") and not facts.is_generation_inside
+            if all(text.startswith(generation) for text in full) and (is_usual or self._holds(generation, full, marks)):
+                return (trained, trained == generation) if is_usual else (generation, True)
+            if facts.boundary.startswith("generation") and all(text.startswith(trained) for text in full):
+                return trained, trained == generation
+        before, proved = self._before_answer(messages, tools, prefill, marks)
+        if all(text.startswith(proved) for text in full):
+            return proved, generation is None
+        shared = common_start([*full, before] if generation is None else [*full, generation])
+        asked = content_text(messages[-1]).strip() if messages else ""
+        # Half a header would do for the tokens, but not for a reader: the answer's role must be settled by the prompt.
+        if "".join(asked.split()) not in "".join(shared.split()) or facts.answer_header not in shared.rpartition(asked)[2]:
             raise _BadTurns("boundary", f"the {self.render.name} rewrites the prompt depending on the answer")
-        if not all(_is_printed(messages, prompt_text) and _is_printed(c[-1:], text) for c, text in zip(conversations, full, strict=True)):
-            notes.append("text_not_printed")
-        return TurnDraft(preference, prompt_text, full, marks, notes, cut, conversations, tools)
+        return shared, generation is None
+
+    def _holds(self, prompt: str, full: list[str], marks: Marks) -> bool:
+        """Whether a prompt's ids stay the same with every answer behind it."""
+        alone, *ids = self.encode([prompt, *full], marks)
+        return all(one[: len(alone)] == alone for one in ids)
+
+    def _missing(
+        self, messages: list[Message], tools: Tools, prefill: str, answers: list[Message], prompt_text: str, full: list[str]
+    ) -> list[str]:
+        """Notes for what the template does not print.
+
+        Raises:
+            _BadTurns: it is something of an answer itself.
+        """
+        lead = [*messages, {"role": "assistant", "content": prefill}] if prefill else messages
+        notes = missing_of_prompt(lead, tools, prompt_text, prints_tools=self.facts.prints_tools)
+        for answer, text in zip(answers, full, strict=True):
+            region, can_call = text[len(prompt_text) :], self.facts.call_form is not None
+            what, more = missing_of_answer(answer, region, prefill=prefill, prints_calls=can_call)
+            if what:
+                raise _BadTurns("not_printed", f"the {self.render.name} does not print {what}")
+            notes += more
+        return notes
 
     def _mark(
         self, messages: list[Message], answers: list[Message], tools: Tools, prefill: str
@@ -155,23 +210,30 @@ class ChatText:
         messages = [self._checked(message) for message in self.as_messages(prompt)]
         if not any(content_text(message).strip() for message in messages if message["role"] not in ("system", "developer")):
             raise _BadTurns("empty_prompt", "no message of the prompt has text")
-        if self.facts.pure_bos:
+        bos = self.facts.pure_bos
+        if bos and not self.is_split:
             text = content_text(messages[0])
-            if text.startswith(self.facts.pure_bos):
-                messages[0] = self._with_text(messages[0], without_bos(text, self.facts.pure_bos))
+            if text.startswith(bos) and not self._is_tagged(text):
+                messages[0] = self._with_text(messages[0], without_bos(text, bos))
         if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
             return messages[:-1], content_text(messages[-1])
         return messages, ""
+
+    def _is_tagged(self, text: str) -> bool:
+        """Whether a beginning-of-text token is a tag that something closes later ("<s>old</s>")."""
+        bos = self.facts.pure_bos or ""
+        return bos.startswith("<") and "</" + bos[1:] in text
 
     def _checked(self, message: Message) -> Message:
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or self.control.is_in([role]):
             raise _BadTurns("bad_messages", f"the role is {role!r}")
+        message = in_call_form(message, self.facts.call_form or CALL_FORMS[0])
         if isinstance(content, (list, tuple)):
             if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
                 raise _BadTurns("wrong_type", "a part of the content is not text; only text can be trained")
             return message if self.facts.takes_parts else {**message, "content": content_text(message)}
-        if content is None and message.get("tool_calls"):
+        if message.get("content") is None and message.get("tool_calls"):
             return message
         if not isinstance(content, str):
             raise _BadTurns("wrong_type", f"the content of a message is {type(content).__name__}, not text")
@@ -183,29 +245,34 @@ class ChatText:
 
     def _answer(self, response: Text, prefill: str) -> Message:
         """One assistant message that does not yet end with a terminator."""
-        messages = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
-        if len(messages) != 1 or messages[0].get("role") != "assistant":
-            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
-            raise _BadTurns("bad_messages", f"an answer must be one assistant message; found: {roles}")
-        message = self._checked(messages[0])
-        text = without_bos(without_end(content_text(message), self._endings), self.facts.pure_bos)
+        message = self._checked(_one_message(response))
+        text = self._bare_answer(content_text(message))
         if not text.strip() and not message.get("tool_calls"):
             raise _BadTurns("empty_answer", "an answer is blank")
         if message.get("content") is None:
             return message
         return self._with_text(message, prefill + text)
 
-    def _up_to_end(self, conversation: list[Message], tools: Tools, marks: Marks) -> str:
-        """The rendered conversation up to and including what ends its answer."""
+    def _bare_answer(self, text: str) -> str:
+        """An answer's text without the beginning and the ends of a sequence that it may bring along."""
+        bare = without_end(text, self._endings)
+        # "<s>old</s> is new": tags, not the beginning of a text. "<s>A whole answer</s>" is one, and has lost its end by now.
+        return bare if self._is_tagged(bare) else without_bos(bare, self.facts.pure_bos)
+
+    def _up_to_end(self, conversation: list[Message], tools: Tools) -> tuple[str, End]:
+        """The rendered conversation up to and including what ends its answer, and that end."""
         text = self.render(conversation, tools=tools)
-        after = self.facts.after
-        if not text.endswith(after):
-            word = sentinel_for(text)
-            stand_in = {**conversation[-1], "content": as_content(word, is_parts=self.facts.wants_parts)}
-            after = self.render([*conversation[:-1], stand_in], tools=tools).rpartition(word)[2]
-            if not (text.endswith(after) and after.startswith(self.facts.ending)):
-                raise _BadTurns("boundary", f"the {self.render.name} ends this answer in another way than others")
-        return text[: len(text) - len(after)] + self.facts.ending
+        end = self.facts.call_end if conversation[-1].get("tool_calls") else self.facts.end
+        for known in (end, self.facts.end):
+            found = known.cut(text)
+            if found is not None:
+                return found, known
+        word = sentinel_for(text)
+        stand_in = {**conversation[-1], "content": as_content(word, is_parts=self.facts.wants_parts)}
+        after = self.render([*conversation[:-1], stand_in], tools=tools).rpartition(word)[2]
+        if not (text.endswith(after) and after.startswith(self.facts.end.text)):
+            raise _BadTurns("boundary", f"the {self.render.name} ends this answer in another way than others")
+        return text[: len(text) - len(after)] + self.facts.end.text, self.facts.end
 
     def _generation_prompt(self, messages: list[Message], tools: Tools) -> str:
         text = self.render(messages, tools=tools, generation_prompt=True)
@@ -214,9 +281,13 @@ class ChatText:
     def _before_answer(self, messages: list[Message], tools: Tools, prefill: str, marks: Marks) -> tuple[str, str]:
         """What the template prints before an answer; and as much of it as stays the same tokens when an answer follows."""
         word = sentinel_for("\n".join(strings_of([messages, tools, prefill])))
-        answer = {"role": "assistant", "content": as_content(prefill + word, is_parts=self.facts.wants_parts)}
-        text = self.render([*messages, answer], tools=tools)
+        # Reasoning that the prompt has opened is closed: a template that takes it apart must see it whole.
+        is_open = "<think>" in prefill and not split_reasoning(prefill)[0]
+        said = prefill + word + ("\n</think>\n\nDone." if is_open else "")
+        text = self.render([*messages, {"role": "assistant", "content": as_content(said, is_parts=self.facts.wants_parts)}], tools=tools)
         before, found, _ = text.partition(word)
+        if not found and is_open:
+            return self._before_answer(messages, tools, "", marks)  # the template takes reasoning out of answers
         if not found:
             raise _BadTurns("boundary", f"the {self.render.name} does not print the answer to this prompt")
         if self.facts.boundary == "before_answer" and not prefill:
@@ -229,17 +300,9 @@ class ChatText:
     def is_rendered(self, prompt: Text) -> bool:
         """Whether a prompt is text that somebody rendered with this template before.
 
-        It must begin as a rendered conversation does and end where the user's turn or the answer's header ends. Under "split" all
-        special-token text is plain text, so nothing counts as rendered.
+        Under "split" all special-token text is plain text, so nothing counts as rendered.
         """
-        if self.is_split or not isinstance(prompt, str):
-            return False
-        bare, user_end, header = prompt.strip(), self.facts.user_end, self.facts.answer_header
-        if not bare.startswith(self.facts.openers):
-            return False
-        is_turn_over = bool(user_end) and bare.endswith(user_end)
-        has_header = bool(header) and bare.endswith(header) and bare.removesuffix(header).rstrip().endswith(user_end)
-        return is_turn_over or has_header
+        return not self.is_split and isinstance(prompt, str) and self.rendered.is_rendered(prompt)
 
     def before_content(self, draft: TurnDraft) -> str | None:
         """What stands before the first answer's own text; None where that is not known (text that was rendered before)."""
@@ -250,107 +313,28 @@ class ChatText:
         stand_in = {**answer, "content": as_content(word, is_parts=self.facts.wants_parts)}
         return self.render([*messages, stand_in], tools=draft.tools).partition(word)[0]
 
-    def _rendered_prompt(self, prompt: str) -> tuple[str, bool]:
-        """A rendered prompt up to and including the header of the answer, and whether the header stood there."""
-        facts = self.facts
-        text = (facts.pure_bos or "") + without_bos(prompt.strip(), facts.pure_bos)
-        has_header = text.endswith(facts.answer_header)
-        return (text if has_header else text + facts.turn_gap + facts.answer_header), has_header
-
     def _draft_rendered(self, preference: Preference) -> TurnDraft:
         facts, given = self.facts, str(preference.prompt)
-        prompt_text, has_header = self._rendered_prompt(given)
-        answers = [text for text in preference.responses if isinstance(text, str)]
-        if len(answers) < len(preference.responses):
-            raise _BadTurns("bad_messages", "the prompt is text that was rendered before, but an answer is messages")
-        if not has_header:
+        answers = [content_text(_one_message(response)) for response in preference.responses]
+        if self.rendered.begun(given) is None and facts.generation is not None:
             if not all(text.lstrip().startswith(facts.answer_header) for text in answers):
                 raise _BadTurns(
                     "boundary", "the prompt was rendered without the answer's header; render it with add_generation_prompt=True"
                 )
-            answers = [text.lstrip().removeprefix(facts.answer_header) for text in answers]
-        if not has_header or not given.endswith(facts.answer_gap):
-            answers = [text.removeprefix(facts.answer_gap) for text in answers]
-        answers = [without_bos(without_end(text, self._endings), facts.pure_bos) for text in answers]
+            answers = [text.lstrip().removeprefix(facts.answer_header).removeprefix(self.rendered.header_gap) for text in answers]
+        answers = [self._bare_answer(text) for text in answers]
         if not all(answer.strip() for answer in answers):
             raise _BadTurns("empty_answer", "an answer is blank")
         notes = ["already_rendered"] + (["special_tokens_in_text"] if self.control.is_in(answers) else [])
-        full = [prompt_text + facts.answer_gap + answer + facts.ending for answer in answers]
-        return TurnDraft(preference, prompt_text + facts.prompt_gap, full, None, notes, is_trimmable=False)
+        notes += ["rendered_otherwise"] if self.rendered.is_otherwise(given) else []
+        full = [self.rendered.whole(given, answer, facts.end) for answer in answers]
+        return TurnDraft(preference, self.rendered.prompt_text(given), full, [facts.end] * len(full), None, notes, is_trimmable=False)
 
 
-def _is_printed(messages: Sequence[Message], text: str) -> bool:
-    """Whether a rendered text holds all of the messages' texts, white space aside."""
-    missing = [content for message in messages if (content := content_text(message).strip()) not in text]
-    if not missing:
-        return True
-    bare = "".join(text.split())
-    return all("".join(content.split()) in bare for content in missing)
-
-
-class PlainText:
-    """Preferences of strings as they stand: prompt, answer, `eos_token`.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        control: texts that may not come out of a text.
-        bos: text of the token that the tokenizer puts first by itself, or None.
-        is_split: special-token text is made plain text.
-        most_chars: longest text that is looked at whole under a trim policy.
-    """
-
-    def __init__(self, tokenizer: Any, control: ControlText, *, bos: str | None, is_split: bool, most_chars: int | None) -> None:
-        self.control, self.bos, self.is_split, self.most_chars = control, bos, is_split, most_chars
-        self._endings = [tokenizer.eos_token]
-
-    def draft(self, preference: Preference) -> TurnDraft | Dropped:
-        """The preference as texts, or why it cannot be.
-
-        Raises:
-            DataError: it holds messages, which need a template.
-        """
-        prompt, *responses = [self._text(text, preference) for text in (preference.prompt, *preference.responses)]
-        answers = [without_bos(without_end(text, self._endings), self.bos) for text in responses]
-        prompt_text, marks = self.prompt(prompt)
-        if not prompt_text.strip():
-            return Dropped("empty_prompt", preference.where, "the prompt is blank")
-        if not all(answer.strip() for answer in answers):
-            return Dropped("empty_answer", preference.where, "an answer is blank")
-        notes = ["special_tokens_in_text"] if self.control.is_in([prompt, *responses]) else []
-        cut = frozenset(i for i, answer in enumerate(answers) if self.most_chars and len(answer) > self.most_chars)
-        answers = [answer[: self.most_chars] if i in cut else answer for i, answer in enumerate(answers)]
-        if self.is_split and self.control.is_in([prompt, *answers]):
-            marks = free_marks([prompt, *answers])
-            prompt_text = self.control.mark(without_bos(prompt, self.bos), marks)
-            answers = self.control.mark(answers, marks)
-        return TurnDraft(preference, prompt_text, [prompt_text + answer for answer in answers], marks, notes, cut)
-
-    def prompt(self, prompt: Text, tools: Tools = None) -> tuple[str, Marks]:
-        """The text to generate from.
-
-        Raises:
-            DataError: it is messages, which need a template.
-        """
-        text = without_bos(self._text(prompt, None), self.bos)
-        if self.is_split and self.control.is_in([text]):
-            marks = free_marks([text])
-            return self.control.mark(text, marks), marks
-        return text, None
-
-    def is_rendered(self, prompt: Text) -> bool:
-        """Never: there is no template."""
-        return False
-
-    def before_content(self, draft: TurnDraft) -> str | None:
-        """Nothing stands between prompt and answer."""
-        return None
-
-    def _text(self, text: Text, preference: Preference | None) -> str:
-        if isinstance(text, str):
-            return text
-        raise DataError(
-            "the data holds messages, but there is no chat template to render them with",
-            where=str(preference.where) if preference else None,
-            expected="a tokenizer with a chat template, or one given",
-            mend="set chat_template: chatml (or the path of a Jinja file); it works for base models as well",
-        )
+def _one_message(response: Text) -> Message:
+    """A response as the one assistant message that it must be."""
+    messages = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
+    if len(messages) != 1 or messages[0].get("role") != "assistant":
+        roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+        raise _BadTurns("bad_messages", f"an answer must be one assistant message; found: {roles}")
+    return messages[0]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from orpo.data.rows.shapes import GOOD_LABELS, PromptReader
+from orpo.data.rows.variables import TEMPLATE_KWARGS
 from orpo.errors import DataError
 
 PROMPTS = (
@@ -169,7 +170,7 @@ def prompt_line(prompt: PromptReader) -> str:
 
 
 def unused_line(sample: Sample, used: Sequence[str]) -> str:
-    unused = [repr(column) for column in sample.columns if column not in used]
+    unused = [repr(column) for column in sample.columns if column not in used and column != TEMPLATE_KWARGS]
     return f"; not trained on: {', '.join(unused[:8])}{' …' if len(unused) > 8 else ''}" if unused else ""
 
 

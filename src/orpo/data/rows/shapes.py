@@ -119,8 +119,9 @@ def draft_of(prompt: Text, responses: Sequence[Text], pairs: Pairs, tools: tuple
     if tools or not isinstance(prompt, str) or not all(isinstance(response, str) for response in responses):
         turns = as_messages(prompt, "user")
         answers = tuple(as_messages(response, "assistant") for response in responses)
-        if turns and turns[-1]["role"] == "assistant":
-            raise BadRow("bad_messages", "the prompt ends with the assistant, so there is nothing to answer")
+        # A prompt that ends with the assistant's own words is the beginning of the answer; one that ends with a call waits for its result.
+        if turns and turns[-1]["role"] == "assistant" and turns[-1].get("tool_calls"):
+            raise BadRow("bad_messages", "the prompt ends with a tool call, so its result comes next, not an answer")
         if any(message["role"] not in {"assistant", "tool"} for answer in answers for message in answer):
             raise BadRow("bad_messages", "an answer holds a turn that is not the assistant's")
         return Draft(turns, answers, pairs, tools)
