@@ -9,14 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orpo.audit import _audit as audit
+    from orpo.compare import _compare as compare
     from orpo.config.options import ORPOConfig
+    from orpo.evaluate import _evaluate as evaluate
+    from orpo.run.look import preview
     from orpo.training.trainer import ORPOTrainer
 
     __version__: str
 
-__all__ = ["ORPOConfig", "ORPOTrainer", "__version__"]
+__all__ = ["ORPOConfig", "ORPOTrainer", "__version__", "audit", "compare", "evaluate", "preview"]
 
-_HOME_OF = {"ORPOConfig": "orpo.config.options", "ORPOTrainer": "orpo.training.trainer"}
+_HOME_OF = {"ORPOConfig": "orpo.config.options", "ORPOTrainer": "orpo.training.trainer", "preview": "orpo.run.look"}
+_CALLABLE_PACKAGES = ("audit", "compare", "evaluate")
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +29,8 @@ def __getattr__(name: str) -> Any:
         from orpo.system.machine import own_version
 
         return own_version()
+    if name in _CALLABLE_PACKAGES:
+        return importlib.import_module(f"orpo.{name}")
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
         globals()[name] = value

@@ -52,7 +52,7 @@ def requirements(project: dict[str, Any], *extras: str) -> list[Requirement]:
 
 
 def test_public_names() -> None:
-    assert orpo.__all__ == ["ORPOConfig", "ORPOTrainer", "__version__"]
+    assert orpo.__all__ == ["ORPOConfig", "ORPOTrainer", "__version__", "audit", "compare", "evaluate", "preview"]
     assert set(orpo.__all__) <= set(dir(orpo))
     for name in orpo.__all__:
         assert getattr(orpo, name) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -105,6 +106,12 @@ class Audit:
                 yield f"  {numbers}  {scenario.name}"
         for surprise in self.surprises:
             yield surprise.sentence()
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def _nothing_found(self) -> str:
         if not self.num_usable:

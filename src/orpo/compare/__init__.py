@@ -9,8 +9,33 @@ comparison that was interrupted, or is given more seeds or methods, does only wh
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from orpo.compare.comparison import CompareOptions, compare
 from orpo.compare.data import Split
 from orpo.compare.methods import DEFAULT_METHODS, Method
+from orpo.run.config import RunConfig, resolve
+from orpo.system.callables import make_callable
 
 __all__ = ["DEFAULT_METHODS", "CompareOptions", "Method", "Split", "compare"]
+
+
+def _compare(config: RunConfig | str | Path, options: CompareOptions | None = None, **fields: Any) -> dict[str, Any]:
+    """Compare methods: `from orpo import compare; compare("recipes/demo.yaml", methods=("sft", "orpo"))`.
+
+    Args:
+        config: a configuration file, or what `orpo.run.config.resolve` gives.
+        options: which methods, seeds and grids; or their fields, by name. `tell` receives each line for the user.
+
+    Returns:
+        What `comparison.json` holds.
+
+    Raises:
+        UserError: anything wrong with configuration, data or options.
+    """
+    tell = fields.pop("tell", print)
+    return compare(config if isinstance(config, RunConfig) else resolve(config), options or CompareOptions(**fields), tell)
+
+
+make_callable(__name__, _compare)

@@ -8,6 +8,7 @@ Nothing is computed here: what `orpo train`, `orpo eval` and `orpo compare` have
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,12 @@ class Report:
     page: Path
     card: Path | None
     notes: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return (
+            f"<p>The page: <a href='{html.escape(self.page.as_posix(), quote=True)}'>{html.escape(str(self.page))}</a></p><ul>{notes}</ul>"
+        )
 
 
 def write_report(
