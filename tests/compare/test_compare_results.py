@@ -41,7 +41,7 @@ def test_a_clear_difference_is_told_with_its_sign() -> None:
     verdict = _verdict([low + 0.5, low + 0.4], [low, low])
     assert verdict["is_clear"]
     assert verdict["difference"]["value"] == pytest.approx(0.45)
-    assert verdict["text"].startswith("margin: One is 0.450 higher than Two")
+    assert verdict["text"].startswith("margin: One is 0.450 nats per token higher than Two")
     assert not _verdict([low], [low])["is_clear"]
 
 
@@ -52,6 +52,7 @@ def test_seeds_that_disagree_decide_nothing() -> None:
     assert verdict["difference"]["low"] > 0
     assert not verdict["is_clear"]
     assert "cannot be told apart" in verdict["text"]
+    assert "so many pairs and seeds would have shown a difference of" in verdict["text"]
 
 
 def test_an_interval_over_zero_decides_nothing() -> None:

@@ -72,8 +72,17 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
 
         patch.setattr(process, "run_process", run)
         options = CompareOptions(seeds=(1, 2), num_points=2, output=str(folder), **GRID)
-        compare(config, options, _quiet)
+        told: list[str] = []
+        compare(config, options, told.append)
+        (folder / "told.txt").write_text("\n".join(told))
     return folder, json.loads((folder / "comparison.json").read_text()), done
+
+
+def test_every_stage_says_which_it_is_and_how_long_the_rest_will_take(finished: tuple[Path, dict[str, Any], list[str]]) -> None:
+    folder, _, done = finished
+    lines = [line for line in (folder / "told.txt").read_text().splitlines() if line.startswith("stage ")]
+    assert [line.split()[1:4] for line in lines] == [[str(number), "of", f"{len(done)}:"] for number in range(1, len(done) + 1)]
+    assert all(line.endswith(" left") for line in lines[2:])
 
 
 def test_every_method_gets_the_grid_and_every_seed(finished: tuple[Path, dict[str, Any], list[str]]) -> None:

@@ -126,6 +126,7 @@ def test_a_task_from_outside_by_flags(trained, outside, tmp_path, capsys):
         main_part.index("Mind the vowels.") < main_part.index('id="curves"') < main_part.index('id="task-vowels"')
     )  # a warning goes first
     assert '"task-vowels"' in main_part
+    assert "vowels, share of vowels" in (trained / "README.md").read_text(encoding="utf-8")  # the model card
     figures = json.loads(parse(page).scripts[0])
     assert [trace["y"] for trace in figures["vowels-1"]["traces"]] == [["against", "model"]]
 

@@ -97,6 +97,9 @@ def test_a_phone_has_nothing_to_scroll_sideways(tmp_path: Path, kind: str) -> No
     whole = page.read_text(encoding="utf-8")
     whole = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole)  # so that this test may measure
     wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    # Tables of many columns are read row by row there: none of their cells lies off the screen.
+    off = "Math.max(0, ...[...document.querySelectorAll('table.stack')].map(t => t.parentNode.scrollWidth - t.parentNode.clientWidth))"
+    wide = f"Math.max({wide}, {off})"
     measure = f"<script>document.title = 'wide ' + ({wide}) + ' of ' + document.documentElement.clientWidth;</script>"
     page.write_text(whole.replace("</html>", measure + "</html>"), encoding="utf-8")
     found = re.search(r"<title>wide (-?\d+) of (\d+)</title>", visit(page, tmp_path / "profile", width=400, height=900).dom)

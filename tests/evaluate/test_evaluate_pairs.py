@@ -10,7 +10,7 @@ import torch
 
 from orpo.data.types import TokenGroup, Where
 from orpo.errors import UserError
-from orpo.evaluate.bootstrap import estimate_mean, estimate_means
+from orpo.evaluate.bootstrap import estimate_mean, estimate_means, estimate_share
 from orpo.evaluate.pairs import LENGTH_SLICE, log_odds, paired_difference, slice_pairs, summarise
 from orpo.inference.scores import score_groups, score_tokens
 
@@ -199,3 +199,28 @@ def test_unknown_slices_and_empty_data_say_what_there_is():
         slice_pairs(groups, [np.zeros(2)] * 2, "topic")
     with pytest.raises(UserError, match="no pair"):
         summarise([], [])
+
+
+def test_few_pairs_claim_no_certainty():
+    """Seven right out of seven: Wilson's interval, and a change that so few could not have told."""
+    groups = make_groups(7)
+    right = [np.array([-1.0, -2.0])] * 7
+    found = summarise(groups, right)
+    assert (found.accuracy.value, round(found.accuracy.low, 3), found.accuracy.high) == (1.0, 0.646, 1.0)
+    change = paired_difference(groups, right, right).accuracy
+    assert change.value == 0
+    assert change.low == pytest.approx(-change.high)
+    assert change.high > 0.3
+    assert change.smallest_shown == pytest.approx(1.43 * change.high, abs=1e-2)
+
+
+def test_pairs_of_one_prompt_are_no_independent_witnesses():
+    """The same seven verdicts under each of two prompts, then under one prompt for each."""
+    groups = make_groups(8, num_responses=3)
+    scores = [np.array([-1.0, -2.0, -0.5 if row % 2 else -3.0]) for row in range(8)]
+    clustered = summarise(groups, scores).accuracy
+    one_each = estimate_share([1.0, 1.0, 0.0, 1.0] * 4)
+    assert clustered.value == one_each.value == 0.75
+    assert (clustered.low, clustered.high) != (one_each.low, one_each.high)
+    same = [np.array([-1.0, -2.0, -3.0])] * 8
+    assert summarise(groups, same).accuracy.low == pytest.approx(estimate_share([1.0] * 8).low)  # eight prompts, not sixteen pairs

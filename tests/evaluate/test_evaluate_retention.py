@@ -103,3 +103,75 @@ def test_any_text_file_is_taken(tmp_path):
         evaluate_prompts.read_passages(path)
     with pytest.raises(UserError, match="cannot be read"):
         evaluate_prompts.read_passages(tmp_path / "none.txt")
+
+
+# ---- what is said of it ----------------------------------------------------------------------------------------------------------------
+
+
+def _result(loops: tuple[int, int], repetition: tuple[float, float] = (0.05, 0.05), empty: tuple[int, int] = (0, 0), num: int = 24) -> dict:
+    """A result in which so many answers loop before and after, neutral text is predicted better, and the rest is as it was."""
+    from orpo.evaluate.bootstrap import estimate_share, estimate_share_change
+
+    def share(count: int) -> list[float]:
+        return [1.0] * count + [0.0] * (num - count)
+
+    def shape(which: int) -> dict:
+        plain = {"value": 60.0, "low": 50.0, "high": 70.0}
+        repeated = {"value": repetition[which], "low": repetition[which] - 0.01, "high": repetition[which] + 0.01}
+        shares = {
+            name: estimate_share(share(both[which])).to_dict() for name, both in (("loops", loops), ("empty", empty), ("cut", (0, 0)))
+        }
+        return {"num_answers": num, "mean_tokens": plain, "repetition": repeated, **shares}
+
+    text = {"perplexity": {"value": 20.0, "low": 18.0, "high": 22.0}, "nll": {"value": 3.0, "low": 2.9, "high": 3.1}, "bits_per_byte": 1.0}
+    moved = repetition[1] - repetition[0]
+    return {
+        "text": "neutral.txt",
+        "max_new_tokens": 128,
+        "against": {**text, "answers": shape(0)},
+        "model": {**text, "answers": shape(1)},
+        "change": {
+            "nll": {"value": -0.1, "low": -0.15, "high": -0.05},
+            "mean_tokens": {"value": 0.0, "low": -1.0, "high": 1.0},
+            "repetition": {"value": moved, "low": moved - 0.02, "high": moved + 0.02},
+            **{
+                name: estimate_share_change(share(both[0]), share(both[1])).to_dict()
+                for name, both in (("loops", loops), ("empty", empty), ("cut", (0, 0)))
+            },
+        },
+        "shown": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kinds", "is_collapse"),
+    [
+        ({"loops": (1, 24)}, True),
+        ({"loops": (1, 9)}, True),
+        ({"loops": (1, 2)}, False),  # told from chance by nobody
+        ({"loops": (10, 10)}, False),  # as before
+        ({"loops": (20, 3)}, False),
+        ({"loops": (1, 1), "repetition": (0.086, 0.89)}, True),
+        ({"loops": (1, 1), "repetition": (0.05, 0.15)}, False),
+        ({"loops": (0, 0), "empty": (0, 20)}, True),
+    ],
+)
+def test_a_collapse_goes_before_every_praise(kinds, is_collapse):
+    shown = retention.RetentionTask().show(_result(**kinds))
+    tones = [one.tone for one in shown.statements]
+    assert tones == (["warn", ""] if is_collapse and len(tones) == 2 else ["warn", "warn", ""] if is_collapse else ["good"])
+    if is_collapse:
+        assert shown.statements[0].text.startswith("The answers have collapsed: ")
+        assert "where it was" in shown.statements[0].text
+
+
+def test_without_a_model_before_only_what_most_answers_do_is_a_collapse():
+    for count, is_collapse in ((11, False), (13, True)):
+        result = _result((0, count))
+        del result["against"], result["change"]
+        assert [one.tone for one in retention.RetentionTask().show(result).statements] == (["warn"] if is_collapse else [])
+
+
+def test_the_lines_say_what_so_many_answers_would_have_shown():
+    lines = list(retention.RetentionTask().lines(_result((1, 2))))
+    assert any("24 answers would have shown a change of the looping answers of" in line and "80 % power" in line for line in lines)

@@ -257,6 +257,63 @@ def test_a_folder_inside_a_run_means_the_run(tmp_path: Path, inside: str) -> Non
     assert write_report(folder / inside).page == folder / "report.html"
 
 
+def test_a_collapse_is_read_before_any_praise(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    found = results()["retention"]
+    found["model"]["answers"]["loops"] = {"value": 0.96, "low": 0.8, "high": 0.99}
+    found["change"]["loops"] = {"value": 0.91, "low": 0.7, "high": 0.99}
+    found["change"]["nll"] = {"value": -0.1, "low": -0.2, "high": -0.05}
+    write_json(folder / "eval" / "retention.json", {"task": "retention", "result": found, "show": show_of("retention", found)})
+    write_report(folder)
+    page = page_of(folder)
+    warned, praised = page.index("The answers have collapsed"), page.index("The margin rose, clear of zero")
+    assert warned < praised
+    assert '<div class="statement warn"><span class="mark">!</span>The answers have collapsed' in page
+    better = page.index("The model predicts neutral text better than before")
+    assert "✓" not in page[better - 60 : better]
+
+
+def test_a_margin_that_rose_by_pushing_both_answers_away_is_no_praise() -> None:
+    change = {"margin": {"value": 1, "low": 0.5, "high": 1.5}, "chosen_logp": {"value": -1, "low": -1.5, "high": -0.5}}
+    assert verdict({**change, "rejected_logp": {"value": -2, "low": -3, "high": -1}}).tone == "warn"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "value", "tone"),
+    [("orpo", "sft", 0.3, "good"), ("orpo", "sft+dpo", -0.3, "bad"), ("sft", "orpo", 0.3, "bad"), ("sft", "simpo", 0.3, "")],
+)
+def test_no_tick_stands_beside_a_loss(tmp_path: Path, first: str, second: str, value: float, tone: str) -> None:
+    facts = comparison_facts()
+    difference = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    facts["verdicts"] = [
+        {"metric": "margin", "first": first, "second": second, "difference": difference, "is_clear": True, "text": "Said so"}
+    ]
+    page = comparison_page(ComparisonFacts(tmp_path, facts, []))
+    (said,) = (one for section in page.sections for one in section.statements if one.text == "Said so")
+    assert said.tone == tone
+
+
+def test_a_collapse_of_a_method_is_told_before_who_won(tmp_path: Path) -> None:
+    facts = comparison_facts()
+    found = results()["retention"]
+    del found["against"], found["change"]
+    found["model"]["answers"]["loops"] = {"value": 0.96, "low": 0.8, "high": 0.99}
+    facts["methods"]["orpo"]["runs"][0]["evaluations"]["retention"] = {"result": found, "show": show_of("retention", found)}
+    page = comparison_page(ComparisonFacts(tmp_path, facts, []))
+    assert page.sections[0].statements[0].text.startswith("ORPO: The answers have collapsed: 96% of the answers go round in circles")
+    assert page.sections[0].statements[0].tone == "warn"
+
+
+def test_wide_tables_name_their_cells_for_a_phone(whole: Path) -> None:
+    """Where a row is read cell by cell, each one says what it is."""
+    page = page_of(whole)
+    assert page.count('<table class="stack">') + page.count('<table class="tight stack">') >= 4
+    result = page[page.index('id="result"') : page.index('id="curves"')]
+    for name in ("before", "after", "change"):
+        assert f'data-label="{name}"' in result
+    assert "60 prompts would have shown a change of accuracy of" in result
+
+
 # ---- what may be missing or damaged ------------------------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,8 @@ from orpo.data.types import Preference
 from orpo.errors import DataError, UserError
 from orpo.system.installing import pip_line
 
-Progress = Callable[[int], None]
-"""Called now and then with the number of rows read."""
+Progress = Callable[[str, int, int], None]
+"""Called now and then with what is done, how far it is, and of how much; 0 where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,9 @@ class AuditOptions:
     def reading(self) -> dict[str, Any]:
         """How a source is read, as `Stream` takes it."""
         return {name: getattr(self, name) for name in ("pairs", "sft_rows", "streaming", "max_row_bytes")}
+
+
+_ROWS_BETWEEN = 1000
 
 
 def require_extras(*modules: str) -> None:
@@ -140,7 +143,7 @@ def _with_tokenizer(auditor: _Auditor) -> tuple[tokens.TokenFacts | None, list[S
     if options.encoder is None:
         return None, []
     wants_groups = options.score is not None or options.fit_and_score is not None
-    facts = tokens.encode_rows(auditor.preferences(), options.encoder, options.unlimited_encoder, keeps_groups=wants_groups)
+    facts = tokens.encode_rows(auditor.told_preferences(), options.encoder, options.unlimited_encoder, keeps_groups=wants_groups)
     surprises = []
     if options.score is not None:
         surprises.append(as_it_stands(facts.groups, options.score))
@@ -192,7 +195,7 @@ class _Auditor:
                 sample.offer(key, table.num_rows + index, prompt, chosen)
             table.add(chunk)
             if self.options.progress is not None:
-                self.options.progress(table.num_rows)
+                self.options.progress("rows read", table.num_rows, 0)
 
     def _inspect_options(self, stream: Stream) -> InspectOptions:
         wanted = self.options.scenario_column
@@ -216,6 +219,13 @@ class _Auditor:
             benchmark_keys=self.benchmarks.keys if self.benchmarks else empty,
             evaluation_keys=self.evaluation.keys if self.evaluation else empty,
         )
+
+    def told_preferences(self) -> Iterator[Preference]:
+        """The usable rows, with a word now and then on how many they were."""
+        for number, preference in enumerate(self.preferences(), start=1):
+            if self.options.progress is not None and number % _ROWS_BETWEEN == 0:
+                self.options.progress("rows tokenised", number, 0)
+            yield preference
 
     def preferences(self) -> Iterator[Preference]:
         """The usable rows, read again."""

@@ -87,9 +87,14 @@ class Surprise:
         if self.num_pairs < MIN_PAIRS:
             return f"{self.num_pairs} pairs are too few to measure whether the model can tell them apart; no ranking."
         if not self.can_tell:
+            mend = (
+                "A larger model, or more rows"
+                if self.method.startswith("cross-fitted")
+                else "Cross-fitting (--cross_fit 5), or a larger model"
+            )
             return (
                 f"The model cannot tell the pairs of this set apart: accuracy {interval}. A ranking by it would find flipped labels no "
-                "better than chance, so there is none. Cross-fitting, or a larger model, may do better."
+                f"better than chance, so there is none. {mend}, may do better."
             )
         return f"The model prefers the chosen answer with accuracy {interval}; the pairs it sees the other way round are ranked."
 

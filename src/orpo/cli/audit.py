@@ -16,6 +16,7 @@ from orpo.errors import EXIT_OK, EXIT_USER, UserError
 
 if TYPE_CHECKING:
     from orpo.audit import Audit, AuditOptions
+    from orpo.audit.auditor import Progress
 
 NAME = "audit"
 HELP = "find what in a preference data set hurts, and write a cleaned one"
@@ -47,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audit; exit code 2 where no row can be trained on, and with --strict where something was found."""
     from orpo.audit import run_audit, write_clean
-    from orpo.system.console import print_json, report_console, say
+    from orpo.cli.bars import PartBars
+    from orpo.system.console import print_json, report_console, say, stderr_console
 
     data = read_data_arguments(args)
     _check(args, data)
-    options = make_options(args, data)
-    audit = run_audit(data.source, options)
+    with PartBars(stderr_console()) as progress:
+        options = make_options(args, data, progress)
+        audit = run_audit(data.source, options)
     console = report_console(is_json=args.json)
     for line in audit.lines(args.places):
         say(console, line)
@@ -85,8 +88,8 @@ def _check(args: argparse.Namespace, data: DataInput) -> None:
         raise UserError("--keep without --write-clean", where="command line", mend="add --write-clean OUT.jsonl")
 
 
-def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
-    """The audit that the arguments ask for."""
+def make_options(args: argparse.Namespace, data: DataInput, progress: Progress | None = None) -> AuditOptions:
+    """The audit that the arguments ask for; `progress` hears how far it is."""
     from orpo.audit import AuditOptions
     from orpo.audit.inspect import default_workers
 
@@ -104,6 +107,7 @@ def make_options(args: argparse.Namespace, data: DataInput) -> AuditOptions:
         benchmarks=args.benchmark,
         scenario_column=args.scenario_column,
         num_workers=default_workers() if args.workers is None else args.workers,
+        progress=progress,
     )
     if data.model is None and args.tokenizer is None:
         return options
@@ -124,8 +128,8 @@ def _with_model(options: AuditOptions, args: argparse.Namespace, data: DataInput
         raise AssertionError("a model is scored with its own tokenizer")
     revision = data.config["model_revision"]
     if args.cross_fit is None:
-        return replace(options, score=score_with(data.model, revision))
-    fit = fit_and_score_with(data.model, revision, options.encoder)
+        return replace(options, score=score_with(data.model, revision, progress=options.progress))
+    fit = fit_and_score_with(data.model, revision, options.encoder, num_folds=args.cross_fit, progress=options.progress)
     return replace(options, fit_and_score=fit, num_folds=args.cross_fit)
 
 

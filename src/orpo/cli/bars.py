@@ -12,8 +12,8 @@ from orpo.system.console import human_seconds, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-LINE_EVERY_S = 15.0
-"""Without a terminal a part says how far it is at most so often."""
+LINE_EVERY_S = 10.0
+"""Without a terminal a part says how far it is at most so often, beside its beginning and its end."""
 
 
 @dataclass
@@ -24,6 +24,7 @@ class _Part:
     began_at: int
     told_s: float
     bar: Any = None
+    is_told: bool = False
 
 
 class PartBars:
@@ -73,9 +74,10 @@ class PartBars:
         if self._progress is not None:
             self._progress.update(part.bar, completed=done, total=total or None)
             return
-        if done == total:
+        is_new, part.is_told = not part.is_told, True
+        if total and done == total:
             say(self.console, f"done         {what}: {total}")
-        elif now_s - part.told_s >= LINE_EVERY_S:
+        elif (is_new and total) or now_s - part.told_s >= LINE_EVERY_S:
             part.told_s = now_s
             say(self.console, f"working      {what}: {f'{done} of {total}{self._left(part, done, total, now_s)}' if total else done}")
 

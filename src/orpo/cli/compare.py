@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from orpo.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
     from orpo.compare import CompareOptions
 
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     console = stderr_console()
     facts = compare(config, options, lambda line: say(console, line))
     report = report_console(is_json=args.json)
-    for table in (_scores_table(facts), _cost_table(facts)):
-        report.print(table)
+    _print_scores(report, facts)
+    _print_costs(report, facts)
     for line in _closing_lines(facts):
         say(report, line)
     if args.json:
@@ -110,19 +110,17 @@ def _numbers(text: str, where: str, *, is_whole: bool = False) -> tuple[float, .
         raise UserError(f"found {text!r}", where=where, expected="numbers with commas between them") from None
 
 
-def _scores_table(facts: dict[str, Any]) -> Table:
-    from rich.table import Table
+def _print_scores(console: Console, facts: dict[str, Any]) -> None:
+    from orpo.system.console import print_table
 
     num_pairs, num_seeds = facts["start"]["test"]["num_pairs"], len(facts["options"]["seeds"])
-    table = Table(title=f"{num_pairs} test pairs, {num_seeds} seed{'s' if num_seeds > 1 else ''}, 95 % intervals over prompts")
-    for name in ("", "accuracy", "margin", "chosen", "rejected", "implicit reward", "settings"):
-        table.add_column(name, no_wrap=True)
-    table.add_row("start", *(_number(facts["start"]["test"].get(name), name) for name in _SHOWN), "", "")
+    title = f"{num_pairs} test pairs, {num_seeds} seed{'s' if num_seeds > 1 else ''}, 95 % intervals over prompts; nats per token"
+    rows = [["start", *(_number(facts["start"]["test"].get(name), name) for name in _SHOWN), "", ""]]
     for method in facts["methods"].values():
         summary = method.get("summary", {})
         settings = " ".join(f"{key} {value:g}" for key, value in (method["options"] or {}).items())
-        table.add_row(method["label"], *(_number(summary.get(name), name) for name in (*_SHOWN, "moved_accuracy")), settings)
-    return table
+        rows.append([method["label"], *(_number(summary.get(name), name) for name in (*_SHOWN, "moved_accuracy")), settings])
+    print_table(console, title, ("", "accuracy", "margin", "chosen", "rejected", "implicit reward", "settings"), rows, num_texts=7)
 
 
 _SHOWN = ("accuracy", "margin", "chosen_logp", "rejected_logp")
@@ -136,29 +134,28 @@ def _number(estimate: dict[str, Any] | None, name: str) -> str:
     return str(value) if low is None else f"{value} ({low} to {high})"
 
 
-def _cost_table(facts: dict[str, Any]) -> Table:
-    from rich.table import Table
+def _print_costs(console: Console, facts: dict[str, Any]) -> None:
+    from orpo.system.console import human_bytes, human_seconds, print_table
 
-    from orpo.system.console import human_bytes, human_seconds
-
-    table = Table(title="cost of a run, all stages, mean over seeds")
-    for name in ("", "answers forward", "answers backward", "tokens", "FLOPs", "training", "peak memory"):
-        table.add_column(name, no_wrap=True, justify="left" if not name else "right")
+    rows = []
     for method in facts["methods"].values():
         totals = [run["totals"] for run in method["runs"]]
         if not totals:
             continue
         mean = {name: sum(total[name] for total in totals) / len(totals) for name in totals[0]}
-        table.add_row(
-            method["label"],
-            f"{mean['forward_passes']:,.0f}",
-            f"{mean['backward_passes']:,.0f}",
-            f"{mean['forward_tokens'] + mean['reference_tokens']:,.0f}",
-            f"{mean['flops']:.3g}",
-            human_seconds(mean["train_s"] + mean["reference_s"]),
-            human_bytes(mean["peak_bytes"]),
+        rows.append(
+            [
+                method["label"],
+                f"{mean['forward_passes']:,.0f}",
+                f"{mean['backward_passes']:,.0f}",
+                f"{mean['forward_tokens'] + mean['reference_tokens']:,.0f}",
+                f"{mean['flops']:.3g}",
+                human_seconds(mean["train_s"] + mean["reference_s"]),
+                human_bytes(mean["peak_bytes"]),
+            ]
         )
-    return table
+    columns = ("", "answers forward", "answers backward", "tokens", "FLOPs", "training", "peak memory")
+    print_table(console, "cost of a run, all stages, mean over seeds", columns, rows)
 
 
 def _closing_lines(facts: dict[str, Any]) -> list[str]:

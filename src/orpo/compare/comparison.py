@@ -24,6 +24,7 @@ from orpo.errors import UserError
 from orpo.evaluate.pairs import paired_difference, summarise
 from orpo.run.config import as_facts
 from orpo.run.folder import COMPLETE, RUNNING
+from orpo.system.console import human_seconds
 from orpo.system.files import write_atomically
 from orpo.system.machine import describe_device, versions
 from orpo.system.redact import redact
@@ -137,6 +138,8 @@ class _Comparison:
         self.runs: dict[str, list[_MethodRun]] = {}
         self.start_scores: dict[str, Scores] = {}
         self._summaries: dict[tuple[Path, str], dict[str, Any]] = {}
+        self._seen: set[str] = set()
+        self._took_s: list[float] = []
 
     def run(self) -> dict[str, Any]:
         """Everything, in an order that gives something to look at early."""
@@ -204,6 +207,12 @@ class _Comparison:
             return [{"learning_rate": rate} for rate in rates]
         return [{"learning_rate": rate, method.strength_name: strength} for rate in rates for strength in strengths]
 
+    def _tried(self, method: Method) -> list[dict[str, float]]:
+        """The grid, and behind it what a sweep adds."""
+        grid = self._grid(method)
+        wider = self._grid(method, is_swept=True) if self.options.sweep and method.sweep else []
+        return [*grid, *(options for options in wider if options not in grid)]
+
     def _tune(self, method: Method, chosen: dict[str, dict[str, float]]) -> dict[str, float]:
         """The settings with the best validation accuracy; of equals, the larger log odds ratio.
 
@@ -212,12 +221,11 @@ class _Comparison:
         for stage in method.stages[:-1]:
             if stage not in chosen:
                 chosen[stage] = self._tune(method_of(stage), chosen)
-        grid = self._grid(method)
-        wider = self._grid(method, is_swept=True) if self.options.sweep and method.sweep else []
-        if len(grid) == 1 and not wider:
-            return grid[0]
+        grid, tried = self._grid(method), self._tried(method)
+        if len(tried) == 1:
+            return tried[0]
         found: list[tuple[dict[str, float], _MethodRun]] = []
-        for options in [*grid, *(options for options in wider if options not in grid)]:
+        for options in tried:
             run = self._train(method, {**chosen, method.name: options}, self.options.seeds[0], is_trial=True)
             found.append((options, run))
             self.trials[method.name] = found
@@ -280,6 +288,7 @@ class _Comparison:
         """The result of a stage, from its folder or by running it."""
         folder = Path(spec.folder)
         result = folder / RESULT
+        self._seen.add(spec.folder)
         if not result.exists():
             self._run_stage(spec, folder)
         return json.loads(result.read_text(encoding="utf-8"))
@@ -290,9 +299,27 @@ class _Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "spec.json"
         spec.write(path)
+        total = max(self._num_stages(), len(self._seen))
+        mean_s = sum(self._took_s) / len(self._took_s) if self._took_s else None
+        left = "" if mean_s is None else f"; about {human_seconds(mean_s * (total - len(self._seen) + 1))} left"
+        self.tell(f"stage        {len(self._seen)} of {total}: {what}{left}")
         began_s = time.monotonic()
         run_stage_process(path, what, folder / "log.txt")
-        self.tell(f"done         {what}: {time.monotonic() - began_s:.0f} s")
+        took_s = time.monotonic() - began_s
+        if spec.method != "start":
+            self._took_s.append(took_s)
+        self.tell(f"done         {what}: {took_s:.0f} s")
+
+    def _num_stages(self) -> int:
+        """Stages of the whole comparison: the start, every setting tried, and every seed's run of each method."""
+        early = {stage: method_of(stage) for method in self.methods for stage in method.stages[:-1]}
+        total = 1
+        for method in {**early, **{method.name: method for method in self.methods}}.values():
+            num_trials = len(self._tried(method))
+            # With no bound on the rows of trials, the chosen trial is its seed's run.
+            num_known = num_trials > 1 and self.options.split.tune_rows is None
+            total += (num_trials if num_trials > 1 else 0) + len(self.options.seeds) - num_known
+        return total
 
     def _drop_weights(self) -> None:
         """Weights of trials that no run starts from; those of runs stay, to be evaluated and talked to."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from orpo.evaluate.bootstrap import Estimate, estimate_share, estimate_share_change
 from orpo.evaluate.pairs import PairDifference, paired_difference, summarise
+from orpo.report.sections import power
 
 if TYPE_CHECKING:
     from orpo.compare.stage import StageSpec
@@ -136,14 +137,16 @@ def _moved_difference(one: Scored, two: Scored) -> Estimate:
 def _verdict_text(metric: str, first: str, second: str, difference: dict[str, Any], *, is_clear: bool) -> str:
     what = WORDS[metric]
     if not is_clear:
-        return f"{what}: {first} and {second} cannot be told apart on these pairs and seeds"
+        style = ".1%p" if metric.endswith("accuracy") else ".3f"
+        said = power(difference, "a difference", style, of="pairs and seeds")
+        return f"{what}: {first} and {second} cannot be told apart on these pairs and seeds{f'; {said}' if said else ''}"
     word = "higher" if difference["value"] > 0 else "lower"
     if metric.endswith("accuracy"):
         points = [f"{100 * abs(difference[name]):.1f}" for name in ("value", "low", "high")]
         low, high = sorted(points[1:], key=float)
         return f"{what}: {first} is {points[0]} points {word} than {second} ({low} to {high})"
     low, high = sorted((abs(difference["low"]), abs(difference["high"])))
-    return f"{what}: {first} is {abs(difference['value']):.3f} {word} than {second} ({low:.3f} to {high:.3f})"
+    return f"{what}: {first} is {abs(difference['value']):.3f} nats per token {word} than {second} ({low:.3f} to {high:.3f})"
 
 
 # ---- the claims that are made for ORPO --------------------------------------------------------------------------------------------------

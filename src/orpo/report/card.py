@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from orpo.report.evaluations import METRICS, pairs_of, verdict
-from orpo.report.facts import RunFacts, read_run
+from orpo.report.facts import RESULTS, RunFacts, read_run
 from orpo.report.runpage import as_yaml, setup_section, short_name, source_names, what_was_trained
-from orpo.report.sections import Cell, estimate, human_count, number, part, parts, text
+from orpo.report.sections import Cell, estimate, human_count, items, number, part, parts, text
+from orpo.report.shown import style_of
 from orpo.system.files import write_atomically
 from orpo.system.redact import redact
 
@@ -241,6 +242,14 @@ def _other_scores(facts: RunFacts) -> list[tuple[str, Any, str]]:
         ("own prompts, win rate", part(found.get("custom"), "win_rate"), ".1%"),
         ("neutral text, change in nats per token", part(found.get("retention"), "change", "nll"), "+.3f"),
     ]
+    for task, record in facts.results.items():
+        if task not in RESULTS:  # a task that this package does not bring
+            scores = [
+                (text(part(one, "name")), part(one, "value"), style_of(part(one, "style"))) for one in items(record, "show", "scores")
+            ]
+            wanted += [
+                (f"{task}, {name}", value if isinstance(value, Mapping) else {"value": value}, style) for name, value, style in scores
+            ]
     return [(words, value, style) for words, value, style in wanted if number(part(value, "value")) is not None]
 
 

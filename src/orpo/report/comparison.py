@@ -22,9 +22,11 @@ from orpo.report.sections import (
     number,
     part,
     parts,
+    show,
     text,
 )
-from orpo.report.shown import BEFORE, colour_of, error_bar
+from orpo.report.shown import BEFORE, colour_of, error_bar, warnings_among
+from orpo.system.intervals import smallest_shown
 from orpo.webpage import Figure, figure, label
 
 _METRIC_WORDS = {key: (words, style) for key, words, style, _ in METRICS} | {"moved_accuracy": ("accuracy of the implicit reward", ".1%")}
@@ -92,6 +94,11 @@ def verdict_section(facts: ComparisonFacts) -> Section:
         "A verdict is given only where the interval of the difference leaves out zero and every seed points the same way."
     )
     _add_verdicts(section, facts)
+    section.statements[:0] = [
+        one
+        for results in _everyones_evaluations(facts).values()
+        for one in warnings_among({name: part(r, "show") for name, r in results.items()})
+    ]
     return section
 
 
@@ -105,7 +112,7 @@ def _add_verdicts(section: Section, facts: ComparisonFacts) -> None:
         return
     verdicts.sort(key=lambda verdict: "orpo" not in (verdict.get("first"), verdict.get("second")))
     clear = [verdict for verdict in verdicts if verdict.get("is_clear") is True and verdict.get("metric") in _HEADLINES]
-    section.statements = [Statement(text(verdict.get("text")), "good") for verdict in clear]
+    section.statements = [Statement(text(verdict.get("text")), _tone_for_orpo(verdict)) for verdict in clear]
     if not clear:
         section.statements.append(
             Statement("No difference of accuracy or margin between two methods can be told from chance here.", "open")
@@ -122,11 +129,31 @@ def _add_verdicts(section: Section, facts: ComparisonFacts) -> None:
                 words,
                 estimate(verdict.get("difference"), style),
                 Cell("clear" if is_clear else "not clear", tone="" if is_clear else "soft"),
+                Cell(show(_smallest(verdict.get("difference")), style.removeprefix("+"))),
             ]
         )
     section.tables.append(
-        Table(("methods", "what", "difference", ""), rows, title="Every difference between two methods", num_texts=2, is_folded=True)
+        Table(
+            ("methods", "what", "difference", "", "would have shown (80 % power)"),
+            rows,
+            title="Every difference between two methods",
+            num_texts=2,
+            is_folded=True,
+        )
     )
+
+
+def _smallest(difference: Any) -> float | None:
+    return smallest_shown(number(part(difference, "low")), number(part(difference, "high")))
+
+
+def _tone_for_orpo(verdict: Mapping[str, Any]) -> str:
+    """A tick where ORPO is ahead and a cross where it is behind; a difference among others is neither. More is better in all headlines."""
+    value = number(part(verdict, "difference", "value"))
+    if value is None or "orpo" not in (verdict.get("first"), verdict.get("second")):
+        return ""
+    is_ahead = (value > 0) == (verdict.get("first") == "orpo")
+    return "good" if is_ahead else "bad"
 
 
 def _forest(known: Sequence[tuple[str, str, dict[str, Any]]], key: str) -> Figure | None:
@@ -179,19 +206,26 @@ def claim_section(facts: ComparisonFacts) -> Section:
 
 
 def _evaluations(facts: ComparisonFacts) -> list[Section]:
-    """IFEval, MT-Bench and AlpacaEval of the start and of each method's first evaluated run, in common figures."""
-    everyone: dict[str, dict[str, Record]] = {BEFORE: _records(part(facts.found, "start", "evaluations"))}
-    for name, method in facts.methods.items():
-        for run in items(method, "runs"):
-            records = _records(part(run, "evaluations"))
-            if records:
-                everyone[facts.label_of(name)] = records
-                break
-    sections = result_sections({}, {name: records for name, records in everyone.items() if records})
+    """Results of `orpo eval` of the start and of each method's first evaluated run, in common figures."""
+    everyone: dict[str, dict[str, Record]] = {}
+    for task, by_name in _everyones_evaluations(facts).items():
+        for name, record in by_name.items():
+            everyone.setdefault(name, {})[task] = record
+    sections = result_sections({}, everyone)
     for section in sections:
         if not section.is_empty and len(facts.methods) > 1:
             section.lead.append("Of each method, its first seed that was evaluated.")
     return sections
+
+
+def _everyones_evaluations(facts: ComparisonFacts) -> dict[str, dict[str, Record]]:
+    """Task -> model -> record."""
+    everyone = {BEFORE: _records(part(facts.found, "start", "evaluations"))}
+    for name, method in facts.methods.items():
+        found = (_records(part(run, "evaluations")) for run in items(method, "runs"))
+        everyone[facts.label_of(name)] = next(filter(None, found), {})
+    tasks = dict.fromkeys(task for records in everyone.values() for task in records)
+    return {task: {name: records[task] for name, records in everyone.items() if task in records} for task in tasks}
 
 
 def _records(evaluations: Any) -> dict[str, Record]:

@@ -50,7 +50,8 @@ def result_sections(results: Mapping[str, Record], beside: Mapping[str, Mapping[
     sections = []
     for task in tasks:
         named = {_name(results[task]): part(results[task], "show")} if task in results else {}
-        section = shown_section(task, named | {name: part(found[task], "show") for name, found in others.items() if task in found})
+        named |= {name: part(found[task], "show") for name, found in others.items() if task in found}
+        section = shown_section(task, named, own=task in results)
         if task in results and not section.is_empty:
             section.lead.append(_circumstances(results[task]))
         sections.append(section)

@@ -130,7 +130,7 @@ def trial_section(facts: ComparisonFacts) -> Section:
             estimates.append(part(trial, "validation", "margin"))
     if rows:
         drawn: list[Row] = [[*cells, bar] for cells, bar in zip(rows, bars(estimates), strict=True)]
-        section.tables.append(Table(("method", "options", "accuracy", "margin", "margin, from 0"), drawn, num_texts=2))
+        section.tables.append(Table(("method", "options", "accuracy", "margin, nats per token", "margin, from 0"), drawn, num_texts=2))
         section.lead.append("Every method got the same small grid; the test rows had no part in the choice.")
     return section
 
@@ -166,7 +166,7 @@ def sweep_section(facts: ComparisonFacts) -> Section:
             [heat],
             x=label(strength),
             y="learning rate",
-            note="margin on the validation rows",
+            note="margin on the validation rows, nats per token",
             xaxis={"type": "category"},
             yaxis={"type": "category"},
             height=320,
@@ -180,10 +180,10 @@ def sweep_section(facts: ComparisonFacts) -> Section:
             if isinstance(accuracies, list)
         ]
         head = ("learning rate", *(f"{strength} {text(one)}" for one in items(value, "strengths")))
-        section.tables.append(Table(head, rows, title=f"{facts.label_of(name)}: margin (accuracy)", is_folded=True))
+        section.tables.append(Table(head, rows, title=f"{facts.label_of(name)}: margin in nats per token (accuracy)", is_folded=True))
     section.lead.append(
-        "Final margin over a grid of learning rate and each method's own strength; one colour scale for all. Even colour is what robust "
-        "looks like."
+        "Final margin (nats per token) over a grid of learning rate and each method's own strength; one colour scale for all. Even "
+        "colour is what robust looks like."
     )
     return section
 

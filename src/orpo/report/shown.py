@@ -121,26 +121,38 @@ class Shown:
 # ---- reading it ------------------------------------------------------------------------------------------------------------------------
 
 
-def shown_section(task: str, everyone: Mapping[str, Any]) -> Section:
+def shown_section(task: str, everyone: Mapping[str, Any], *, own: bool = True) -> Section:
     """The section of a task.
 
     Args:
         task: its name.
-        everyone: model -> what its result's `show` holds. Of the first one everything is shown; scores and figures of all.
+        everyone: model -> what its result's `show` holds. Scores and figures are drawn of all.
+        own: the first one is what the page is about: its sentences and tables are shown. Of the others there are warnings alone.
     """
     known = {name: one for name, one in everyone.items() if isinstance(one, Mapping)}
     first: Any = next(iter(known.values()), {})
     # The names of the page's other sections are words, too.
     section = Section(task if task in _OWN_KEYS else f"task-{task}", text(part(first, "title"), task), short=text(part(first, "short")))
-    section.lead += [text(line) for line in items(first, "lead") if text(line)]
-    section.statements += statements_of(first)
+    if own:
+        section.lead += [text(line) for line in items(first, "lead") if text(line)]
+        section.statements += statements_of(first)
+        section.tables += filter(None, map(_table, items(first, "tables")))
+    section.statements += warnings_among(dict(list(known.items())[1 if own else 0 :]))
     _add_figures(section, task, known)
-    scores = _score_table(known)
-    if scores is not None:
-        section.tables.append(scores)
-    section.tables += filter(None, map(_table, items(first, "tables")))
+    if not section.tables or len(known) > 1:
+        section.tables[:0] = filter(None, [_score_table(known)])
     section.is_beside = any(part(one, "kind") == "radar" for one in items(first, "figures"))
     return section
+
+
+def warnings_among(everyone: Mapping[str, Any]) -> list[Statement]:
+    """Warnings of several models' results, each with the model's name."""
+    return [
+        Statement(f"{name}: {one.text}", one.tone, one.detail)
+        for name, shown in everyone.items()
+        for one in statements_of(shown)
+        if one.tone == "warn"
+    ]
 
 
 def statements_of(shown: Any) -> list[Statement]:

@@ -49,7 +49,7 @@ def _pair(shown: Any) -> TokenPair | None:
     if old[0] is not None and old[1] is not None:
         margin = f"{show(old[0] - old[1], '+.2f')} → {margin}"
     where = text(part(shown, "where")).replace("\\", "/").rpartition("/")[2]
-    return TokenPair(where, f"margin {margin}", text(part(shown, "model", "prompt")), answers)
+    return TokenPair(where, f"margin {margin} nats per token", text(part(shown, "model", "prompt")), answers)
 
 
 def _logps(values: Any, count: int) -> list[float] | None:

@@ -13,6 +13,8 @@ from orpo.system.place import own_rank
 from orpo.system.redact import redact, redact_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
 LABEL_CELLS = 13
@@ -89,6 +91,34 @@ def pieces_of(line: str, width: int) -> list[str]:
             pieces.append(piece.rstrip())
             piece, is_empty = indent + word, not word
     return [*pieces, piece]
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_texts: int = 1) -> None:
+    """A table where the terminal is wide enough for all of it, else its rows one after the other, a cell on each line.
+
+    Args:
+        columns: the first one names the rows and may have no name.
+        rows: texts.
+        num_texts: columns from the left that are text; the others are numbers.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    table = Table(title=title)
+    for place, name in enumerate(columns):
+        table.add_column(name, no_wrap=True, justify="left" if place < num_texts else "right")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(table, markup=False)
+        return
+    say(console, title)
+    indent = max(cell_len(name) for name in columns[1:])
+    for first, *cells in rows:
+        say(console, first)
+        for name, cell in zip(columns[1:], cells, strict=True):
+            if cell:
+                say(console, f"  {name:<{indent}}  {cell}")
 
 
 class ConsoleHandler(logging.Handler):

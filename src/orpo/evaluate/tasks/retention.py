@@ -22,7 +22,7 @@ from orpo.evaluate.prompts import NEUTRAL_PROMPTS, NEUTRAL_TEXT, read_passages
 from orpo.evaluate.task import Record, Task, TaskOption, register
 from orpo.evaluate.wording import interval
 from orpo.report.sections import Cell, Row, Statement, Table, estimate, excludes_zero, power, show
-from orpo.report.shown import AnswerColumns, Shown
+from orpo.report.shown import AnswerColumns, Score, Shown
 
 if TYPE_CHECKING:
     from orpo.evaluate.session import Session
@@ -291,6 +291,8 @@ class RetentionTask(Task):
         for key, words, style in _SHAPE:
             old = before.get("answers", {}).get(key)
             rows.append(_three(words, old, after["answers"][key], change.get(key), style, is_better=0))
+        shown.scores = [Score("perplexity of neutral text", after["perplexity"], ".2f"), Score("bits per byte", after["bits_per_byte"])]
+        shown.scores += [Score(words, after["answers"][key], style) for key, words, style in _SHAPE]
         note = _power(result)
         shown.tables.append(Table(("", "before", "after", "change"), rows, note=f"{note}." if note else ""))
         shown.answers = AnswerColumns("shown", (("against", "before"), ("model", "after")))
