@@ -402,3 +402,9 @@ class TestDemoAndAfter:
 )
 def test_the_demo_claims_no_more_than_its_interval(low: float | None, high: float | None, word: str) -> None:
     assert word in verdict({"margin": {"value": 0.15, "low": low, "high": high}})
+
+
+def test_the_demo_praises_no_margin_that_pushed_both_answers_away() -> None:
+    change = {"margin": {"value": 0.15, "low": 0.1, "high": 0.2}, "chosen_logp": {"value": -1.0, "low": -1.5, "high": -0.5}}
+    assert "less likely" in verdict(change)
+    assert "leans to the good answers" not in verdict(change)

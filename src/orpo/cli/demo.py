@@ -169,6 +169,8 @@ def verdict(change: dict[str, Any]) -> str:
     margin = change["margin"]
     if margin["low"] is None:
         return "One prompt is too few for an interval."
+    if margin["low"] > 0 and (change.get("chosen_logp", {}).get("high") or 0) < 0:
+        return "The margin rose while the good answers became less likely: the model was pushed away from both. Lower the learning rate."
     if margin["low"] > 0:
         return "The margin rose, clear of zero: the model now leans to the good answers among pairs it has not seen."
     if margin["high"] < 0:

@@ -34,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export and say where to."""
     from orpo.inference.ready import make_ready
-    from orpo.system.console import human_bytes, print_json, report_console, say
+    from orpo.system.console import human_bytes, print_json, report_console, say, stderr_console
     from orpo.system.process import quiet_libraries
 
     quiet_libraries()
+    say(stderr_console(), f"loading      {args.model}")
     ready = make_ready(args.model, revision=args.model_revision, dtype="auto", device="cpu")
+    say(stderr_console(), f"exporting    {args.to}; what is written is loaded again and compared with the model")
     target = export(ready, args)
     files = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
     num_bytes = sum(path.stat().st_size for path in files)
