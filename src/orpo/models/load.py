@@ -431,15 +431,27 @@ def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: b
 
 
 def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
     if source.is_local:
         check_tokenizer_files(source)
     try:
-        tokenizer = as_tokenizer(AutoTokenizer.from_pretrained(source.location, **_hub_arguments(source, options)))
+        arguments = _hub_arguments(source, options)
+        tokenizer = as_tokenizer(AutoTokenizer.from_pretrained(source.location, **arguments))
+        is_mistral_common = type(tokenizer).__name__ == "MistralCommonBackend"
+        if is_mistral_common:
+            # Taken by AutoTokenizer where mistral-common is installed; it has no chat template, and renders by rules of its own.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source.location, **arguments)
     except Exception as error:  # as in _load_plain
         raise explain_failure(error, source, part="tokenizer") from error
+    if is_mistral_common and tokenizer.eos_token is None:  # made from tekken.json, which names no special tokens
+        raise UserError(
+            f"{source.location} has a tokenizer of mistral-common (tekken.json) and no other",
+            where="model_name_or_path",
+            expected="a tokenizer.json, with its tokenizer_config.json and chat template",
+            mend="take these files from a repository of the same model that has them, and put them into the model's folder",
+        )
     return tokenizer, _settle_padding(tokenizer)
 
 

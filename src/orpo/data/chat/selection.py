@@ -15,7 +15,18 @@ _EXPECTED = "chatml, none, the path of a Jinja file, the name of one of the toke
 
 
 def unwrap_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer inside a processor (with the processor's template if it has none of its own), or the tokenizer itself."""
+    """The tokenizer inside a processor (with the processor's template if it has none of its own), or the tokenizer itself.
+
+    Raises:
+        DataError: it is one of mistral-common's.
+    """
+    if callable(getattr(tokenizer, "added_tokens_decoder", None)):
+        raise DataError(
+            f"a {type(tokenizer).__name__} (mistral-common) has no chat template that rows could be rendered with",
+            where="processing_class",
+            expected="a tokenizer of transformers",
+            mend="load it as PreTrainedTokenizerFast.from_pretrained(…), from the tokenizer.json beside its tekken.json",
+        )
     inner = getattr(tokenizer, "tokenizer", None)
     if inner is None or not hasattr(inner, "convert_ids_to_tokens"):
         return tokenizer
