@@ -77,10 +77,19 @@ class OutsideMixin(_Base):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository; a hub that cannot be reached is a warning."""
         try:
-            super().init_hf_repo(token=token, private=private)
+            self._make_repository(token, private)
         except Exception as error:
             self.hub_model_id = self.args.hub_model_id
             self._tell_hub_failure(error)
+
+    def _make_repository(self, token: str | None, private: bool | None) -> None:
+        before = self.args.hub_private_repo
+        # transformers 5.17 takes it from the arguments alone, later versions do where nothing else is said.
+        self.args.hub_private_repo = before if private is None else private
+        try:
+            super().init_hf_repo(token=token)
+        finally:
+            self.args.hub_private_repo = before
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Send a checkpoint's weights in the background; skipped while the last one is under way, unless `hub_always_push`."""
@@ -115,7 +124,7 @@ class OutsideMixin(_Base):
         """Upload weights, tokenizer and the run's README.md, and wait for its end. Called by the user, it raises what the hub raises."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            super().init_hf_repo(token=token, private=private)
+            self._make_repository(token, private)
         folder = Path(self.args.output_dir or ".") / ".upload-model"
         self.save_model(str(folder), _internal_call=True)
         try:
