@@ -79,10 +79,11 @@ def test_a_run_from_start_to_end_and_again(tmp_path: Path, options: dict[str, ob
     assert steps == [1, 2, 3, 4]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (run.path / "model").iterdir()}
 
-    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"}
     assert main(["train", config, "--seed", "5"]) == 0
     assert "nothing was done" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path for path in run.path.rglob("*") if path.is_file()} == {*before, run.path / ".lock"}
 
     assert main(["train", config, "--seed", "6"]) == 2
     refusal = capsys.readouterr().err

@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 
-def train(config: str, *, out_of_memory_at: int | None = None, kill: str | None = None) -> None:
+def train(
+    config: str,
+    *,
+    out_of_memory_at: int | None = None,
+    kill: str | None = None,
+    signal_in: str | None = None,
+    second_start: bool = False,
+) -> None:
     """Run `orpo train CONFIG` and leave with its exit code.
 
     Args:
         config: the YAML file.
         out_of_memory_at: from this step on the process may take no more memory, and asks for some.
-        kill: SIGKILL the process before the final weights get their "name", or when the run is to be called "complete".
+        kill: SIGKILL the process before the final weights get their "name", when the run is to be called "complete", or between the two
+            renames that replace a checkpoint ("replaced").
+        signal_in: SIGTERM to itself in the fourth "step", or in an "evaluation".
+        second_start: start the same command once more, as a user would, while this one makes its final evaluation.
     """
     from orpo.cli import main
 
@@ -26,6 +37,12 @@ def train(config: str, *, out_of_memory_at: int | None = None, kill: str | None 
         _die_before_the_weights_have_their_name()
     if kill == "complete":
         _die_before_the_run_is_complete()
+    if kill == "replaced":
+        _die_before_the_new_checkpoint_has_its_name()
+    if signal_in is not None:
+        _signal_in(signal_in)
+    if second_start:
+        _start_once_more(config)
     code = main(["train", config])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -72,3 +89,44 @@ def _die_before_the_run_is_complete() -> None:
         real(folder, **facts)
 
     RunFolder.write = write
+
+
+def _die_before_the_new_checkpoint_has_its_name() -> None:
+    from orpo.system import files as fs
+
+    real = fs.rename
+
+    def rename(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.name.startswith(".replaced-checkpoint"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fs.rename = rename
+
+
+def _signal_in(what: str) -> None:
+    from orpo.training.trainer import ORPOTrainer
+
+    name = {"step": "training_step", "evaluation": "_evaluate_microbatch"}[what]
+    real = getattr(ORPOTrainer, name)
+
+    def call(trainer: Any, *arguments: Any, **keywords: Any) -> Any:
+        if what == "evaluation" or trainer.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer, *arguments, **keywords)
+
+    setattr(ORPOTrainer, name, call)
+
+
+def _start_once_more(config: str) -> None:
+    from orpo.training.trainer import ORPOTrainer
+
+    real = ORPOTrainer.evaluate
+
+    def evaluate(trainer: Any, *arguments: Any, **keywords: Any) -> Any:
+        found = real(trainer, *arguments, **keywords)
+        ended = subprocess.run([sys.executable, "-m", "orpo", "train", config], capture_output=True, text=True, timeout=200)
+        print(f"second start: {ended.returncode}\n{ended.stderr}", flush=True)
+        return found
+
+    ORPOTrainer.evaluate = evaluate

@@ -116,7 +116,7 @@ class Finished:
     """What a run left: digests of its weights and optimizer, and its metrics; how long it took, where that was measured."""
 
     def __init__(self, run: Path, *, took_s: float = 0.0) -> None:
-        self.took_s = took_s
+        self.run, self.took_s = run, took_s
         self.digests: dict[str, str] = json.loads((run / "final.json").read_text())
         # The Trainer's last line is about the process (its mean loss since it started), not about the run.
         self.metrics = [line for line in metrics(run) if "train_loss" not in line]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from faults import jobs
 from faults.forked import Zygote
 from orpo.checkpoint import find_newest, read_manifest
 from orpo.run.folder import COMPLETE, FAILED, RUNNING, RunFolder
@@ -30,7 +31,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory: Any, t
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "model_name_or_path": str(folder / "tiny"), "dataset_name": str(folder / "rows.jsonl"), "per_device_train_batch_size": 4,
-        "max_steps": 6, "save_steps": 2, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none",
+        "max_steps": 6, "save_steps": 2, "logging_steps": 1, "eval_fraction": 0.25, "use_cpu": True, "bf16": False, "report_to": "none",
     }  # fmt: skip
 
 
@@ -50,6 +51,11 @@ class Command:
     @property
     def status(self) -> str | None:
         return RunFolder(self.run).status
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Without what the clock says, and without the summary of the process."""
+        return [line for line in jobs.metrics(self.run) if "train_loss" not in line]
 
     @property
     def weights(self) -> bytes:
@@ -93,6 +99,33 @@ def test_kill_while_a_run_ends(kill: str, command: Command, uninterrupted: Comma
     assert command.status == COMPLETE
     assert command.weights == uninterrupted.weights
     assert [path.name for path in command.run.iterdir() if path.name.startswith(".")] == [".lock"]
+    assert command.metrics == uninterrupted.metrics
+
+
+def test_kill_between_the_two_renames_of_a_step_that_is_saved_again(
+    forks: Zygote, options: dict[str, Any], uninterrupted: Command, tmp_path: Path
+) -> None:
+    """A step is saved again where a signal cuts the evaluation short that an earlier signal had put off."""
+    command = Command(forks, tmp_path, {**options, "eval_strategy": "steps", "eval_steps": 2})
+    assert command(signal_in="step") == 128 + signal.SIGTERM, command.log.read_text()
+    assert command(signal_in="evaluation", kill="replaced") == -signal.SIGKILL, command.log.read_text()
+    left = sorted(path.name.rpartition("-")[0] or path.name for path in command.run.iterdir() if "checkpoint-4" in path.name)
+    assert left == [".replaced-checkpoint-4", ".staging-checkpoint-4"]
+    assert command() == 0, command.log.read_text()
+    assert f"from {command.run / 'checkpoint-4'}" in " ".join(command.log.read_text().split())
+    assert command.weights == uninterrupted.weights
+    assert [line["step"] for line in command.metrics if "eval_loss" in line] == [2, 4, 6]
+
+
+def test_a_second_start_is_refused_until_the_run_is_complete(command: Command, uninterrupted: Command) -> None:
+    """Also in the final evaluation, when the training itself is over."""
+    assert command(second_start=True) == 0, command.log.read_text()
+    text = command.log.read_text()
+    assert "second start: 2" in text
+    assert re.search(r"another run is using\s+this\s+folder\s+.process\s+\d+\s+on", text), text
+    assert command.status == COMPLETE
+    assert len((RunFolder(command.run).read() or {})["starts"]) == 1
+    assert command.metrics == uninterrupted.metrics
 
 
 def test_final_weights_are_on_the_disk_before_they_have_their_name(

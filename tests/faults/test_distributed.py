@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from faults import jobs
 from faults.forked import Exit, Finished, Zygote, last_step, marks, send
@@ -154,15 +155,44 @@ def test_rank_1_makes_no_name_final(pair: Pair) -> None:
     assert [end.status for end in pair.train(trouble="cannot publish", trouble_rank=1, options={"max_steps": 3})] == [0, 0], pair.text()
 
 
-def test_another_number_of_processes_is_refused_unless_allowed(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
-    """Another number of ranks on resume is told, and refused unless it is allowed."""
+def _resume_on(forks: Zygote, run: Path, num_ranks: int, **arguments: Any) -> str:
+    """Go on with a run on so many ranks; what they said."""
+    logs = [run.with_name(f"{run.name}-on-{num_ranks}-{rank}.log") for rank in range(num_ranks)]
+    ends = forks.run_ranks("train", logs, run_dir=str(run), **arguments)
+    text = "\n".join(log.read_text() for log in logs)
+    assert [end.status for end in ends] == [0] * num_ranks, text
+    return text
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_any_number_of_processes_goes_on_with_the_rows_of_the_first_start(
+    num_ranks: int, forks: Zygote, pair: Pair, uninterrupted: Finished
+) -> None:
+    """Eight rows a step, also where three ranks share them, and a log in whose middle the number of ranks changed."""
+    pair.train(trouble="exception")
+    assert pair.step() == 3
+    text = _resume_on(forks, pair.run, num_ranks)
+    assert ("written by 2 processes, now there are" in text) == (num_ranks != 2)
+    assert read_manifest(pair.run / "checkpoint-14").facts["rows_per_step"] == 8
+    lines = [line for line in jobs.metrics(pair.run) if "train_loss" not in line]
+    assert [line["step"] for line in lines] == [line["step"] for line in uninterrupted.metrics]
+    for found, expected in zip(lines, uninterrupted.metrics, strict=True):
+        same = {key: value for key, value in expected.items() if key != "total_flos"}
+        assert {key: found[key] for key in same} == pytest.approx(same, rel=1e-4, abs=1e-5)
+    found, expected = (load_file(run / "checkpoint-14" / "model.safetensors") for run in (pair.run, uninterrupted.run))
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 2e-6
+
+
+def test_other_rows_of_a_step_are_refused_unless_allowed(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
+    """Batch and accumulation may change as long as the rows of a step are the same; how they are dealt changes rounding alone."""
     pair.train(trouble="exception")
     log = tmp_path / "alone.log"
-    assert forks.run("train", log, run_dir=str(pair.run)) == 2
-    assert "rows_per_step: 8 -> 4" in log.read_text()
-    options = {"gradient_accumulation_steps": 4, "allow_changed_resume": True}
-    assert forks.run("train", log, run_dir=str(pair.run), options=options) == 0, log.read_text()
-    assert "written by 2 processes, now there are 1" in log.read_text()
+    assert forks.run("train", log, run_dir=str(pair.run), options={"gradient_accumulation_steps": 3}) == 2
+    assert "config.gradient_accumulation_steps: 2 -> 3\n    rows_per_step: 8 -> 6" in log.read_text()
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 5}
+    text = _resume_on(forks, pair.run, 1, options={**options, "lr_scheduler_type": "constant", "allow_changed_resume": True})
+    assert "config.lr_scheduler_type" in text
+    assert "rows_per_step" not in text
 
 
 @pytest.mark.parametrize(("line", "options"), [("step 4", {}), ("evaluating", {"slow_eval_s": 0.05}), ("saving", {"slow_save_s": 0.02})])

@@ -34,9 +34,10 @@ from trainerruns import make_trainer
 HOOKS = {
     "_clip_grad_norm", "_evaluate", "_finish_current_push", "_get_grad_norm", "_hp_search_setup", "_load_best_model",
     "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_push_from_checkpoint", "_save",
-    "_save_checkpoint", "call_model_init", "compute_loss", "create_optimizer", "evaluation_loop", "floating_point_ops", "get_batch_samples",
+    "_save_checkpoint", "call_model_init", "compute_loss", "create_accelerator_and_postprocess",
+    "create_optimizer", "evaluation_loop", "floating_point_ops", "get_batch_samples",
     "get_eval_dataloader", "get_test_dataloader", "get_total_train_batch_size", "get_train_dataloader", "hyperparameter_search",
-    "init_hf_repo", "log", "push_to_hub", "train", "training_step",
+    "init_hf_repo", "log", "push_to_hub", "save_model", "train", "training_step",
 }  # fmt: skip
 """Every method of the Trainer that is overridden. One that transformers drops would go on here as a method that nobody calls."""
 
@@ -218,7 +219,7 @@ def test_what_is_used_of_accelerate_is_there() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value)
     }
     used = _attributes(lambda value: isinstance(value, ast.Attribute) and value.attr == "accelerator")
-    assert {"backward", "no_sync"} <= {node.attr for _, node in used}
+    assert {"backward", "unscale_gradients"} <= {node.attr for _, node in used}
     assert not [text for text, node in used if not hasattr(Accelerator, node.attr) and node.attr not in made]
     inspect.signature(Accelerator.backward).bind(None, None, scale_wrt_gas=False)
     inspect.signature(Accelerator.no_sync).bind(None, None)

@@ -108,7 +108,7 @@ def test_a_log_starts_anew_and_an_empty_one_says_nothing() -> None:
 
 
 def test_two_ranks_are_reduced_once_and_count_as_one() -> None:
-    """Each rank has half of every step's loss and its own rows; the second rank is played by doubling."""
+    """Each rank has its part of every step, times two for the mean over ranks; the second rank is played by doubling."""
     calls = 0
 
     def reduce(values: torch.Tensor) -> torch.Tensor:
@@ -116,12 +116,12 @@ def test_two_ranks_are_reduced_once_and_count_as_one() -> None:
         calls += 1
         return 2 * values
 
-    sums = MetricSums(CPU)
+    sums = MetricSums(CPU, world_size=2)
     values = totals(num_pairs=2, accuracy_sum=1, num_nll_tokens=4, nll_sum=6)
     for _ in range(3):
         sums.add(torch.tensor([values[name] for name in METRICS]), num_tokens=10)
-        sums.end_step(torch.tensor(0.75), 2)
-    logs = sums.take(reward_scale=ALPHA, reduce=reduce, world_size=2)
+        sums.end_step(torch.tensor(1.5), 4)
+    logs = sums.take(reward_scale=ALPHA, reduce=reduce)
     assert calls == 1
     assert logs["loss"] == 1.5
     assert logs["rewards/accuracies"] == 0.5
@@ -152,7 +152,7 @@ def test_state_goes_through_json_bit_by_bit() -> None:
     sums, other = MetricSums(CPU), MetricSums(CPU)
     sums.add(torch.rand(len(METRICS), dtype=torch.float64) / 3, num_tokens=7)
     sums.end_step(torch.tensor(math.pi), 2)
-    other.restore(json.loads(json.dumps(sums.state())))
+    other.restore([json.loads(json.dumps(sums.state()))])
     assert torch.equal(sums.values, other.values)
     assert sums.busy_s == other.busy_s
 

@@ -3,7 +3,7 @@
 Knows nothing of the trainer. The order of calls in a run:
 
     with RunLock(run_dir, ranks=ranks):
-        recover(run_dir, ranks=ranks)
+        recover(run_dir, ranks=ranks)                       # these three are `orpo.run.hold.RunHold`
         newest = find_newest(run_dir, ranks=ranks)          # then require_same_facts(...), load_optimizer(...), load_rng(...), ...
         ...
         publish(run_dir, step, write, facts=facts, ranks=ranks)
@@ -12,7 +12,7 @@ Knows nothing of the trainer. The order of calls in a run:
 
 from __future__ import annotations
 
-from orpo.checkpoint.facts import MAY_CHANGE, Difference, compare_facts, require_same_facts
+from orpo.checkpoint.facts import MAY_CHANGE, Difference, compare_facts, refuse_differences, require_same_facts
 from orpo.checkpoint.lock import RunLock
 from orpo.checkpoint.manifest import MANIFEST_NAME, Manifest, is_verified, read_manifest, require_safe_weights, verify
 from orpo.checkpoint.publish import PeerError, publish
@@ -56,6 +56,7 @@ __all__ = [
     "publish",
     "read_manifest",
     "recover",
+    "refuse_differences",
     "require_safe_weights",
     "require_same_facts",
     "save_optimizer",

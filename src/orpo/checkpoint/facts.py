@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from orpo.errors import CheckpointError
 
@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
         "parallelism", "fsdp", "fsdp_config", "deepspeed",
         "hub_revision", "plugins", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout", "local_rank", "logits_budget_mb",
+        "allow_changed_resume",
     }
 )  # fmt: skip
 """Keys (last part of the dotted name) that may differ on resume without a word."""
@@ -36,6 +37,16 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
+
+    @property
+    def is_new(self) -> bool:
+        """The checkpoint does not have the key at all."""
+        return self.old is _ABSENT
+
+    @property
+    def is_gone(self) -> bool:
+        """The checkpoint has the key, and now there is none."""
+        return self.new is _ABSENT
 
 
 def compare_facts(old: Mapping[str, Any], new: Mapping[str, Any], *, may_change: Collection[str] = MAY_CHANGE) -> list[Difference]:
@@ -63,13 +74,27 @@ def require_same_facts(
     """
     differences = compare_facts(old, new, may_change=may_change)
     if differences and not allow:
-        lines = "\n".join(f"    {difference}" for difference in differences)
-        raise CheckpointError(
-            f"this run is not the one that wrote the checkpoint; what changed (checkpoint -> now):\n{lines}",
-            where=where,
-            mend="undo the change, use a new output_dir, or resume anyway with allow_changed_resume: true",
-        )
+        refuse_differences(differences, where=where)
     return differences
+
+
+def refuse_differences(differences: Sequence[Difference], *, where: str, note: str = "") -> NoReturn:
+    """Refuse to resume.
+
+    Args:
+        differences: what differs.
+        where: the checkpoint.
+        note: versions that differ too, which may be why.
+
+    Raises:
+        CheckpointError: the message is the diff.
+    """
+    lines = "\n".join(f"    {difference}" for difference in differences) + (f"\n    versions: {note}" if note else "")
+    raise CheckpointError(
+        f"this run is not the one that wrote the checkpoint; what changed (checkpoint -> now):\n{lines}",
+        where=where,
+        mend="undo the change, use a new output_dir, or resume anyway with allow_changed_resume: true",
+    )
 
 
 def _as_json(facts: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orpo.errors import UserError
+from orpo.errors import ToldElsewhereError, UserError
 from orpo.system import files as fs
 from orpo.system.ranks import ALONE, Ranks
 
@@ -75,6 +75,7 @@ class RunLock:
         self.path = Path(run_dir) / LOCK_NAME
         self._ranks, self._beat_s = ranks, beat_s
         self._descriptor: int | None = None
+        self._is_folder_ours = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -87,14 +88,16 @@ class RunLock:
                 problem = error
         message = self._ranks.from_first(None if problem is None else str(problem))
         if message is not None:
-            raise problem or UserError(message.splitlines()[0])
+            elsewhere = ToldElsewhereError(f"stops with rank 0, which says why ({message.splitlines()[0]})")
+            elsewhere.exit_code = UserError.exit_code
+            raise problem or elsewhere
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
     def release(self) -> None:
-        """Let go. The empty file stays: removing a lock file races with who opens it."""
+        """Let go. The empty file stays, unless the lock has made the folder and nothing else came into it."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -102,19 +105,24 @@ class RunLock:
             descriptor, self._descriptor = self._descriptor, None
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, 0)
+                if self._is_folder_ours and [path.name for path in self.path.parent.iterdir()] == [LOCK_NAME]:
+                    fs.unlink(self.path)  # while it is ours: who opened it a moment ago finds out and opens it anew
+                    fs.remove_dir(self.path.parent)
             _open_descriptors.discard(descriptor)
             os.close(descriptor)
 
     def _acquire(self) -> None:
+        while True:
+            descriptor = self._open()
+            try:
+                has_flock = self._flock(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if self._is_still_the_file(descriptor):
+                break
+            os.close(descriptor)  # its folder was removed by a run that ended before it began
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, fs.flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC"), 0o644)
-        except OSError as error:
-            raise UserError(
-                f"the run's folder cannot be written ({error.strerror})", where=str(self.path.parent), mend="choose another output_dir"
-            ) from None
-        try:
-            has_flock = self._flock(descriptor)
             holder = _read(descriptor)
             if holder and self._is_alive(holder, descriptor, has_flock=has_flock):
                 raise self._refusal(holder)
@@ -132,6 +140,23 @@ class RunLock:
         _open_descriptors.add(descriptor)
         self._thread = threading.Thread(target=self._beat, name="orpo-run-lock", daemon=True)
         self._thread.start()
+
+    def _open(self) -> int:
+        folder = self.path.parent
+        try:
+            self._is_folder_ours = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self.path, fs.flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC"), 0o644)
+        except OSError as error:
+            raise UserError(
+                f"the run's folder cannot be written ({error.strerror})", where=str(folder), mend="choose another output_dir"
+            ) from None
+
+    def _is_still_the_file(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
+        except OSError:
+            return False
 
     def _flock(self, descriptor: int) -> bool:
         """Take the kernel's lock; False where the file system has none."""

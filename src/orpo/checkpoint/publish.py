@@ -9,11 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import platform
 import secrets
 import shutil
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from orpo.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, checked
 from orpo.checkpoint.retain import aside_name, checkpoint_name, list_checkpoints, remove_owned
 from orpo.errors import CheckpointError, OrpoError
 from orpo.system import files as fs
+from orpo.system.machine import versions
 from orpo.system.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -204,14 +203,3 @@ def _size_of(folder: Path) -> int:
         return read_manifest(folder).num_bytes
     except CheckpointError:
         return 0
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("orpo", "torch", "transformers", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

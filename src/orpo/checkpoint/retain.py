@@ -32,6 +32,10 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
+def _step_of(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
 def aside_name(kind: str, name: str) -> str:
     """A hidden name for a checkpoint on its way out (`replaced`, `removed`)."""
     return f".{kind}-{name}-{secrets.token_hex(4)}"
@@ -63,8 +67,8 @@ def find_newest(run_dir: Path | str, *, ranks: Ranks = ALONE) -> Path | None:
 
 
 def _find_newest(run_dir: Path) -> Path | None:
-    candidates = [(int(path.name.rpartition("-")[2]), True, path) for path in list_checkpoints(run_dir)]
-    candidates += [(int(name.rpartition("-")[2]), False, path) for path, name in _set_aside(run_dir, "replaced")]
+    candidates = [(_step_of(path.name), True, path) for path in list_checkpoints(run_dir)]
+    candidates += [(_step_of(name), False, path) for path, name in _set_aside(run_dir, "replaced")]
     for _, _, path in sorted(candidates, reverse=True):
         try:
             verify(path)
@@ -101,8 +105,9 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
     ranks.gather(None)
 
 
-def set_earlier_aside(run_dir: Path | str, *, with_files: Sequence[str] = ()) -> Path | None:
-    """Make room for a run that starts anew in a folder with checkpoints of an earlier one; rank 0 alone calls it, holding the run's lock.
+def set_earlier_aside(run_dir: Path | str, *, with_files: Sequence[str] = (), after_step: int = -1) -> Path | None:
+    """Make room for a run that starts anew, or goes on from `after_step`, in a folder with checkpoints of an earlier one; rank 0 alone
+    calls it, holding the run's lock.
 
     Retention and resume go by the step, so checkpoints of two runs must not stand side by side: the new run's would count as the older
     ones. They move to `earlier-<n>`, together with the named files; where there are no checkpoints, what the files tell is of steps that
@@ -112,14 +117,18 @@ def set_earlier_aside(run_dir: Path | str, *, with_files: Sequence[str] = ()) ->
         The new folder, or None if there was no checkpoint.
     """
     run_dir = Path(run_dir)
-    checkpoints, files = list_checkpoints(run_dir), [run_dir / name for name in with_files if _is_file_or_link(run_dir / name)]
+    checkpoints = [path for path in list_checkpoints(run_dir) if _step_of(path.name) > after_step]
+    files = [run_dir / name for name in with_files if _is_file_or_link(run_dir / name)]
     if not checkpoints:
         for path in files:
             fs.unlink(path)
         return None
     number = next(number for number in itertools.count(1) if not os.path.lexists(run_dir / f"earlier-{number}"))
     target = run_dir / f"earlier-{number}"
-    logger.warning("%s holds an earlier run that is not resumed; its %d checkpoints are moved to %s", run_dir, len(checkpoints), target)
+    logger.warning(
+        "%s holds an earlier run that is not resumed; its %d checkpoints%s are moved to %s",
+        *(run_dir, len(checkpoints), f" after step {after_step}" if after_step >= 0 else "", target),
+    )
     fs.make_dir(target)
     for path in [*files, *checkpoints]:
         fs.rename(path, target / path.name)

@@ -299,6 +299,6 @@ def evaluations(folder: Path) -> dict[str, Any]:
 
 def weights(folder: Path) -> str:
     """Where a stage's final weights are: whole model or adapter."""
-    from orpo.training.runner import final_weights
+    from orpo.run.folder import final_weights
 
     return str(final_weights(folder) or folder / "model")

@@ -129,8 +129,13 @@ def kept_date(config: RunConfig) -> str | None:
     return RunFolder(config["output_dir"]).template_date() if config["output_dir"] else None
 
 
-def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
+def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell, *, rows_per_step: int | None = None) -> RunData:
     """Read, judge and tokenise all rows. The model's tokenizer is loaded, its weights are not.
+
+    Args:
+        config, args: the run's.
+        tell: receives lines for the user.
+        rows_per_step: of a run that goes on, whatever the number of processes is now.
 
     Raises:
         UserError: nothing usable, fewer rows than one optimizer step, or prompts in both training and held-out data.
@@ -152,7 +157,7 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell) -> RunData:
     elif config["eval_fraction"] is not None:
         train, held_out = split_by_prompt(train, config["eval_fraction"])
         tell(f"held out     {len(held_out)} rows ({config['eval_fraction']:.0%} of the prompts), {len(train)} to train on")
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows_per_step = rows_per_step or args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     num_set_aside = train_report.num_groups - len(train)
     train_report.check(rows_per_step + num_set_aside, name="the training data")
     if held_out is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class RunFolder:
         return None if facts is None else str(facts.get("status", RUNNING))
 
 
+def final_weights(folder: Path) -> Path | None:
+    """`model/` or `adapter/` of a run, whichever is there."""
+    return next((folder / name for name in ("model", "adapter") if (folder / name).is_dir()), None)
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity; they are written as the texts "nan", "inf", "-inf"."""
     if isinstance(value, dict):
@@ -155,6 +160,19 @@ class MetricsLog:
                     raise CheckpointError(f"no line ends at byte {num_bytes}", where=str(self.path), mend="use another output_dir")
             file.truncate(num_bytes)
             os.fsync(file.fileno())
+
+    def drop_after(self, num_bytes: int, is_dropped: Callable[[dict[str, Any]], bool]) -> None:
+        """Take records out of what comes after a length; `is_dropped` is asked for each."""
+        if num_bytes > self.num_bytes:
+            return
+        with self.path.open("rb") as file:
+            file.seek(num_bytes)
+            lines = [line for line in file if line.endswith(b"\n")]
+        kept = [line for line in lines if not is_dropped(json.loads(line))]
+        if len(kept) < len(lines):
+            self.truncate_to(num_bytes)
+            with self.path.open("ab") as file:
+                file.writelines(kept)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The records in order. A last line without its end, left by a kill, is passed over."""

@@ -7,7 +7,7 @@ of log OR itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +28,18 @@ _EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "n
 
 
 class MetricSums:
-    """Adds up what steps report until somebody asks for the means."""
+    """Adds up what steps report until somebody asks for the means.
 
-    def __init__(self, device: torch.device) -> None:
+    What the sums of all ranks add up to does not depend on the number of ranks, so they may be handed to another number of them.
+
+    Args:
+        device: where the sums are kept.
+        world_size: ranks that share each step.
+    """
+
+    def __init__(self, device: torch.device, *, world_size: int = 1) -> None:
+        self.world_size = world_size
+        self._weights = _weights_of(world_size).to(device)
         self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
         self.busy_s = 0.0
         self._started_s: float | None = None
@@ -54,25 +63,25 @@ class MetricSums:
 
     def add(self, sums: Tensor, *, num_tokens: int, end_logps: Tensor | None = None) -> None:
         """A micro-batch's sums, in the order of `METRICS`, its packed tokens, and its chosen terminators' log-probabilities."""
-        self.values[: len(METRICS)] += sums.to(self.values)
+        self.values[: len(METRICS)] += sums.to(self.values) * self._weights
         self._step += sums.to(self.values)
         self.values[len(METRICS) + 2] += num_tokens
         if end_logps is not None:
             self.values[len(METRICS) + 4] += end_logps.to(self.values).sum()
             self.values[len(METRICS) + 5] += end_logps.numel()
 
-    def end_step(self, loss: Tensor, num_rows: float) -> None:
-        """An optimizer step's loss (this rank's part) and rows (this rank's share)."""
-        self.values[len(METRICS)] += loss.to(self.values)
-        self.values[len(METRICS) + 1] += 1
-        self.values[len(METRICS) + 3] += num_rows
+    def end_step(self, loss: Tensor, num_rows: int) -> None:
+        """An optimizer step is done: this rank's loss, whose mean over ranks is the step's, and the rows of the whole step."""
+        self.values[len(METRICS)] += loss.to(self.values) / self.world_size
+        self.values[len(METRICS) + 1] += 1 / self.world_size
+        self.values[len(METRICS) + 3] += num_rows / self.world_size
 
     def step_nll(self) -> float | None:
         """Mean next-token loss of this rank's tokens in the newest step, nats; None where it had none."""
         num_tokens, nll_sum = self._step[[METRICS.index("num_nll_tokens"), METRICS.index("nll_sum")]].tolist()
         return nll_sum / num_tokens if num_tokens else None
 
-    def take(self, *, reward_scale: float | None, reduce: Callable[[Tensor], Tensor], world_size: int = 1) -> dict[str, float]:
+    def take(self, *, reward_scale: float | None, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
         values = reduce(self.values).tolist()
         self.values.zero_()
@@ -81,7 +90,7 @@ class MetricSums:
         if not totals["num_steps"]:
             return {}
         logs = means(totals, reward_scale=reward_scale)
-        logs["loss"] = totals["loss_sum"] / (totals["num_steps"] / world_size)
+        logs["loss"] = totals["loss_sum"] / totals["num_steps"]
         if totals["num_ends"]:
             logs["logps/end"] = totals["end_logp_sum"] / totals["num_ends"]
         if busy_s > 0:
@@ -91,12 +100,23 @@ class MetricSums:
 
     def state(self) -> dict[str, object]:
         """For a checkpoint; restored by `restore`, so that the log after a resume is the uninterrupted run's."""
-        return {"values": self.values.tolist(), "busy_s": self.busy_s}
+        return {"values": self.values.tolist(), "busy_s": self.busy_s, "is_shared": True}
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Put back what `state` gave."""
-        self.values.copy_(torch.tensor(state["values"], dtype=torch.float64))
-        self.busy_s = float(state["busy_s"])  # type: ignore[arg-type]
+    def restore(self, states: Sequence[dict[str, Any]], *, rank: int = 0) -> None:
+        """Put back what `state` gave on each rank of the run that saved; this rank takes over what no rank of its number is left for."""
+        self.clear()
+        for state in states[rank :: self.world_size]:
+            values = torch.tensor(state["values"], dtype=torch.float64)
+            if not state.get("is_shared"):  # version 0.1.0 counted every step on every rank
+                values[: len(METRICS)] *= _weights_of(len(states))
+                values[len(METRICS) + 1] /= len(states)
+            self.values += values.to(self.values.device)
+        self.busy_s = float(states[min(rank, len(states) - 1)]["busy_s"])
+
+
+def _weights_of(world_size: int) -> Tensor:
+    """One for each of `METRICS`. A rank divides its loss by its share of the counts, so its gradients are `world_size` times the step's."""
+    return torch.tensor([world_size**-2 if name.endswith("_grad_square") else 1.0 for name in METRICS], dtype=torch.float64)
 
 
 def means(totals: dict[str, float], *, reward_scale: float | None) -> dict[str, float]:

@@ -24,12 +24,14 @@ from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.objective import kind_of
 from orpo.run.config import RunConfig, as_facts
 from orpo.run.data import RunData, Tell, agree_on_rows, prepare_data
-from orpo.run.folder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder
+from orpo.run.folder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, final_weights
+from orpo.run.hold import RunHold, is_complete, options_as_facts, run_as_facts
 from orpo.run.keys import RunKeys
 from orpo.system.files import check_writable
 from orpo.system.group import agree, on_all
 from orpo.system.machine import describe_device, memory_facts, peak_memory_bytes, versions
 from orpo.system.plugins import loaded_plugins
+from orpo.system.ranks import current_ranks
 from orpo.system.redact import redact, redact_text
 from orpo.training.guards import SignalGuard
 
@@ -40,12 +42,6 @@ if TYPE_CHECKING:
     from orpo.training.trainer import ORPOTrainer
 
 logger = logging.getLogger(__name__)
-
-# Keys that are not the trainer's and yet decide what is trained; the trainer compares its own with the checkpoint's.
-_RUN_IDENTITY = (
-    *("model_name_or_path", "model_revision", "model_init_kwargs", "dtype", "use_peft", "load_in_4bit", "load_in_8bit"),
-    *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"),
-)
 
 
 _NLL = {"sequence": "next-token loss (prompt and chosen answer)", "response": "next-token loss (chosen answer)"}
@@ -196,27 +192,61 @@ def _run_training(
     for note in config.notes:
         tell(f"note         {note}")
     folder = RunFolder(args.ensure_output_dir())
-    if on_all(lambda: _is_done(folder, config)):
-        return RunResult(folder.path, final_weights(folder.path), {}, is_already_complete=True)
-    tell(f"folder       {folder.path}")
-    checkpoint = args.resume_from_checkpoint or _newest_checkpoint(folder, args)
+    on_all(lambda: check_writable(folder.path))
+    with RunHold(folder.path, ranks=current_ranks()) as hold:
+        if on_all(lambda: is_complete(folder, config)):
+            return RunResult(folder.path, final_weights(folder.path), {}, is_already_complete=True)
+        tell(f"folder       {folder.path}")
+        hold.look_for(args.resume_from_checkpoint, or_newest=True)
+        on_all(lambda: _require_same_run(hold, config, args))
+        return _train(config, args, tell, callbacks, command, observer, data, trainer_class, folder=folder, hold=hold)
+
+
+def _require_same_run(hold: RunHold, config: RunConfig, args: ORPOConfig) -> None:
+    """What can be asked before rows and model are loaded."""
+    if hold.checkpoint is None and RunFolder(hold.folder).status == COMPLETE:
+        weights = final_weights(hold.folder)
+        raise UserError(
+            "holds a finished run and no checkpoint to go on from",
+            where=str(hold.folder),
+            mend=f"start a second run from its weights: model_name_or_path: {weights}, and another output_dir",
+        )
+    options = options_as_facts(args) | {"model_init_kwargs": None}  # the trainer gets a model that is loaded
+    hold.require_same(allow=args.allow_changed_resume, run=run_as_facts(config), config=options, rows_per_step=hold.rows_per_step(args))
+
+
+def _train(
+    config: RunConfig,
+    args: ORPOConfig,
+    tell: Tell,
+    callbacks: Sequence[TrainerCallback],
+    command: str,
+    observer: Observer,
+    data: RunData | None,
+    trainer_class: type[ORPOTrainer] | None,
+    *,
+    folder: RunFolder,
+    hold: RunHold,
+) -> RunResult:
+    """The run from its rows to its end, in a folder that is held."""
     if args.world_size > 1:
         tell(f"processes    {args.world_size}, {torch.distributed.get_backend()}, {args.spread.kind}")
-    data = on_all(lambda: prepare_data(config, args, tell)) if data is None else data
+    data = on_all(lambda: prepare_data(config, args, tell, rows_per_step=hold.rows_per_step(args))) if data is None else data
     agree_on_rows(data.train, data.held_out)
     loaded = on_all(lambda: load_run_model(config, args, data))
     tell(f"model        {describe_model(loaded)}")
     for note in loaded.facts.notes:
         tell(f"             {note}")
-    journal = _Journal(folder, config, args, data, loaded, command=command, is_resumed=bool(checkpoint))
+    journal = _Journal(folder, config, args, data, loaded, command=command, is_resumed=hold.checkpoint is not None)
     trainer = build_trainer(config, args, data, loaded.model, [*callbacks, journal], trainer_class=trainer_class)
-    journal.trainer, trainer.before_sharding = trainer, journal.weigh
+    journal.trainer, trainer.before_sharding, trainer.run_hold = trainer, journal.weigh, hold
+    trainer.train_sampler.rows_per_step = hold.rows_per_step(args)
     tell(f"training     {describe_schedule(trainer)}")
-    if checkpoint:
-        tell(f"resuming     from {checkpoint}")
+    if hold.checkpoint is not None:
+        tell(f"resuming     from {hold.checkpoint}")
     observer.before(trainer, data)
     with _failures_recorded(journal, args):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train()  # from the checkpoint that was found, and inside the lock that is held until run.json says complete
         metrics = _final_evaluation(trainer)
         observer.after(trainer, data)
         journal.finish(metrics)
@@ -256,48 +286,6 @@ def describe_schedule(trainer: ORPOTrainer) -> str:
     )
 
 
-def final_weights(folder: Path) -> Path | None:
-    """`model/` or `adapter/` of a run, whichever is there."""
-    return next((folder / name for name in ("model", "adapter") if (folder / name).is_dir()), None)
-
-
-def _is_done(folder: RunFolder, config: RunConfig) -> bool:
-    check_writable(folder.path)
-    return _is_complete(folder, config)
-
-
-def _is_complete(folder: RunFolder, config: RunConfig) -> bool:
-    """Whether this very run is done; a folder that holds anything else is refused."""
-    from orpo.checkpoint import compare_facts, list_checkpoints, require_same_facts
-
-    facts = folder.read()
-    if facts is None:
-        if list_checkpoints(folder.path) or final_weights(folder.path):
-            raise UserError("holds weights but no run.json", where=str(folder.path), mend="choose another output_dir")
-        return False
-    old = {key: item.get("value") for key, item in facts.get("configuration", {}).items() if isinstance(item, dict)}
-    new = {key: item["value"] for key, item in redact(as_facts(config)).items() if isinstance(item, dict)}
-    if facts.get("status") == COMPLETE:
-        shared = old.keys() & new.keys()
-        changed = compare_facts({key: old[key] for key in shared}, {key: new[key] for key in shared})
-        if changed:
-            diff = "\n".join(f"    {difference}" for difference in changed)
-            raise UserError(
-                f"holds a finished run of another configuration:\n{diff}", where=str(folder.path), mend="choose another output_dir"
-            )
-        return True
-    if list_checkpoints(folder.path):
-        identity = [{key: values.get(key) for key in _RUN_IDENTITY} for values in (old, new)]
-        require_same_facts(*identity, where=str(folder.run_json), allow=config["allow_changed_resume"])
-    return False
-
-
-def _newest_checkpoint(folder: RunFolder, args: ORPOConfig) -> Path | None:
-    from orpo.checkpoint import current_ranks, find_newest
-
-    return find_newest(folder.path, ranks=current_ranks())
-
-
 def _final_evaluation(trainer: ORPOTrainer) -> dict[str, float]:
     """Metrics on the held-out rows after the last step; those of an evaluation that has just been made count."""
     if trainer.eval_dataset is None:
@@ -309,7 +297,7 @@ def _final_evaluation(trainer: ORPOTrainer) -> dict[str, float]:
 
 
 class _Journal(TrainerCallback):
-    """Keeps run.json and writes the final weights, all while the trainer holds the folder's lock."""
+    """Keeps run.json and writes the final weights, all while the folder is held."""
 
     def __init__(
         self, folder: RunFolder, config: RunConfig, args: ORPOConfig, data: RunData, loaded: LoadedModel, *, command: str, is_resumed: bool
@@ -350,6 +338,7 @@ class _Journal(TrainerCallback):
             "objective": kind_of(self.trainer.training_objective).facts(self.trainer.training_objective, _NLL[self.args.nll_scope]),
             "plugins": [asdict(plugin) for plugin in loaded_plugins()],
             "num_steps": state.max_steps,
+            "rows_per_step": self.trainer.train_sampler.rows_per_step,
             "model": self.loaded.facts.to_dict(),
             "data": {
                 "fingerprint": fingerprint(self.data.train),

@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,6 @@ from transformers.trainer_utils import TrainOutput
 
 from orpo.checkpoint import (
     checkpoint_name,
-    find_newest,
-    is_verified,
     load_optimizer,
     load_rng,
     load_scaler,
@@ -30,14 +30,11 @@ from orpo.checkpoint import (
     prune,
     publish,
     read_manifest,
-    recover,
     require_safe_weights,
-    require_same_facts,
     save_optimizer,
     save_rng,
     save_scaler,
     save_scheduler,
-    set_earlier_aside,
     verify,
 )
 from orpo.checkpoint.sharded import is_sharded_checkpoint, load_optimizer_parts, load_weights, save_optimizer_parts, save_weights
@@ -45,9 +42,10 @@ from orpo.data.dataset import fingerprint
 from orpo.engine.parallel import is_sharded, whole_state
 from orpo.engine.shared import unwrap
 from orpo.errors import CheckpointError
+from orpo.run.hold import RunHold, options_as_facts
 from orpo.system.plugins import plugin_sha256
-from orpo.system.redact import redact
 from orpo.training.guards.callbacks import SignalCallback
+from orpo.training.schedule import require_same_rates
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +63,8 @@ class CheckpointMixin(_Base):
 
     control: Any
     hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
+    run_hold: RunHold | None = None
+    """The folder, where somebody holds it for longer than the training takes."""
     _facts: dict[str, Any] | None = None
     _signals: SignalCallback
     _is_evaluation_due = False
@@ -177,79 +177,86 @@ class CheckpointMixin(_Base):
     def facts(self) -> dict[str, Any]:
         """What a resumed run must share with the one that saved."""
         if self._facts is None:
-            configuration = {**self.args.to_dict(), **self.hidden_args}
-            configuration.pop("fsdp_config", None)  # how weights are spread over ranks changes rounding alone
             self._facts = {
                 "data": fingerprint(self.train_dataset),
                 "rows_per_step": self.train_sampler.rows_per_step,
                 "engine": self.engine.name,
                 "compute_dtype": self.args.compute_dtype,
                 "objective_code": plugin_sha256(type(self.training_objective)),
-                "config": redact(json.loads(json.dumps(configuration, default=str))),
+                "config": options_as_facts(self.args, **self.hidden_args),
             }
         return self._facts
 
     # ---- resume --------------------------------------------------------------------------------------------------------------------
 
-    def checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+    @contextmanager
+    def held(self, wanted: str | bool | None) -> Iterator[RunHold]:
+        """The run's folder and the checkpoint in it to go on from: held by who started the run, or for as long as the training takes.
+
+        Args:
+            wanted: as `RunHold.look_for`; nothing where the run is held already.
+        """
+        if self.run_hold is not None:
+            yield self.run_hold
+            return
+        with RunHold(self.args.output_dir, ranks=self.ranks) as hold:
+            hold.look_for(wanted)
+            yield hold
+
+    def checkpoint_to_resume(self, hold: RunHold) -> str | None:
         """The checkpoint to go on from, proved whole and of this run; None to start anew.
 
         Raises:
-            CheckpointError: asked for and damaged, missing, or of another run.
+            CheckpointError: it is of another run.
         """
-        run_dir = Path(self.args.output_dir)
-        recover(run_dir, ranks=self.ranks)
-        if not wanted:
-            if self.ranks.is_first:
-                set_earlier_aside(run_dir, with_files=[self.run_folder.metrics.path.name])
-            self.ranks.gather(None)
+        self._facts = None
+        self.train_sampler.rows_per_step = hold.rows_per_step(self.args)
+        # Without a checkpoint too: what the run's start already knew of itself is what its checkpoints keep.
+        hold.require_same(allow=self.args.allow_changed_resume, **self.facts())
+        self._facts = dict(hold.now)
+        if hold.checkpoint is None or hold.manifest is None:
             return None
-        if wanted is True:
-            folder = find_newest(run_dir, ranks=self.ranks)
-            if folder is None:
-                raise CheckpointError("no checkpoint verifies", where=str(run_dir), mend="start anew with resume_from_checkpoint=None")
-        else:
-            folder = Path(wanted)
-        manifest = read_manifest(folder) if is_verified(folder) else verify(folder)
-        self._engine_before_facts()
-        differences = require_same_facts(
-            {key: manifest.facts.get(key) for key in ("data", "rows_per_step", "engine", "compute_dtype", "objective_code", "config")},
-            self.facts(),
-            where=str(folder),
-            allow=self.args.allow_changed_resume,
-        )
-        for difference in differences:
-            logger.warning("resuming although this has changed: %s", difference)
-        if manifest.world_size != self.ranks.world_size:
+        if versions := hold.other_versions():
+            logger.warning("the checkpoint was written with other versions, so results may differ: %s", versions)
+        if hold.manifest.world_size != self.ranks.world_size:
             logger.warning(
-                "the checkpoint was written by %d processes, now there are %d: the result equals neither run's bit for bit",
-                manifest.world_size,
+                "the checkpoint was written by %d processes, now there are %d: the same rows in every step, results differ by rounding",
+                hold.manifest.world_size,
                 self.ranks.world_size,
             )
-        logger.info("resuming from %s", folder)
-        return str(folder)
+        logger.info("resuming from %s", hold.checkpoint)
+        return str(hold.checkpoint)
 
     def is_complete_at(self, checkpoint: str) -> bool:
-        """Whether the checkpoint is the run's last; transformers would do one step more before it notices."""
-        return read_manifest(Path(checkpoint)).step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        """Whether the checkpoint is the run's last; transformers would do one step more before it notices.
+
+        Raises:
+            CheckpointError: the run is to have another number of steps, for which those that are done would have been others.
+        """
+        folder = Path(checkpoint)
+        step, num_steps = read_manifest(folder).step, self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if self.lr_scheduler is None or self._created_lr_scheduler:  # else it is the user's own
+            old_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).max_steps
+            require_same_rates(self.args, folder, step=step, old_steps=old_steps, new_steps=num_steps)
+        return step >= num_steps
 
     def restore_complete(self, checkpoint: str) -> TrainOutput:
         """State and weights of a run that is done already, without a step; only an evaluation that a signal put off is made up."""
         logger.info("the run is complete")
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         self._load_from_checkpoint(checkpoint)
-        if _own_state(Path(checkpoint))["is_evaluation_due"]:
+        state = _own_state(Path(checkpoint))
+        if state["is_evaluation_due"]:
             self._load_own_state(Path(checkpoint))
+        elif self._writes_the_log_of(Path(checkpoint)):
+            # An evaluation after the last step is made anew; the summary of the process that trained stays.
+            self.run_folder.metrics.drop_after(int(state["metrics_bytes"]), lambda record: any(key.startswith("eval_") for key in record))
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)  # makes up the evaluation
         if self.args.load_best_model_at_end and self.state.best_global_step:
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / checkpoint_name(self.state.best_global_step))
             self._load_best_model()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # writes the final weights
         return TrainOutput(self.state.global_step, math.nan, {})
-
-    def _engine_before_facts(self) -> None:
-        self._facts = None
-        _ = self.engine
 
     def load_whole_weights(self, checkpoint: str | None) -> None:
         """Before the model is sharded: the weights of a checkpoint that has them whole."""
@@ -295,16 +302,18 @@ class CheckpointMixin(_Base):
 
     def _load_own_state(self, folder: Path) -> None:
         state = _own_state(folder)
-        sums = state["sums"]
-        if self.ranks.rank < len(sums):
-            self.sums.restore(sums[self.ranks.rank])
+        self.sums.restore(state["sums"], rank=self.ranks.rank)
         self.nonfinite.load_state_dict(state["nonfinite"])
         self.learning.load_state_dict(state["learning"])
         if "divergence" in state:  # checkpoints of version 0.1.0 have none
             self.divergence.load_state_dict(state["divergence"])
         self._is_evaluation_due = state["is_evaluation_due"]
-        if self.ranks.is_first and os.path.realpath(folder.parent) == os.path.realpath(self.args.output_dir):
+        if self._writes_the_log_of(folder):
             self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))
+
+    def _writes_the_log_of(self, checkpoint: Path) -> bool:
+        """Whether metrics.jsonl goes on where the checkpoint's ended: on rank 0, in the folder that the checkpoint is in."""
+        return self.ranks.is_first and os.path.realpath(checkpoint.parent) == os.path.realpath(self.args.output_dir)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from orpo.checkpoint import RunLock, current_ranks
+from orpo.checkpoint import current_ranks
 from orpo.config.options import ORPOConfig
 from orpo.engine.choose import Engine, choose
 from orpo.engine.fused import fused_modules
@@ -150,7 +150,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
         check_rows(self.model, tokenizer, train_groups, eval_groups)
         self.tolerate_trackers()
         self.ranks = current_ranks()
-        self.sums = MetricSums(self.args.device)
+        self.sums = MetricSums(self.args.device, world_size=self.args.world_size)
         self.run_folder = RunFolder(self.args.output_dir)
         self.add_callback(EpochCallback(self))
         self._stand_guard()
@@ -220,7 +220,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
 
     # ---- training ------------------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> TrainOutput:
         """Train. Arguments as in transformers; a checkpoint is resumed only if it verifies and belongs to this run.
 
         Raises:
@@ -232,14 +232,14 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
         with ExitStack() as stack:
             stack.enter_context(self.trial_pruned(trial))
             self.begin_training(trial)
-            stack.enter_context(RunLock(self.args.output_dir, ranks=self.ranks))
+            hold = stack.enter_context(self.held(resume_from_checkpoint))
             stack.enter_context(first_cause(self.args.output_dir, self.ranks))
             guard = stack.enter_context(SignalGuard(ranks=self.ranks))
             self._signals = SignalCallback(guard, self.save_now)
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             require_reference(self.training_objective, self.train_dataset, self.eval_dataset)
-            checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+            checkpoint = self.checkpoint_to_resume(hold)
             engine = self.engine  # chosen before the model is wrapped
             if self.args.device.type == "cpu":
                 return_freed_memory()  # that of the choice
@@ -249,9 +249,11 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             self.spread_weights(checkpoint)
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
-            if checkpoint is not None and self.is_complete_at(checkpoint):
+            is_complete = checkpoint is not None and self.is_complete_at(checkpoint)
+            hold.make_room()
+            if checkpoint is not None and is_complete:
                 return self.restore_complete(checkpoint)
-            return super().train(resume_from_checkpoint=checkpoint, trial=trial, **kwargs)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     @contextmanager
     def _whole_steps(self, *, is_resumed: bool) -> Iterator[None]:
@@ -300,7 +302,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=end_logps(microbatch, result.logp_N))
         if self._working is not None:
             self._release_gradients()
-        self.sums.end_step(loss / self.args.world_size, inputs.num_rows / self.args.world_size)
+        self.sums.end_step(loss, inputs.num_rows)
         self._finish_gradients(model, loss, inputs, logps)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -368,7 +370,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs become the exact means since the last log; others pass as they are."""
         if "loss" in logs and "learning_rate" in logs:
-            logs |= self.sums.take(reward_scale=self._reward_scale, reduce=all_reduce_sum, world_size=self.args.world_size)
+            logs |= self.sums.take(reward_scale=self._reward_scale, reduce=all_reduce_sum)
         super().log(logs, start_time)
 
     def evaluation_loop(
