@@ -142,6 +142,7 @@ def test_ci_runs_lint_and_tests() -> None:
     assert lines[-1].startswith("make"), "pytest's closing line is the last"
     assert lines[-1].endswith(" test")
     assert any(line.endswith("lint") for line in lines)
+    assert any(line.endswith("docs") for line in lines), "a warning of the site stops a change"
 
 
 @pytest.fixture(scope="module")

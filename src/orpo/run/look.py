@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _COLOURS = {"template": "#777", "prompt": "#1f5fbf", "chosen": "#1a7f37", "rejected": "#b42318", "eos": "#9a6700"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preview:
     """Some rows token by token; a notebook shows them in colours, `print` line by line.
 
@@ -35,7 +35,7 @@ class Preview:
         for row in self.rows:
             yield from plain_lines(row)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
