@@ -100,7 +100,7 @@ def test_a_bug_s_traceback_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys
         (["--version"], 0, "out", "orpo "),
         (["--help"], 0, "out", "demo"),
         (["trian"], 2, "err", "there is no command 'trian': did you mean 'train'?"),
-        (["xyzzy"], 2, "err", "one of demo, init, recipes, train, check"),
+        (["xyzzy"], 2, "err", "one of demo, init, recipes, audit, preview"),
         (["train", "--help"], 0, "out", "--orpo_alpha"),
         (["doctor", "--jsn"], 2, "err", "unrecognized arguments"),
     ],

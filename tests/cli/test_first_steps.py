@@ -201,3 +201,29 @@ def test_doctor_does_not_call_4_bit_ready_without_a_gpu(capsys: Any) -> None:
 
 def test_find_recipe_takes_the_name_as_documents_write_it() -> None:
     assert find_recipe("recipes/lora-7b.yaml").path == find_recipe("lora-7b").path
+
+
+class TestHelp:
+    def test_commands_stand_under_what_they_are_for(self, capsys: Any) -> None:
+        from orpo.cli import command_modules
+        from orpo.cli.helptext import GROUPS
+
+        assert main(["--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert "\x1b" not in "".join(lines), "no colours where there is no terminal"
+        commands = command_modules()
+        for title, names in GROUPS.items():
+            there = [name for name in names if name in commands]
+            start = lines.index(f"  {title}:")
+            found = [line.split()[0] for line in lines[start + 1 : start + 20] if re.match(r"    \w+(  |$)", line)]
+            assert found[: len(there)] == there
+
+    @pytest.mark.parametrize("words", [["--help"], ["audit", "--help"], ["train", "--help"]])
+    def test_colours_change_no_letter(self, words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from orpo.cli import helptext
+
+        assert main(words) == 0
+        plain = capsys.readouterr().out
+        shown = helptext._coloured(plain)
+        assert "\x1b[" in shown
+        assert re.sub(r"\x1b\[\d+m", "", shown) == plain

@@ -17,16 +17,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from orpo.cli.helptext import ORDER, CommandsHelp, Help
 from orpo.errors import EXIT_OK, EXIT_USER, OrpoError
 from orpo.system.console import say_on_stderr
 from orpo.system.process import configure_logging, guarded_exit
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
-ORDER = (
-    *("demo", "init", "recipes", "train", "check", "audit", "preview", "pairs", "eval", "compare", "chat", "report", "export", "plan"),
-    *("doctor", "completion"),
-)
-_HELPERS = frozenset({"bars", "console", "progress"})
+_HELPERS = frozenset({"bars", "console", "helptext", "progress"})
 
 
 def command_modules() -> dict[str, ModuleType]:
@@ -44,7 +41,7 @@ def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> 
         commands: all of them.
         chosen: the one whose options are wanted: to know its own, a command may have to import what the others need not. None for all.
     """
-    parser = argparse.ArgumentParser(prog="orpo", description=DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="orpo", description=DESCRIPTION, formatter_class=CommandsHelp, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module in commands.items():
@@ -52,7 +49,7 @@ def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> 
             name,
             help=module.HELP,
             description=(module.__doc__ or module.HELP).strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
         )
         if chosen is None or name == chosen:
