@@ -59,20 +59,23 @@ def test_it_runs_offline_and_learns(notebook: Any, smollm2_folder: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing lies about but the runs' folders"
 
 
-SMALL_OTHERS = {"audit_and_clean.ipynb": "pass", "base_model_to_gguf.ipynb": "STEPS, BATCH = 1, 2"}
+SMALL_OTHERS = {"audit_and_clean.ipynb": 'MODEL = "tiny"', "base_model_to_gguf.ipynb": 'MODEL, STEPS, BATCH = "tiny", 2, 2'}
 NOTEBOOKS = sorted(NOTEBOOK.parent.glob("*.ipynb"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SMALL_OTHERS)
-def test_the_others_run_offline_from_top_to_bottom(name: str, smollm2_folder: Path, tmp_path: Path) -> None:
-    """They assert what they claim themselves; the machine's own speed decides how long they take."""
+def test_the_others_run_offline_from_top_to_bottom(name: str, tmp_path: Path, tiny_model_factory: Any, tiny_tokenizer_factory: Any) -> None:
+    """With a tiny model in place of the packaged one; what they claim they assert themselves."""
     nbformat = pytest.importorskip("nbformat", reason="the extra `notebook` is not installed")
     nbclient = pytest.importorskip("nbclient", reason="the extra `notebook` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `notebook` is not installed")
     from nbformat.v4 import new_code_cell
 
+    tokenizer = tiny_tokenizer_factory()
+    tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
     found = nbformat.read(NOTEBOOK.parent / name, as_version=4)
     (place,) = (number for number, cell in enumerate(found.cells) if "parameters" in cell.metadata.get("tags", []))
     found.cells.insert(place + 1, new_code_cell(SMALL_OTHERS[name]))
