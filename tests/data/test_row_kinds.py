@@ -78,8 +78,7 @@ def test_what_is_no_text_is_dropped_with_its_reason(column: str, value: Any) -> 
     rows = [{**row, column: value}, {**row, column: None}, {**row, column: []}, row]
     preferences, dropped, _ = load_preferences(rows)
     assert len(preferences) == 3
-    assert [(item.reason, item.where.row) for item in dropped] == [("wrong_type", 0)]
-    assert "only text can be trained" in dropped[0].detail
+    assert [(item.reason, item.where.row) for item in dropped] == [("not_text", 0)]
     assert column in dropped[0].detail
 
 

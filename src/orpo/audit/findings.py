@@ -37,6 +37,10 @@ _REASON_HELP: dict[str, tuple[str, str]] = {
         "into text by guessing, so the row is dropped.",
         "Write the value as text, or remove the row.",
     ),
+    "not_text": (
+        "An answer about a picture is a guess to a model that is not shown it; trained without it, it teaches guessing.",
+        "Remove the row, or, where the text stands by itself, the column.",
+    ),
     "invalid_text": (_ROW, "Write the text again in UTF-8; a lone surrogate is half of a character."),
     "empty_prompt": ("Without a question there is nothing to prefer one answer for.", "Fill in the prompt or remove the row."),
     "empty_answer": (

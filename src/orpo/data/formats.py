@@ -61,7 +61,7 @@ def to_draft(row: Any, shape: Shape) -> Draft:
 def judge(draft: Draft, row: Mapping[Any, Any], shape: Shape, where: Where) -> Preference | Dropped:
     """The preference that a draft makes, or why it makes none."""
     if (medium := _medium(row, shape)) is not None:
-        return Dropped("wrong_type", where, f"the row has {medium}; only text can be trained")
+        return Dropped("not_text", where, f"in {medium}")
     if is_empty_prompt(draft.prompt):
         return Dropped("empty_prompt", where)
     for index, response in enumerate(draft.responses):

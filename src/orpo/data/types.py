@@ -14,6 +14,7 @@ import numpy as np
 REASONS: dict[str, str] = {
     "missing_field": "a needed field is absent or null",
     "wrong_type": "a field has the wrong type (number, boolean, list)",
+    "not_text": "the row holds images, sound or film; only text can be trained",
     "invalid_text": "a text is not valid Unicode (lone surrogates)",
     "empty_prompt": "the prompt is empty or blank",
     "empty_answer": "an answer is empty or blank",

@@ -85,7 +85,7 @@ def _content(value: Any, name: str) -> str:
             raise BadRow("wrong_type", f"{name} part is a {type_name(part)}")
         kind = part.get("type", "text")
         if kind != "text":
-            raise BadRow("wrong_type", f"{name} part of type {str(kind)[:40]!r}; only text can be trained")
+            raise BadRow("not_text", f"{name} part of type {str(kind)[:40]!r}")
         pieces.append(check_text(part.get("text", part.get("value")), f"{name} part"))
     return "".join(pieces)
 
