@@ -258,7 +258,7 @@ def test_a_part_that_is_no_text_drops_the_row() -> None:
     parts = ({"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "What is it?"}]},)
     dropped = TemplateEncoder(build_tokenizer("byte_level", STYLES["parts_or_text"])).encode(preference(parts, "a", "b"))
     assert isinstance(dropped, Dropped)
-    assert dropped.reason == "wrong_type"
+    assert dropped.reason == "not_text"
 
 
 @pytest.mark.parametrize("style", ["chatml", "llama3", "mistral", "qwen3", "zephyr", "alpaca"])

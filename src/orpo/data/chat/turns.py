@@ -231,7 +231,7 @@ class ChatText:
         message = in_call_form(message, self.facts.call_form or CALL_FORMS[0])
         if isinstance(content, (list, tuple)):
             if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-                raise _BadTurns("wrong_type", "a part of the content is not text; only text can be trained")
+                raise _BadTurns("not_text", "in a part of the content")
             return message if self.facts.takes_parts else {**message, "content": content_text(message)}
         if message.get("content") is None and message.get("tool_calls"):
             return message
