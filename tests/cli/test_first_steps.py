@@ -227,3 +227,38 @@ class TestHelp:
         shown = helptext._coloured(plain)
         assert "\x1b[" in shown
         assert re.sub(r"\x1b\[\d+m", "", shown) == plain
+
+
+class TestOneObject:
+    """Commands that report print one object with `--json`, and nothing else, on stdout."""
+
+    @pytest.fixture
+    def model(self, tmp_path: Path, tiny_model_factory: Any, tiny_tokenizer_factory: Any) -> Path:
+        tokenizer = tiny_tokenizer_factory()
+        tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_preview(self, model: Path, capsys: Any) -> None:
+        assert main(["preview", "orpo-demo", "--model", str(model), "--num", "2", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["nll_scope"] == "sequence"
+        segments = found["rows"][1]["segments"]
+        assert segments[0]["tokens"][0].keys() == {"id", "text", "role", "counts_in_nll", "counts_in_odds"}
+        assert main(["preview", "orpo-demo", "--model", str(model), "--num", "2", "--ids"]) == 0
+        assert f"ids [{', '.join(str(token['id']) for token in segments[0]['tokens'])}]" in capsys.readouterr().out
+
+    def test_report(self, tmp_path: Path, capsys: Any) -> None:
+        from reportfolders import make_run
+
+        assert main(["report", str(make_run(tmp_path / "run")), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert Path(found["page"]).is_file()
+        assert Path(found["card"]).is_file()
+
+    def test_plan_says_where_each_value_was_written(self, model: Path, capsys: Any) -> None:
+        words = ["recipes/demo.yaml", "--model_name_or_path", str(model), "--use_cpu", "true", "--no_data", "--json"]
+        assert main(["plan", *words]) == 0
+        values = json.loads(capsys.readouterr().out)["values"]
+        assert values["model_name_or_path"] == {"value": str(model), "origin": "--model_name_or_path"}
+        assert values["orpo_alpha"]["origin"].startswith("recipes/demo.yaml:")
