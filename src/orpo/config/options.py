@@ -124,6 +124,9 @@ class ORPOConfig(TrainingArguments):
     bf16_weights: bool | None = field(
         default=None, metadata={"help": "Trainable weights in bfloat16 with a float32 master in the optimizer step. Unset: chosen."}
     )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: the learning rate of an adapter's B matrices, in learning rates (16)."}
+    )
     on_nonfinite: Literal["stop", "skip"] = field(
         default="stop", metadata={"help": "At a non-finite loss or gradient: stop before the optimizer step, or skip that step."}
     )

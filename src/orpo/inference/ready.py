@@ -42,7 +42,13 @@ class Ready:
 
 
 def make_ready(
-    name: str, *, chat_template: str | None = None, revision: str | None = None, dtype: str | None = None, device: str | None = None
+    name: str,
+    *,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    **loading: Any,
 ) -> Ready:
     """Load a model to ask it.
 
@@ -51,6 +57,7 @@ def make_ready(
         chat_template: as in training; unset, that of the run, or the tokenizer's own.
         revision, device: as in `load_model`.
         dtype: of the weights; unset, that of the files on a GPU, and float32 elsewhere.
+        loading: anything else that `load_model` takes.
 
     Raises:
         UserError: there is no such model, or its template cannot be used.
@@ -63,7 +70,7 @@ def make_ready(
     target = Target.find(name)
     if dtype is None and choose_device(device).type == "cuda":
         dtype = "auto"
-    loaded = load_model(name, revision=revision, dtype=dtype, device=device)
+    loaded = load_model(name, revision=revision, dtype=dtype, device=device, **loading)
     # A conversation may be as long as the model takes, whatever length it was trained on.
     free: dict[str, Any] = {"max_length": None, "max_prompt_length": None, "truncation": "drop", "strict_data": False}
     encoder = _encoder(loaded, target, Loading(chat_template=chat_template), None, **free)

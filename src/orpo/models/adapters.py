@@ -14,6 +14,7 @@ from orpo.errors import UserError
 from orpo.models.find import ModelSource, explain_failure, read_json
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
@@ -102,6 +103,24 @@ def text_layers_only(peft_config: PeftConfig, model: PreTrainedModel) -> PeftCon
     return wanted
 
 
+def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: Any, ratio: float) -> None:
+    """Let an adapter's B matrices learn at another rate than its A: LoRA+ (arXiv 2402.12354). They are moved into groups of their own.
+
+    Raises:
+        UserError: the model has no such matrices.
+    """
+    fast = {id(weight) for name, weight in model.named_parameters() if re.search(r"\.lora_(embedding_)?B\b", name)}
+    if not fast:
+        raise UserError("there is no LoRA adapter, whose rates LoRA+ sets apart", where="loraplus_lr_ratio", mend="set use_peft: true")
+    for group in list(optimizer.param_groups):
+        others = [weight for weight in group["params"] if id(weight) not in fast]
+        if len(others) == len(group["params"]):
+            continue
+        moved = [weight for weight in group["params"] if id(weight) in fast]
+        group["params"] = others
+        optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * ratio})
+
+
 def pin_base(model: Any) -> None:
     """Let an adapter's configuration name the commit of its base: without one it is put on whatever `main` is that day."""
     settings = model.peft_config[model.active_adapter]
@@ -136,7 +155,8 @@ def merge(model: Any, *, is_in_place: bool = False) -> PreTrainedModel:
         raise UserError(
             "an adapter cannot be merged into a quantized model without rounding it away",
             where=base.name_or_path or None,
-            mend="export the adapter itself (--to adapter), which is used together with its base: the base is stored quantized"
+            mend="the base is stored quantized: --dequantize merges into its unpacked weights, --base MODEL into full-precision ones; or "
+            "export the adapter itself (--to adapter), which is used together with its base"
             if is_stored_quantized
             else "load the adapter's folder again without load_in_4bit or load_in_8bit, then merge",
         )

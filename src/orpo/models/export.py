@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orpo.errors import UserError
 from orpo.models.adapters import is_adapted, merge, pin_base
-from orpo.models.verify import check_adapter, check_gguf, check_merge, check_merged, check_state
+from orpo.models.verify import Probe, check_adapter, check_converted, check_gguf, check_merge, check_merged, check_state
 from orpo.system.replace import recover_folder, replaced_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_SIZE = "5GB"
 
 _OURS = ("config.json", "adapter_config.json")
 
@@ -63,6 +68,8 @@ def export_merged(
     *,
     dtype: str | None = None,
     stop_token_ids: Sequence[int] = (),
+    max_shard_size: str = MAX_SHARD_SIZE,
+    is_in_place: bool = False,
     is_overwriting: bool = False,
 ) -> Path:
     """A plain model that needs nothing else: safetensors, configuration, tokenizer and chat template. The model in memory stays as it is.
@@ -70,6 +77,8 @@ def export_merged(
     Args:
         dtype: of the weights on disk ("bfloat16" halves the size); by default as in memory.
         stop_token_ids: ids at which generation ends, beside the model's own: the end of a turn is not always `eos_token`.
+        max_shard_size: most bytes of a file, as "5GB"; a larger model is cut into several with an index.
+        is_in_place: the model may be changed: it is merged where it is, without a second one in memory.
 
     Raises:
         UserError: an unknown dtype, an adapter on quantized weights, a folder that cannot be (over)written, or what was written is not what
@@ -78,12 +87,11 @@ def export_merged(
     from orpo.models.load import parse_dtype
 
     wanted = parse_dtype(dtype)
-    plain = merge(model)
-    check_merge(model, plain)  # before it is brought into another dtype: what that rounds is asked for
+    plain = _merged(model, is_in_place=is_in_place)  # compared before it is brought into another dtype: what that rounds is asked for
     if wanted is not None and plain.dtype != wanted:
-        plain = (plain if plain is not model else copy.deepcopy(plain)).to(wanted)
+        plain = (plain if plain is not model or is_in_place else copy.deepcopy(plain)).to(wanted)
     with _staged_folder(Path(folder), is_overwriting=is_overwriting) as staging:
-        plain.save_pretrained(staging)
+        plain.save_pretrained(staging, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(staging)
         if stop_token_ids:
             _add_stop_ids(plain, staging / "generation_config.json", stop_token_ids)
@@ -127,45 +135,92 @@ def export_gguf(
     path: str | Path,
     *,
     dtype: str = "float16",
+    quantize: str | None = None,
+    converter: str | Path | None = None,
     name: str | None = None,
     stop_token_ids: Sequence[int] = (),
+    is_in_place: bool = False,
     is_overwriting: bool = False,
 ) -> Path:
     """One GGUF file for llama.cpp, Ollama, LM Studio and their like: weights, tokenizer and chat template.
 
-    Written for the Llama family (Llama, SmolLM2, Mistral), whose tensors correspond one to one. A model with an adapter is merged first.
+    Llama and Mistral without rope scaling are written here, tensor by tensor; every other family by llama.cpp's own converter. A model with
+    an adapter is merged first.
 
     Args:
-        dtype: "float16" (as these programs expect) or "float32"; norms are always float32. llama.cpp's own tool quantizes such a file.
+        dtype: "float16" (as these programs expect), "bfloat16" or "float32"; norms are always float32.
+        quantize: "q8_0", which the converter writes, or a type of llama.cpp's llama-quantize ("q4_k_m"), made from `dtype`.
+        converter: llama.cpp's convert_hf_to_gguf.py or its folder; unset, it is looked for where it is needed.
         name: what the file calls the model; by default the last part of the name it was loaded by.
+        is_in_place: as in `export_merged`.
         stop_token_ids: as in `export_merged`; GGUF has room for one beside the tokenizer's own, the end of a turn.
 
     Raises:
-        UserError: another architecture or a tokenizer that GGUF cannot express exactly, a weight beyond float16, a file in the way, or what
-            was written is not what the model computes.
+        UserError: an architecture or a tokenizer that GGUF cannot express, a missing program, a weight beyond float16, a file in the
+            way, or what was written is not what the model computes.
     """
-    from orpo.models.gguf_write import write_gguf
-
     path = Path(path)
     if path.suffix != ".gguf":
         raise UserError("a GGUF file's name ends in .gguf", where=str(path), mend=f"name it {path.name}.gguf")
     if path.exists() and not (is_overwriting and path.is_file()):
         raise UserError("something of this name is there already", where=str(path), mend="choose another name, or allow overwriting")
-    plain = merge(model)
-    check_merge(model, plain)
+    write = _gguf_writer(model, tokenizer, dtype=dtype, quantized=quantize, converter=converter)
+    plain = _merged(model, is_in_place=is_in_place)
     stops = [*stop_token_ids, *_as_ids(getattr(plain.generation_config, "eos_token_id", None))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
             draft = Path(staging) / path.name
-            write_gguf(plain, tokenizer, draft, dtype=dtype, name=name or Path(plain.name_or_path or "model").name, stop_token_ids=stops)
-            check_gguf(plain, draft)
+            write(plain, tokenizer, draft, name=name or Path(plain.name_or_path or "model").name, stop_token_ids=stops)
             _sync(draft)
             os.replace(draft, path)
         _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
+
+
+def _merged(model: Any, *, is_in_place: bool) -> PreTrainedModel:
+    if not is_adapted(model):
+        return cast("PreTrainedModel", model)
+    before = Probe.of(model)
+    plain = merge(model, is_in_place=is_in_place)
+    check_merge(before, plain)
+    return plain
+
+
+def _gguf_writer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, *, dtype: str, quantized: str | None, converter: str | Path | None
+) -> Callable[..., None]:
+    """What writes a model as a GGUF file and compares it. What is missing for it is told here, before anything is computed."""
+    from orpo.models.gguf_convert import convert, find_converter, find_quantizer, quantize
+    from orpo.models.gguf_write import why_not_here, write_gguf
+
+    program = None if quantized is None else find_quantizer(quantized)
+    is_converted = quantized is not None and program is None
+    base = model.get_base_model() if is_adapted(model) else model
+    reason = why_not_here(base, tokenizer, dtype=dtype)
+    if converter is None and not is_converted and reason is None:
+
+        def write(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: Path, **facts: Any) -> None:
+            write_gguf(plain, tokenizer, draft, dtype=dtype, **facts)
+            check_gguf(plain, draft)
+            if quantized is not None and program is not None:
+                quantize(program, draft, quantized)
+
+        return write
+    if reason is not None:
+        logger.info("%s: llama.cpp's converter writes it", reason)
+    script = find_converter(converter)
+    kind = quantized if quantized is not None and is_converted else dtype
+
+    def write_converted(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, draft: Path, **facts: Any) -> None:
+        convert(plain, tokenizer, draft, dtype=kind, converter=script, **facts)
+        check_converted(plain, draft, kind, num_tokens=len(tokenizer))
+        if quantized is not None and program is not None:
+            quantize(program, draft, quantized)
+
+    return write_converted
 
 
 @contextmanager

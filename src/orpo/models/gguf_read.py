@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,27 @@ def load_gguf(path: Path, *, dtype: torch.dtype | None = None, name: str | None 
     tokenizer.model_max_length = model.config.max_position_embeddings
     _rename(model, tokenizer, name or str(path))
     return model, tokenizer
+
+
+def load_weights(path: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """A GGUF file's weights in a model of the same architecture and configuration as another, in fp32.
+
+    Raises:
+        UserError: transformers does not read this family from GGUF, or not all of it.
+    """
+    import torch
+
+    config = copy.deepcopy(like.config)
+    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        model, report = type(like).from_pretrained(
+            str(path.parent), config=config, dtype=torch.float32, output_loading_info=True, **place, **_unpack_all()
+        )
+    except Exception as error:  # whatever a reader raises for what it does not know
+        raise UserError(f"transformers cannot read it: {str(error).strip() or type(error).__name__}", where=str(path)) from error
+    if report["missing_keys"]:
+        raise UserError(f"transformers does not find {sorted(report['missing_keys'])[0]} in it", where=str(path))
+    return model
 
 
 def _gguf_facts(path: Path) -> dict[str, Any]:

@@ -48,6 +48,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Llama 3's rule for splitting text, as its tokenizer.json spells it.
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+"""Qwen's: as Llama 3's, with single digits."""
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 """GGUF's token types."""
 
@@ -94,6 +97,18 @@ def write_gguf(
             writer.write_tensor_data(_values(gguf_name, tensor, model.config, _file_dtype(tensor, matrix_dtype)))
     finally:
         writer.close()
+
+
+def why_not_here(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dtype: str) -> str | None:
+    """Why `write_gguf` does not write this model; None where it does."""
+    if dtype not in ("float16", "float32"):
+        return f"{dtype} is not written here"
+    try:
+        _check_architecture(model)
+        _describe_tokenizer(tokenizer, num_rows=max(len(tokenizer), model.get_input_embeddings().weight.shape[0]))
+    except UserError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
@@ -238,6 +253,19 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, num_rows: int) ->
     return _Vocabulary("gpt2", _pre_tokenizer_name(settings), tokens, types, merges, [], has_space_prefix=False)
 
 
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, num_rows: int) -> _Vocabulary | None:
+    """A tokenizer in GGUF's terms, for llama.cpp's converter where that does not know it; `pre` is empty for a rule not known here either.
+
+    None for one that is no BPE.
+    """
+    try:
+        return _describe_tokenizer(tokenizer, num_rows=num_rows)
+    except UserError:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        is_byte_level = backend is not None and '"ByteLevel"' in backend.to_str()
+        return _Vocabulary("gpt2", "", [], [], [], [], has_space_prefix=False) if is_byte_level else None
+
+
 def _tokens_and_types(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:
     """One token for every row of the embeddings; rows that no token uses are named, as llama.cpp's converter does."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -270,14 +298,19 @@ def _pre_tokenizer_name(settings: dict[str, Any]) -> str:
     inner: list[dict[str, Any]] = outer["pretokenizers"] if outer.get("type") == "Sequence" else [outer]
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in inner]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    llama3 = {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+    llama3, qwen2 = (
+        {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False} for rule in (_LLAMA3_SPLIT, _QWEN2_SPLIT)
+    )
     known = {
         "gpt-2": [byte_level],
         "smollm": [{"type": "Digits", "individual_digits": True}, byte_level],
         "llama-bpe": [llama3, {**byte_level, "use_regex": False}],
+        "qwen2": [qwen2, {**byte_level, "use_regex": False}],
     }
     name = next((name for name, rule in known.items() if rule == steps), None)
-    if name is None or settings.get("normalizer"):
+    # llama.cpp composes no characters before it splits them, nor does its converter ask for it: Qwen's NFC is let pass as there.
+    allowed = (None, {"type": "NFC"}) if name == "qwen2" else (None,)
+    if name is None or settings.get("normalizer") not in allowed:
         raise UserError(
             "GGUF export does not know how this tokenizer splits text",
             expected="the rule of " + ", ".join(known),

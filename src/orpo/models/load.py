@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from orpo.errors import UserError
 from orpo.models.adapters import HUB_COMMIT, adapt, adapter_base, is_adapted, load_adapter, merge, set_generation
 from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
+from orpo.models.dequantize import dequantized
 from orpo.models.find import (
     ModelSource,
     check_config,
@@ -129,6 +130,8 @@ class ModelOptions:
     use_bnb_nested_quant: bool = False
     bnb_4bit_quant_storage: str | None = None
     model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    adapter_base: str | None = None
+    is_dequantized: bool = False
 
 
 def load_model(
@@ -146,6 +149,8 @@ def load_model(
     bnb_4bit_quant_storage: str | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
     is_adapter_trainable: bool = False,
+    adapter_base: str | None = None,
+    is_dequantized: bool = False,
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer, in eval mode, on the best device.
 
@@ -158,6 +163,8 @@ def load_model(
         load_in_4bit, load_in_8bit: quantize with bitsandbytes while loading; only adapters can then be trained.
         model_init_kwargs: anything else for transformers' `from_pretrained`.
         is_adapter_trainable: of an adapter folder: go on training the adapter.
+        adapter_base: of an adapter folder: another base than the one it names, such as the full-precision weights of a quantized one.
+        is_dequantized: of a model that is stored quantized: plain weights from it, which an adapter can be merged into.
 
     Raises:
         UserError: nothing there, not a causal language model, weights only as pickles, damaged or incomplete files, remote code without
@@ -181,6 +188,8 @@ def load_model(
             use_bnb_nested_quant=use_bnb_nested_quant,
             bnb_4bit_quant_storage=bnb_4bit_quant_storage,
             model_init_kwargs=dict(model_init_kwargs or {}),
+            adapter_base=adapter_base,
+            is_dequantized=is_dequantized,
         ),
         dtype,
     )
@@ -332,6 +341,9 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
         raise explain_failure(error, source) from error
     _refuse_random_weights(loading, source)
+    if options.is_dequantized and is_quantized:
+        model = dequantized(model)
+        notes = (*notes, "dequantized: what quantisation lost stays lost")
     if "device_map" not in arguments:
         model.to(device)
     if source.kind == "alias":
@@ -409,7 +421,7 @@ def _load_gguf(source: ModelSource, options: ModelOptions) -> LoadedModel:
 
 def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: bool) -> LoadedModel:
     """A PEFT adapter: its base model first, then the adapter onto it. A tokenizer saved with the adapter goes before the base's."""
-    base_name, base_revision = adapter_base(source)
+    base_name, base_revision = (options.adapter_base, options.revision) if options.adapter_base else adapter_base(source)
     base = find_source(base_name)
     base_options = replace(options, revision=base_revision)
     _check_remote_code(base, base_options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -47,14 +48,34 @@ def check_merged(plain: PreTrainedModel, folder: Path) -> None:
     _check_logits(plain, written, "merged model")
 
 
-def check_merge(model: Any, plain: PreTrainedModel) -> None:
-    """A merged model in memory computes what the model with its adapter does.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a model computes for a few tokens, kept while the model itself is changed.
+
+    Attributes:
+        ids, logits: the tokens, and what it makes of them.
+        dtypes, device: of its weights.
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+    dtypes: set[torch.dtype]
+    device: str
+
+    @classmethod
+    def of(cls, model: Any) -> Probe:
+        """Ask a model, where it is."""
+        ids = _probe_ids(model)
+        return cls(ids, _logits(model, ids), _dtypes(model), model.device.type)
+
+
+def check_merge(before: Probe, plain: PreTrainedModel) -> None:
+    """A merged model in memory computes what the model with its adapter did.
 
     Raises:
         UserError: it does not.
     """
-    if plain is not model:
-        _check_logits(model, plain, "merged model")
+    _check_probe(before, plain, "merged model")
 
 
 def check_adapter(model: Any, folder: Path) -> None:
@@ -115,6 +136,99 @@ def check_gguf(plain: PreTrainedModel, path: Path) -> None:
             _refuse("GGUF file", f"{name} differs by more than {written.dtype} rounds")
 
 
+def check_converted(plain: PreTrainedModel, path: Path, kind: str, *, num_tokens: int) -> None:
+    """Every weight of a GGUF file is the model's within the rounding of the type it is stored in.
+
+    The file is read back by transformers. For a family that it does not read from GGUF the tensors are found by the `gguf` package's table
+    of names instead, and their rows are compared in any order, since converters rearrange them.
+
+    Args:
+        num_tokens: of the tokenizer; rows of the embeddings beyond them may be left out.
+
+    Raises:
+        UserError: one differs or is missing.
+    """
+    from orpo.models.gguf_read import load_weights
+
+    try:
+        found = load_weights(path, plain).state_dict()
+    except UserError as error:
+        logger.info("%s", str(error).splitlines()[0])
+        _check_by_name(plain, path, kind, num_tokens)
+        return
+    for name, tensor in plain.state_dict().items():
+        values, written = tensor.detach().float().cpu(), found[name].float()
+        if written.shape != values.shape:
+            _refuse("GGUF file", f"{name} has shape {tuple(written.shape)}, the model's has {tuple(values.shape)}")
+        _check_gap(name, (written - values).abs(), _rounding(values, kind), kind)
+
+
+def _check_by_name(plain: PreTrainedModel, path: Path, kind: str, num_tokens: int) -> None:
+    import torch
+    from gguf import MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
+
+    reader = GGUFReader(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    name_of_architecture = reader.fields["general.architecture"].contents()
+    architecture = next((key for key, name in MODEL_ARCH_NAMES.items() if name == name_of_architecture), None)
+    if architecture is None:
+        logger.warning("the GGUF file was not compared with the model: the package gguf does not know %r", name_of_architecture)
+        return
+    table = get_tensor_name_map(architecture, plain.config.get_text_config().num_hidden_layers)
+    tied = set(getattr(plain, "all_tied_weights_keys", None) or ())
+    if "lm_head.weight" in plain.state_dict() and "lm_head.weight" not in tied and "output.weight" not in stored:
+        _refuse("GGUF file", "the output head is left out, since this family ties it to the embeddings, and here it is another")
+    others = []
+    for name, tensor in plain.state_dict().items():
+        place = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if place not in stored:
+            others += [name] if name not in tied else []
+            continue
+        values = tensor.detach().float().cpu()
+        written = torch.from_numpy(np.array(dequantize(stored[place].data, stored[place].tensor_type)))
+        if place in ("token_embd.weight", "output.weight") and num_tokens <= len(written) < len(values):
+            values = values[: len(written)]
+        _check_rows(name, values, written, kind)
+    if others:
+        logger.warning(
+            "%d of %d tensors stand in the GGUF file in another form and were not compared, %s first",
+            len(others),
+            len(plain.state_dict()),
+            others[0],
+        )
+
+
+def _check_rows(name: str, values: torch.Tensor, written: torch.Tensor, kind: str) -> None:
+    """Sums of the rows and of their squares, sorted; a layer may be stored turned round, a norm with 1 added."""
+    if written.shape != values.shape and written.shape == values.T.shape:
+        values = values.T
+    if written.shape != values.shape:
+        _refuse("GGUF file", f"{name} has shape {tuple(written.shape)}, the model's has {tuple(values.shape)}")
+    if values.ndim == 1 and float((written - values).mean()) > 0.5:
+        written = written - 1
+    values, written = (rows.double().reshape(len(rows), -1) for rows in (values, written))
+    allowed = _rounding(values.float(), kind).double().expand_as(values).sum(-1).max() * 1.01
+    largest = 2 * values.abs().max() + 1
+    for power, bound in ((1, allowed), (2, allowed * largest)):
+        ours, theirs = (rows.pow(power).sum(-1).sort().values for rows in (values, written))
+        _check_gap(name, (ours - theirs).abs(), bound, kind)
+
+
+def _check_gap(name: str, gaps: torch.Tensor, allowed: torch.Tensor, kind: str) -> None:
+    if not bool((gaps <= allowed).all()):  # nan included
+        _refuse("GGUF file", f"{name} differs by up to {float(gaps.nan_to_num(nan=float('inf')).max()):.2g}, which {kind} does not round")
+
+
+def _rounding(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Half a step of a type at each value, and a little for what a converter adds and a reader takes off again (1 to a norm)."""
+    import torch
+
+    if kind == "q8_0":  # 127 steps to the largest value of a block, whose scale is a float16
+        return values.abs().max(dim=-1, keepdim=True).values / 127 if values.ndim > 1 else values.abs() * 1e-6 + 1e-6
+    step = torch.finfo(getattr(torch, kind))
+    return values.abs() * max(step.eps / 2, 1e-6) + max(step.smallest_normal, 1e-6) if kind != "float32" else values.abs() * 1e-6 + 1e-6
+
+
 def _halves_apart(rows: np.ndarray, num_heads: int) -> np.ndarray:
     """From neighbouring rows that rotate against each other to the halves of a head, as transformers has them."""
     size = rows.shape[0] // num_heads
@@ -171,21 +285,27 @@ def _check_adapter_tensors(model: Any, folder: Path, state: Mapping[str, torch.T
 
 def _check_logits(model: Any, written: Any, what: str) -> None:
     """Compare two models on a few tokens, each where it is."""
+    _check_probe(Probe.of(model), written, what)
+
+
+def _check_probe(before: Probe, written: Any, what: str) -> None:
     import torch
 
-    ids = _probe_ids(model)
-    expected, found = _logits(model, ids), _logits(written, ids)
+    expected, found = before.logits, _logits(written, before.ids)
     if expected.shape != found.shape:
         _refuse(what, f"it gives logits for {found.shape[-1]} tokens, the model for {expected.shape[-1]}")
     gaps = torch.where(expected == found, torch.zeros_like(expected), (expected - found).abs())
     spread = expected[torch.isfinite(expected)].std()
     gap = float(gaps.square().mean().sqrt() / spread.clamp_min(1e-6))
-    dtypes = {parameter.dtype for one in (model, written) for parameter in one.parameters() if parameter.is_floating_point()}
-    is_half = bool(dtypes & {torch.float16, torch.bfloat16})
-    devices = {one.device.type for one in (model, written)}
-    tolerance = _TOLERANCES["half" if is_half else "float32" if devices == {"cpu"} else "float32 elsewhere"]
+    is_half = bool((before.dtypes | _dtypes(written)) & {torch.float16, torch.bfloat16})
+    is_on_cpu = {before.device, written.device.type} == {"cpu"}
+    tolerance = _TOLERANCES["half" if is_half else "float32" if is_on_cpu else "float32 elsewhere"]
     if not gap <= tolerance:  # nan included
         _refuse(what, f"its logits differ from the model's by {gap:.2g} of their standard deviation, {tolerance:g} can be rounding")
+
+
+def _dtypes(model: Any) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
 
 
 def _probe_ids(model: Any) -> torch.Tensor:

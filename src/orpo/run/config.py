@@ -94,11 +94,12 @@ class RunConfig:
             r=self["lora_r"],
             lora_alpha=self["lora_alpha"],
             lora_dropout=self["lora_dropout"],
-            target_modules=self["lora_target_modules"] or "all-linear",
+            target_modules="all-linear" if self["lora_target_modules"] in (None, "", "all") else self["lora_target_modules"],
             target_parameters=self["lora_target_parameters"],
             modules_to_save=self["lora_modules_to_save"],
             use_rslora=self["use_rslora"],
             use_dora=self["use_dora"],
+            init_lora_weights=self["lora_init"],
             bias="none",
             task_type="CAUSAL_LM",
         )

@@ -42,6 +42,9 @@ class RunKeys:
     lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "TRL's; only CAUSAL_LM."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    lora_init: bool | str = field(
+        default=True, metadata={"help": "How the adapter starts, as PEFT names it: pissa, pissa_niter_16, olora, gaussian, orthogonal."}
+    )
     load_in_8bit: bool = field(default=False, metadata={"help": "Frozen weights in 8 bits (bitsandbytes, GPU)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Frozen weights in 4 bits (bitsandbytes, GPU)."})
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "4-bit number format."})

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import CallbackHandler
 
+from orpo.models.hub import UPLOADED
+
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import Trainer as _Base
@@ -21,13 +23,6 @@ else:
     _Base = object
 
 logger = logging.getLogger(__name__)
-
-UPLOADED = (
-    "model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json", "config.json",
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-    "additional_chat_templates/*.jinja", "README.md",
-)  # fmt: skip
-"""All that is ever sent to a hub."""
 
 _INTEGRATIONS = "transformers.integrations"
 

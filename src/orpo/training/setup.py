@@ -237,7 +237,17 @@ def _with_adapter(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    adapted = get_peft_model(model, text_layers_only(peft_config, model))
+    start = getattr(peft_config, "init_lora_weights", True)
+    try:
+        adapted = get_peft_model(model, text_layers_only(peft_config, model))
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        if isinstance(start, bool):
+            raise
+        raise UserError(
+            f"an adapter of this model cannot start by {start!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where="lora_init",
+            expected="pissa, pissa_niter_16, olora, orthogonal or gaussian; the first three need a base that is not quantized",
+        ) from error
     pin_base(adapted)
     return adapted
 

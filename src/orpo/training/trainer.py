@@ -28,6 +28,7 @@ from orpo.engine.layout import PreferenceBatch
 from orpo.engine.parallel import norm_of, own_part, reshard, synchronised
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
+from orpo.models.adapters import raise_rate_of_b
 from orpo.objective import METRICS, Objective, kind_of
 from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
 from orpo.run.folder import RunFolder
@@ -208,6 +209,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = (MasterAdamW, options)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.args.loraplus_lr_ratio is not None:
+            raise_rate_of_b(optimizer, self.model, self.args.loraplus_lr_ratio)
         if isinstance(optimizer, MasterAdamW):
             optimizer.working = self._working_weights()
         return optimizer
