@@ -1,7 +1,7 @@
 """GGUF files of every family, by llama.cpp's own converter and quantizer.
 
 The converter is `convert_hf_to_gguf.py` of a llama.cpp that the user has, or the same as the package `convert-hf-to-gguf`, which brings
-another version of the module `gguf` and is therefore kept in a folder of its own (docs/guides/export.md). It reads a saved model; it runs in a
+another version of the module `gguf` and is therefore kept in a folder of its own (docs/guides/export.md). It reads a saved model, in a
 process of its own, without network.
 """
 

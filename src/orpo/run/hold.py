@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 OF_THE_RUN = (
     *("model_name_or_path", "model_revision", "model_init_kwargs", "dtype", "use_peft", "load_in_4bit", "load_in_8bit"),
     *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"),
-    *("lora_init", "loraplus_lr_ratio"),
+    "lora_init",
 )
 """Keys of a run that are not options of the trainer and yet decide what is trained. Rows are compared by their content."""
 
