@@ -196,6 +196,8 @@ def _gguf_writer(
     from orpo.models.gguf_convert import convert, find_converter, find_quantizer, quantize
     from orpo.models.gguf_write import why_not_here, write_gguf
 
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise UserError(f"{dtype!r} is not a dtype of GGUF export", where="dtype", expected="bfloat16, float16 or float32")
     program = None if quantized is None else find_quantizer(quantized)
     is_converted = quantized is not None and program is None
     base = model.get_base_model() if is_adapted(model) else model

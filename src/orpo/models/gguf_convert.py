@@ -112,6 +112,9 @@ def convert(
     Raises:
         UserError: the converter does not know the architecture or the tokenizer, or a weight is beyond float16.
     """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}", mend="use the tokenizer of this model")
     if dtype in ("float16", *_CONVERTED):  # q8_0's blocks are scaled by a float16
         _check_range(model, dtype)
     folder = path.parent / "model"
