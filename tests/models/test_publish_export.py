@@ -147,6 +147,7 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(hub: Any, run_dir: Path) ->
     assert hub.calls == []
 
 
+@pytest.mark.slow
 def test_a_public_merged_model(hub: Any, run_dir: Path) -> None:
     assert orpo_export(hub, run_dir, "--repo_id", "me/model", "--merge", "--public").returncode == 0
     assert hub.calls[0][1].get("private", hub.calls[0][1].get("visibility")) in (False, None, "public")

@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "qlora": {"load_in_4bit": True},
 }
 
+QUICK = ("dora", "pissa", "lora+", "experts", "qlora")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,7 +53,7 @@ def train(place: Path, run: Path, model: str | Path, **more: Any) -> int:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_every_kind_trains_on_the_shared_engine_and_comes_back(kind: str, place: Path, tmp_path: Path) -> None:
     """The run compares its adapter with the model before it is published: a kind that does not come back would end it."""
     if kind == "qlora":
