@@ -63,7 +63,14 @@ def assert_same_trajectory(found: Sequence[float], expected: Sequence[float], *,
 
 
 def train_and_report(
-    output_dir: str, *, num_rows: int = 13, lora: bool = False, architecture: str = "llama", resume: bool = False, **options: Any
+    output_dir: str,
+    *,
+    num_rows: int = 13,
+    lora: bool = False,
+    architecture: str = "llama",
+    resume: bool = False,
+    half: bool = False,
+    **options: Any,
 ) -> None:
     """A run of one or more ranks: every rank leaves its weights, rank 0 the logs and an evaluation, for a test to compare."""
     from pathlib import Path
@@ -77,6 +84,8 @@ def train_and_report(
         arguments["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = random_groups(num_rows, kinds=("pair", "pair", "four", "sft", "partial", "pair"))
     model = build_tiny_model(architecture, num_layers=3 if architecture == "gemma3" else 2)
+    if half:
+        model.to(torch.bfloat16)
     trainer = make_trainer(output_dir, rows, model=model, arguments=arguments, **options)
     trainer.train(resume_from_checkpoint=True if resume else None)
     evaluation = trainer.evaluate()

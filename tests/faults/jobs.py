@@ -116,8 +116,9 @@ def train(
         trainer.train(resume_from_checkpoint=True if find_newest(run_dir) and not anew else None)
         if push_at_end:
             trainer.push_to_hub()
+    found = digests(trainer)  # of a sharded run by all ranks together
     if trainer.ranks.is_first:
-        (Path(run_dir) / "final.json").write_text(json.dumps(digests(trainer)))
+        (Path(run_dir) / "final.json").write_text(json.dumps(found))
 
 
 def digests(trainer: Any) -> dict[str, str]:
@@ -136,7 +137,9 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _sha(tensor: Any) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:16]
+    from orpo.engine.parallel import gathered
+
+    return hashlib.sha256(gathered(tensor).detach().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _lora() -> Any:
@@ -229,8 +232,10 @@ def _from_step_5(trainer: Any, act: Callable[[Any], None]) -> None:
 
 
 def _nan_weight(trainer: Any) -> None:
+    from orpo.engine.parallel import own_part
+
     def act(model: Any) -> None:
-        model.model.norm.weight.data[0] = float("nan")
+        own_part(model.model.norm.weight.data)[0] = float("nan")
 
     _from_step_5(trainer, act)
 

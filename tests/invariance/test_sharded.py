@@ -36,3 +36,13 @@ def test_two_sharded_ranks_equal_one(architecture: str, options: dict[str, Any],
     assert two["engine"] == one["engine"] == options["engine"]
     assert two["is_sharded"]
     assert_same(two, one)
+
+
+@pytest.mark.parametrize(
+    "options", [FULL, pytest.param({**LORA, "half": True}, marks=pytest.mark.slow)], ids=["full", "an adapter on a base in bf16"]
+)
+def test_bf16_over_two_sharded_ranks_stays_near_one(options: dict[str, Any], forks: Zygote, tmp_path: Path) -> None:
+    """Weights are gathered in bf16 and gradients summed in float32: what one process on working weights does, to bf16's rounding."""
+    one = run(forks, tmp_path / "one", 1, bf16=True, **options)
+    two = run(forks, tmp_path / "two", 2, bf16=True, parallelism="fsdp2", **options)
+    assert_same(two, one, exact=False)

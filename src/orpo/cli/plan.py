@@ -9,8 +9,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from orpo.config.options import ORPOConfig
     from orpo.run.config import RunConfig
+    from orpo.training.hardware import Hardware, RankPlan
     from orpo.training.planning import Plan
 
 NAME = "plan"
@@ -22,7 +25,8 @@ SAMPLE_ROWS = 2000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that are no keys of the configuration."""
-    parser.usage = "orpo plan [CONFIG.yaml] [--key value …] [--json] [--no_data]"
+    parser.usage = "orpo plan [CONFIG.yaml] [--key value …] [--hardware 8xH100] [--json] [--no_data]"
+    parser.add_argument("--hardware", metavar="[MACHINESx]NUMBERxDEVICE", help="plan for these: 8xH100, 2x8xA100, L4, cpu, 4xcpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--no_data", action="store_true", help="do not read the data; take every row as long as max_length allows")
 
@@ -34,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.system.console import print_json, report_console, say
     from orpo.system.machine import memory_facts
     from orpo.system.process import quiet_libraries
+    from orpo.training.hardware import parse_hardware
     from orpo.training.planning import make_plan
 
     quiet_libraries()
@@ -41,9 +46,12 @@ def run(args: argparse.Namespace) -> int:
     training = config.training_args()
     import torch
 
+    hardware = None if args.hardware is None else parse_hardware(args.hardware)
     lengths, rows = ({}, {}) if args.no_data else sample_lengths(config, training)
     flops = matmul_flops(training.device, getattr(torch, training.compute_dtype))
     plan = make_plan(config, training, flops=flops, **lengths)
+    if hardware is not None:
+        return _tell_ranks(config, training, lengths, hardware, flops, is_json=args.json)
     disk = plan.disk_bytes(training.save_total_limit, training.save_steps, has_checkpoints=training.save_strategy != "no")
     if args.json:
         facts = {
@@ -61,6 +69,55 @@ def run(args: argparse.Namespace) -> int:
     for line in plan_lines(plan, disk, training, has_data=bool(lengths)):
         say(console, line)
     return 0
+
+
+def _tell_ranks(
+    config: RunConfig, args: ORPOConfig, lengths: dict[str, Any], hardware: Hardware, flops: float | None, *, is_json: bool
+) -> int:
+    """The plan for hardware that is not here: what each process needs, for every way of spreading."""
+    from orpo.config.options import CUDA_MICROBATCH_TOKENS
+    from orpo.system.console import print_json, report_console, say
+    from orpo.training.hardware import plan_ranks
+    from orpo.training.planning import make_plan, model_shape
+
+    dtype = args.compute_dtype if hardware.device is None else "float32" if args.bf16 is False else "bfloat16"
+    args.bf16 = dtype == "bfloat16"
+    if hardware.device is not None:
+        args.max_tokens_per_microbatch = args.max_tokens_per_microbatch or CUDA_MICROBATCH_TOKENS
+    plan = make_plan(config, args, **lengths)
+    shape = model_shape(config, dtype)
+    ranks = plan_ranks(plan, shape, config, args, hardware, dtype=dtype, flops=flops)
+    if is_json:
+        print_json({"hardware": hardware.name, "dtype": dtype, "ranks": [rank.to_dict() for rank in ranks], "plan": plan.to_dict()})
+        return 0
+    console = report_console(is_json=False)
+    for line in rank_lines(plan, ranks, hardware, dtype):
+        say(console, line)
+    return 0
+
+
+def rank_lines(plan: Plan, ranks: Sequence[RankPlan], hardware: Hardware, dtype: str) -> list[str]:
+    """For a terminal: a line for each way of spreading, and of what the memory is."""
+    from orpo.system.console import human_bytes, human_seconds
+
+    room = None if hardware.device is None else hardware.device.memory_bytes
+    lines = [
+        f"parameters   {plan.num_parameters / 1e6:,.1f} M, {plan.num_trainable / 1e6:,.1f} M trained, {dtype}",
+        f"step         {plan.tokens_per_step:,} packed tokens of each of {hardware.num_ranks} processes, "
+        f"micro-batches of at most {plan.tokens_per_microbatch:,}",
+    ]
+    for rank in ranks:
+        fits = "" if room is None else f" of {human_bytes(room)}" + ("" if rank.memory_bytes <= 0.95 * room else ": DOES NOT FIT")
+        time = "" if rank.seconds_per_step is None else f", roughly {human_seconds(rank.seconds_per_step)} a step"
+        note = "  (not run by this version)" if rank.kind.startswith("zero") else ""
+        lines.append(f"{rank.kind:<12} {human_bytes(rank.memory_bytes)} a process{fits}{time}{note}")
+        parts = {"weights": rank.weights_bytes, "gradients": rank.gradients_bytes, "optimizer": rank.optimizer_bytes}
+        parts |= {"gathered": rank.gathered_bytes, "activations": rank.activations_bytes, "logits": rank.logits_bytes}
+        parts |= {"libraries": rank.runtime_bytes}
+        lines.append("             " + ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size))
+    lines.append(f"loading      {human_bytes(ranks[0].loading_bytes)} of host memory for each process on a machine")
+    lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each")
+    return lines
 
 
 def sample_lengths(config: RunConfig, args: ORPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,11 +20,20 @@ from orpo.system.group import on_all
 from orpo.system.ranks import all_reduce_sum, current_ranks
 
 
-def shard(model: nn.Module, *, layers: Sequence[str] = (), reshards: bool = True, offloads: bool = False, per_replica: int = 0) -> None:
+def shard(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layers: Sequence[str] = (),
+    reshards: bool = True,
+    offloads: bool = False,
+    per_replica: int = 0,
+) -> None:
     """Spread the weights over all ranks, in place; every rank calls it, before the optimizer is made.
 
     Args:
         model: the same on every rank in shape; rank 0's values are what is spread.
+        dtype: of the gathered weights and what is computed with them; gradients are summed in float32.
         layers: class names of the modules that are gathered one at a time; by default the model's own decoder layers.
         reshards: give a layer's gathered weights back between its forward and its backward pass.
         offloads: keep shards, gradients and the optimizer's state in host memory.
@@ -33,13 +42,15 @@ def shard(model: nn.Module, *, layers: Sequence[str] = (), reshards: bool = True
     Raises:
         UserError: no module has a name in `layers`, or weights that cannot be spread.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     units = on_all(lambda: _units(model, layers, per_replica))
     _take_from_first(model)
     options: dict[str, Any] = {
         "mesh": _mesh(next(model.parameters()).device.type, per_replica),
         "reshard_after_forward": reshards,
+        # Not autocast: the casts of all layers would be kept for the backward pass, a whole model in 16 bits on every rank.
+        "mp_policy": MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32),
         "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
     }
     for unit in units:

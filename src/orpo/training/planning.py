@@ -64,6 +64,7 @@ class ModelShape:
         vocab_size: columns of the logits.
         activation_bytes_per_token: saved for the backward pass, all layers, per packed token.
         layer_input_bytes_per_token: what is saved instead with gradient checkpointing.
+        num_layers, layer_parameters: layers, and the weights of the largest.
     """
 
     num_parameters: int
@@ -73,6 +74,8 @@ class ModelShape:
     activation_bytes_per_token: float
     layer_input_bytes_per_token: float
     one_layer_bytes_per_token: float
+    num_layers: int = 1
+    layer_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def make_plan(
     num_steps: int | None = args.max_steps if args.max_steps > 0 else None
     if num_steps is None and num_rows is not None:
         num_steps = max(1, round(-(-num_rows // (rows_per_step * args.world_size)) * args.num_train_epochs))
-    flops_per_token = _flops_per_weight(config, args) * shape.num_matmul
+    flops_per_token = flops_per_weight(config, args) * shape.num_matmul
     seconds = None if flops is None else tokens_per_step * flops_per_token / (flops * _MATMUL_SHARE)
     trained = shape.num_trainable
     weights, stored = _weight_bytes(config, shape, dtype)
@@ -204,7 +207,7 @@ def packed_lengths(groups: Sequence[TokenGroup], args: ORPOConfig) -> dict[str, 
     return {"row_tokens": float(sampler.sizes.mean()), "largest_microbatch_tokens": largest}
 
 
-def _flops_per_weight(config: RunConfig, args: ORPOConfig) -> int:
+def flops_per_weight(config: RunConfig, args: ORPOConfig) -> int:
     """Operations per token and weight: 2 forward, 2 for the gradient of the input, 2 for that of a trained weight, 2 to recompute."""
     return 2 + 2 + (0 if config["use_peft"] else 2) + (2 if args.gradient_checkpointing else 0)
 
@@ -243,6 +246,8 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
     """
     import torch
 
+    from orpo.engine.parallel import decoder_layers
+
     model_config = read_model_config(config)
     model = _meta_model(model_config, torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -258,6 +263,8 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
         activation_bytes_per_token=per_token,
         layer_input_bytes_per_token=layer_inputs,
         one_layer_bytes_per_token=one_layer,
+        num_layers=int(model_config.get_text_config().num_hidden_layers),
+        layer_parameters=max((sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model)), default=0),
     )
 
 

@@ -10,6 +10,7 @@ from orpo.config.parallelism import Parallelism
 from orpo.engine.parallel import is_sharded, shard
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Trainer as _Base
 else:
     _Base = object
@@ -18,6 +19,7 @@ else:
 class SpreadMixin(_Base):
     """Spreading for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
+    compute_dtype: torch.dtype
     parallelism: Parallelism
     before_sharding: Callable[[], None] = staticmethod(lambda: None)
     """Called when the weights are whole for the last time."""
@@ -40,5 +42,12 @@ class SpreadMixin(_Base):
         self.before_sharding()
         wanted = self.parallelism
         per_replica = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if wanted.is_hybrid else 0
-        shard(self.model, layers=wanted.layers, reshards=wanted.reshards, offloads=wanted.offloads, per_replica=per_replica)
+        shard(
+            self.model,
+            dtype=self.compute_dtype,
+            layers=wanted.layers,
+            reshards=wanted.reshards,
+            offloads=wanted.offloads,
+            per_replica=per_replica,
+        )
         self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it

@@ -25,7 +25,7 @@ from orpo.config.options import ORPOConfig
 from orpo.engine.choose import Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
-from orpo.engine.parallel import norm_of, own_part, reshard, synchronised
+from orpo.engine.parallel import is_sharded, norm_of, own_part, reshard, synchronised
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
 from orpo.models.adapters import raise_rate_of_b
@@ -189,10 +189,12 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Low-precision compute: bf16 working weights for a single process on a CPU, autocast elsewhere, nothing for float32."""
+        """Low-precision compute: working weights for one process on a CPU, weights gathered so where sharded, else autocast."""
         if self._uses_working_weights():
             with self._working_weights().active():
                 yield
+        elif is_sharded(self.model):  # gathered in the dtype of compute
+            yield
         else:
             with autocast_to(self.args.device, self.compute_dtype):
                 yield

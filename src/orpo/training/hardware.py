@@ -1,0 +1,210 @@
+"""What a run needs of each process on hardware that is not here, for every way to spread it: memory by part, time, what it has to send.
+
+Sums of what is known (weights, gradients, optimizer state, saved activations, what is gathered at once), no simulation. Speeds are the
+makers' figures for dense products in bf16 and for links, times a stated share.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+from orpo.training.planning import ModelShape, Plan
+
+if TYPE_CHECKING:
+    from orpo.config.options import ORPOConfig
+    from orpo.run.config import RunConfig
+
+GIB = 2**30
+MATMUL_SHARE = 0.4
+"""Of the peak of products that a training step reaches on a GPU; reports of well-tuned runs are between 0.35 and 0.5."""
+LINK_SHARE = 0.7
+"""Of a link's bandwidth that large collectives reach."""
+RUNTIME_BYTES = {"cuda": round(1.2 * GIB), "cpu": 525 * 2**20}
+"""A CUDA context with its libraries and the workspaces of products; Python and the libraries in a process on a CPU (measured)."""
+KINDS = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator: memory, products per second in bf16, bytes per second to others in its machine and from it to other machines."""
+
+    memory_bytes: int
+    flops: float
+    link_bytes_s: float
+    network_bytes_s: float
+
+
+DEVICES = {
+    "A100": Device(80 * GIB, 312e12, 300e9, 25e9),
+    "A100-40": Device(40 * GIB, 312e12, 300e9, 25e9),
+    "H100": Device(80 * GIB, 989e12, 450e9, 50e9),
+    "H200": Device(141 * GIB, 989e12, 450e9, 50e9),
+    "B200": Device(180 * GIB, 2250e12, 900e9, 50e9),
+    "L4": Device(24 * GIB, 121e12, 16e9, 6e9),
+    "L40S": Device(48 * GIB, 362e12, 16e9, 12e9),
+    "A10G": Device(24 * GIB, 70e12, 16e9, 6e9),
+    "RTX4090": Device(24 * GIB, 165e12, 16e9, 3e9),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Machines of one kind.
+
+    Attributes:
+        name: as the user wrote it.
+        num_machines, per_machine: machines, and processes on each.
+        device: None for CPUs, whose speed and memory are those of this machine.
+    """
+
+    name: str
+    num_machines: int
+    per_machine: int
+    device: Device | None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_machines * self.per_machine
+
+
+def parse_hardware(text: str) -> Hardware:
+    """`8xH100`, `2x8xA100` (machines x devices), `L4`, `cpu` or `4xcpu` (processes).
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z][\w-]*)\s*", text)
+    known = {name.upper(): name for name in DEVICES}
+    if match is None or (match[3].upper() not in known and match[3].lower() != "cpu"):
+        names = ", ".join([*DEVICES, "cpu"])
+        raise UserError(
+            f"found {text!r}", where="--hardware", expected=f"such as 8xH100, 2x8xA100 (machines x devices), cpu; known: {names}"
+        )
+    numbers = [int(number) for number in (match[1], match[2]) if number]
+    if 0 in numbers:
+        raise UserError(f"found {text!r}", where="--hardware", expected="at least one device")
+    machines, devices = (numbers if len(numbers) == 2 else [1, *(numbers or [1])])[:2]
+    return Hardware(text.strip(), machines, devices, None if match[3].lower() == "cpu" else DEVICES[known[match[3].upper()]])
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one process needs; bytes, seconds. Parts that a way of spreading does not have are 0.
+
+    Attributes:
+        gathered_bytes: weights of other processes' parts that are here at once, and whole gradients on their way.
+        loading_bytes: host memory while the model is loaded.
+        sent_bytes: by one process in a step.
+        seconds_per_step: None where nobody says how fast the machine is; the longer of computing and sending, which overlap.
+    """
+
+    kind: str
+    num_ranks: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    gathered_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    runtime_bytes: int
+    loading_bytes: int
+    sent_bytes: int
+    seconds_per_step: float | None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of a process while it trains."""
+        model = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.gathered_bytes
+        return model + self.activations_bytes + self.logits_bytes + self.runtime_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "memory_bytes": self.memory_bytes}
+
+
+def plan_ranks(
+    plan: Plan, shape: ModelShape, config: RunConfig, args: ORPOConfig, hardware: Hardware, *, dtype: str, flops: float | None = None
+) -> list[RankPlan]:
+    """One process's needs for each way of spreading; DDP alone for a single process.
+
+    Args:
+        plan: of the same run, for its tokens, optimizer and activations.
+        shape: of its model in `dtype`.
+        dtype: of compute there.
+        flops: speed of products of this machine, where `hardware` is CPUs.
+    """
+    kinds = KINDS if hardware.num_ranks > 1 else KINDS[:1]
+    return [_plan_rank(plan, shape, config, args, hardware, dtype, flops, kind) for kind in kinds]
+
+
+def _plan_rank(
+    plan: Plan, shape: ModelShape, config: RunConfig, args: ORPOConfig, hardware: Hardware, dtype: str, flops: float | None, kind: str
+) -> RankPlan:
+    ranks, width = hardware.num_ranks, 4 if dtype == "float32" else 2
+    trained, total = shape.num_trainable, shape.num_parameters
+    frozen = total if config["use_peft"] else 0
+    stored = trained * 4 + frozen * _frozen_bytes(config)
+    optimizer = plan.optimizer_bytes
+    parts = {"ddp": (1, 1, 1), "zero2": (1, ranks, ranks), "fsdp2": (ranks, ranks, ranks), "zero3": (ranks, ranks, ranks)}[kind]
+    whole_weights = parts[0] == 1
+    # A whole copy in 16 bits is kept by autocast until the backward pass is done.
+    copies = (total if frozen and _frozen_bytes(config) == 4 else trained) * width if width == 2 and whole_weights else 0
+    microbatches = max(1, round(plan.tokens_per_step / max(plan.tokens_per_microbatch, 1)))
+    share = (ranks - 1) / ranks
+    sent = 2 * share * trained * 4
+    if not whole_weights:
+        sent = microbatches * share * (2 * total * width + trained * 4)
+    elif kind == "zero2":
+        sent = share * (microbatches * trained * 4 + trained * width)
+    return RankPlan(
+        kind=kind,
+        num_ranks=ranks,
+        weights_bytes=round(stored / parts[0] + copies),
+        gradients_bytes=round(trained * 4 / parts[1]),
+        optimizer_bytes=round(optimizer / parts[2]),
+        gathered_bytes=round(_gathered(shape, trained, total, width, kind, ranks)),
+        activations_bytes=plan.activations_bytes,
+        logits_bytes=min(args.logits_budget_mb * 2**20, plan.tokens_per_microbatch * shape.vocab_size * width),
+        runtime_bytes=RUNTIME_BYTES["cpu" if hardware.device is None else "cuda"],
+        loading_bytes=round(stored),
+        sent_bytes=round(sent),
+        seconds_per_step=_seconds(plan, shape, config, args, hardware, flops, sent),
+    )
+
+
+def _frozen_bytes(config: RunConfig) -> float:
+    if config["load_in_4bit"]:
+        return 0.57
+    if config["load_in_8bit"]:
+        return 1.06
+    return {"float32": 4.0}.get(config["dtype"] or "float32", 2.0)
+
+
+def _gathered(shape: ModelShape, trained: int, total: int, width: int, kind: str, ranks: int) -> float:
+    """DDP's buckets hold every gradient once more. Sharded: two layers (one computes, the next comes) and what is outside of the layers,
+    with the whole gradients of one layer and of the outside in `width`, and in float32 on their way."""
+    if ranks == 1:
+        return 0.0
+    if kind in ("ddp", "zero2"):
+        return trained * 4.0
+    layer, outside = shape.layer_parameters, shape.num_parameters - shape.num_layers * shape.layer_parameters
+    gradients = trained / max(total, 1)  # with an adapter next to nothing
+    return width * (2 * layer + outside) + gradients * (width + 4) * max(layer, outside)
+
+
+def _seconds(
+    plan: Plan, shape: ModelShape, config: RunConfig, args: ORPOConfig, hardware: Hardware, flops: float | None, sent: float
+) -> float | None:
+    peak = flops if hardware.device is None else hardware.device.flops * MATMUL_SHARE / 0.5  # the plan's own share is 0.5
+    if peak is None:
+        return None
+    from orpo.training.planning import flops_per_weight
+
+    compute = plan.tokens_per_step * flops_per_weight(config, args) * shape.num_matmul / (peak * 0.5)
+    if hardware.device is None:
+        return compute
+    link = hardware.device.link_bytes_s if hardware.num_machines == 1 else hardware.device.network_bytes_s
+    return max(compute, sent / (link * LINK_SHARE))
