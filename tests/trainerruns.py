@@ -102,3 +102,23 @@ def train_and_report(
             "is_sharded": is_sharded(trainer.model),
         }
         (Path(output_dir) / "report.json").write_text(json.dumps(report))
+
+
+def peak_of_a_run(output_dir: str, model_folder: str, *, lora: bool = False, **options: Any) -> None:
+    """Three steps of a model of some size; every rank leaves what memory it came to hold above what it held before the model was loaded."""
+    from pathlib import Path
+
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def held(name: str) -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) * 1024
+
+    floor = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=torch.float32)
+    arguments = {"peft_config": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
+    trainer = make_trainer(output_dir, random_groups(24), model=model, arguments=arguments, max_steps=3, **options)
+    trainer.train()
+    found = {"bytes": held("VmHWM") - floor}
+    (Path(output_dir) / f"peak-{trainer.args.process_index}.json").write_text(json.dumps(found))

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from orpo.cli import main
 from orpo.config.parallelism import Parallelism, parallelism_of, sharding_problems
 from orpo.errors import UserError
-from orpo.system.launch import _exit_code
+from orpo.system.launch import _exit_code, refuse_several
 from orpo.system.place import Place, adopt, read_place
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -35,20 +36,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory, t
     return folder
 
 
-ACCELERATE_FSDP2 = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-num_machines: 1
-num_processes: 2
-mixed_precision: 'no'
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_offload_params: false
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: false
-"""
+LAUNCH = SOURCE / "orpo" / "recipes" / "launch"
 
 
 class Desk:
@@ -131,7 +119,7 @@ def slurm_names(rank: int, job: str) -> dict[str, str]:
     "words",
     [
         (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo", "train", "run.yaml"),
-        (str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2"),
+        pytest.param((str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2"), marks=pytest.mark.slow),
         pytest.param((str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo.cli", "train", "run.yaml"), marks=pytest.mark.slow),
         pytest.param(
             (str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "-m", "orpo", "train", "run.yaml"),
@@ -157,13 +145,16 @@ def test_a_launch_without_a_flag_for_it_is_one_training(words: tuple[str, ...], 
             (str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2", "--parallelism", "fsdp2", "--use_peft"), marks=pytest.mark.slow
         ),
         pytest.param(
-            (str(BIN / "accelerate"), "launch", "--config_file", "fsdp2.yaml", "-m", "orpo", "train", "run.yaml"), marks=pytest.mark.slow
+            (
+                *(str(BIN / "accelerate"), "launch", "--config_file", str(LAUNCH / "fsdp2.yaml"), "--num_processes", "2"),
+                *("-m", "orpo", "train", "run.yaml"),
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["torchrun", "num_processes", "accelerate"],
 )
 def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read(words: tuple[str, ...], desk: Desk) -> None:
-    (desk.folder / "fsdp2.yaml").write_text(ACCELERATE_FSDP2)
     code, text = desk.type(*words)
     assert code == 0, text
     assert text.count("processes    2, gloo, fsdp2") == 1, text
@@ -173,6 +164,7 @@ def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read
     assert code == 0, text
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 def test_tasks_that_srun_starts_are_one_training(desk: Desk) -> None:
@@ -196,6 +188,7 @@ pathlib.Path(f"rank-{trainer.args.process_index}").write_text(f"{trainer.args.wo
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 def test_a_script_under_torchrun_is_one_training(desk: Desk, model_folder: Path) -> None:
@@ -253,6 +246,7 @@ def test_processes_that_would_train_different_things_stop_and_rank_0_names_it(se
     assert "model  " not in texts[0]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 def test_a_file_that_differs_between_machines_is_found_before_the_model_is_loaded(desk: Desk, tmp_path: Path) -> None:
@@ -297,6 +291,26 @@ def test_a_signal_to_the_short_form_saves_and_the_same_command_goes_on(number: i
     assert text.count("stopped by") == 1, text
     assert "the same command continues from there" in text
     assert list(desk.run.glob("checkpoint-*")), text
+
+
+@pytest.mark.parametrize("command", ["compare", "eval"])
+def test_a_command_of_one_process_is_refused_where_a_launcher_has_started_several(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        for name, value in torch_names(rank, "1").items():
+            monkeypatch.setenv(name, value)
+        assert main([command, "run"]) == 2
+        told = capsys.readouterr().err
+        assert ("this command is done by one" in told) == (rank == 0), "process 0 alone says it"
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for name in torch_names(0, "1"):
+        monkeypatch.delenv(name)
+    refuse_several(command)  # one process inside an allocation for several
+
+
+def test_the_batch_script_is_one_that_bash_reads() -> None:
+    subprocess.run(["bash", "-n", str(LAUNCH / "slurm.sbatch")], check=True)
 
 
 def test_accelerate_that_starts_one_of_several_is_stopped(desk: Desk) -> None:

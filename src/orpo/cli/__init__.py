@@ -2,7 +2,8 @@
 
 A subcommand is a module of this package with NAME, HELP, `add_arguments(parser)` and `run(args) -> int`; its heavy imports are inside
 `run`. One that has `before_parsing(words) -> words` may load what declares further options, and add words from a file. One that also has
-`TAKES_KEYS = True` gets every argument that it did not declare in `args.keys` (the keys of a run's configuration).
+`TAKES_KEYS = True` gets every argument that it did not declare in `args.keys` (the keys of a run's configuration). One that several
+processes do together says `RUNS_IN_PARALLEL = True`; a launcher that starts several of any other is refused.
 
 Exit codes: 0 done, 2 the user's input, 3 stopped by a guard, 130 / 143 stopped by a signal, 1 a bug.
 """
@@ -95,4 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser(command_modules(), "").print_help(sys.stderr)
         return EXIT_USER
     configure_logging()
-    return guarded_exit(args.command, lambda: args.module.run(args))
+    return guarded_exit(args.command, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not getattr(args.module, "RUNS_IN_PARALLEL", False):
+        from orpo.system.launch import refuse_several
+
+        refuse_several(args.command)
+    return int(args.module.run(args))

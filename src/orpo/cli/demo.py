@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAME = "demo"
 HELP = "fine-tune a small model on the packaged pairs and show what changed"
 TAKES_KEYS = True
+RUNS_IN_PARALLEL = True
 
 # recipes/demo.yaml is the same but for the rows held out; a test holds them together. Small models need λ near 1 and a larger rate than
 # the paper's.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "train"
 HELP = "fine-tune a model with ORPO from a YAML file and flags"
 TAKES_KEYS = True
+RUNS_IN_PARALLEL = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,9 @@ import platform
 import signal
 from collections.abc import Mapping, Sequence
 
+from orpo.errors import ToldElsewhereError, UserError
+from orpo.system.place import read_place
+
 SHUTDOWN_S = 600
 """How long processes may take to save after a signal before they are killed; torchrun's own 30 s are short for a large model."""
 
@@ -20,6 +23,30 @@ def started_by(environ: Mapping[str, str]) -> str | None:
     if "TORCHELASTIC_RUN_ID" in environ:
         return "torchrun"
     return "a launcher (RANK is set)" if "RANK" in environ else None
+
+
+def refuse_several(command: str) -> None:
+    """Stop a command that one process does where a launcher has started several: each would do all of it, into the same files.
+
+    Raises:
+        UserError: on process 0.
+        ToldElsewhereError: on the others.
+    """
+    try:
+        place = read_place(os.environ)
+    except UserError:  # of a scheduler's allocation, inside which one process was started
+        return
+    if place.world_size == 1:
+        return
+    if place.rank:
+        told = ToldElsewhereError("process 0 says why")
+        told.exit_code = UserError.exit_code
+        raise told
+    raise UserError(
+        f"{place.said_by} is {place.world_size}: a launcher has started {place.world_size} processes, and this command is done by one",
+        where=f"orpo {command}",
+        mend=f"start it alone: orpo {command} …; `orpo train` is what several processes do together",
+    )
 
 
 def start(command: Sequence[str], num_processes: int) -> int:

@@ -1,0 +1,83 @@
+"""`orpo plan --hardware`: what it reads, what it adds up, and how near it is to what processes here come to hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from faults.forked import Zygote
+from orpo.errors import UserError
+from orpo.run.config import resolve
+from orpo.training.hardware import RankPlan, parse_hardware, plan_ranks
+from orpo.training.planning import make_plan, model_shape
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """61 M weights: enough to stand out beside a process's libraries."""
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
+        tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def plans(model_folder: Path, hardware: str, **keys: Any) -> dict[str, RankPlan]:
+    given = {"model_name_or_path": str(model_folder), "dataset_name": "demo", "bf16": False, "use_cpu": True, **keys}
+    config = resolve(None, [word for key, value in given.items() for word in (f"--{key}", str(value))])
+    args = config.training_args()
+    plan = make_plan(config, args, row_tokens=60.0, largest_microbatch_tokens=200)
+    shape = model_shape(config, "float32")
+    found = plan_ranks(plan, shape, config, args, parse_hardware(hardware), dtype="float32", flops=1e11)
+    return {rank.kind: rank for rank in found}
+
+
+@pytest.mark.parametrize(
+    ("text", "machines", "each"), [("8xH100", 1, 8), ("2x8xA100", 2, 8), ("1xL4", 1, 1), ("h200", 1, 1), ("cpu", 1, 1), ("4xCPU", 1, 4)]
+)
+def test_hardware_is_read(text: str, machines: int, each: int) -> None:
+    found = parse_hardware(text)
+    assert (found.num_machines, found.per_machine) == (machines, each)
+    assert (found.device is None) == ("cpu" in text.lower())
+
+
+@pytest.mark.parametrize("text", ["", "8", "8xH1000", "x8xH100", "2x2x2xL4", "0xL4", "-1xL4", "8 H100"])
+def test_hardware_that_there_is_not_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="found"):
+        parse_hardware(text)
+
+
+def test_parts_in_shards_go_down_with_the_number_of_processes(model_folder: Path) -> None:
+    few, many = plans(model_folder, "2xH100")["fsdp2"], plans(model_folder, "8x8xH100")["fsdp2"]
+    for part in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
+        assert getattr(few, part) == pytest.approx(32 * getattr(many, part), rel=1e-6)
+    whole = plans(model_folder, "8x8xH100")["ddp"]
+    assert whole.optimizer_bytes == pytest.approx(64 * many.optimizer_bytes, rel=1e-6)
+    assert whole.seconds_per_step is not None
+    assert list(plans(model_folder, "L4")) == ["ddp"], "one process has nothing to share"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("num_ranks", "kind"), [(1, "ddp"), (2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2")])
+def test_the_plan_is_near_what_processes_here_hold(
+    num_ranks: int, kind: str, lora: bool, model_folder: Path, forks: Zygote, tmp_path: Path
+) -> None:
+    keys = {"use_peft": True, "lora_r": 8, "dtype": "float32"} if lora else {}
+    plan = plans(model_folder, f"{num_ranks}xcpu", **keys)[kind]
+    logs = [tmp_path / f"rank-{rank}.log" for rank in range(num_ranks)]
+    options = {"parallelism": kind, "gradient_accumulation_steps": 1, "max_tokens_per_microbatch": 200, "lora": lora}
+    ends = forks.run_ranks("trainerruns:peak_of_a_run", logs, output_dir=str(tmp_path), model_folder=str(model_folder), **options)
+    assert [end.status for end in ends] == [0] * num_ranks, logs[0].read_text()
+    peaks = [json.loads((tmp_path / f"peak-{rank}.json").read_text())["bytes"] for rank in range(num_ranks)]
+    planned = max(plan.memory_bytes - plan.runtime_bytes, plan.loading_bytes)
+    print(f"\n{kind} on {num_ranks}, {'lora' if lora else 'full'}: planned {planned / 2**20:.0f}, held {max(peaks) / 2**20:.0f} MiB")
+    allowance = 60 * 2**20  # of the libraries' own, which come with the first step
+    assert abs(max(peaks) - planned) <= 0.15 * planned + allowance
