@@ -24,6 +24,19 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(m_mmap_threshold, 2**30) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
+def map_large_blocks() -> bool:
+    """Let glibc map every block above 1 MiB by itself, so that freeing it gives it back: where weights come and go, as in a sharded run.
+
+    By default it learns from the first large blocks that are freed to keep blocks of up to 32 MiB, which then lie in pieces between others.
+
+    Returns:
+        Whether the allocator took the setting (glibc only).
+    """
+    m_mmap_threshold = -3
+    mallopt = _function("mallopt")
+    return mallopt is not None and bool(mallopt(m_mmap_threshold, 2**20))
+
+
 def return_freed_memory() -> bool:
     """Give back to the system what is freed but still held: after work that is not repeated, such as the comparison of the engines.
 

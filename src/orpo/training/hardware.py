@@ -24,6 +24,8 @@ LINK_SHARE = 0.7
 """Of a link's bandwidth that large collectives reach."""
 RUNTIME_BYTES = {"cuda": round(1.2 * GIB), "cpu": 525 * 2**20}
 """A CUDA context with its libraries and the workspaces of products; Python and the libraries in a process on a CPU (measured)."""
+FIRST_EXCHANGE_BYTES = 250 * 2**20
+"""Copies of weights, frozen ones too, that DDP makes to send rank 0's to all."""
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 
 
@@ -189,7 +191,7 @@ def _gathered(shape: ModelShape, trained: int, total: int, width: int, kind: str
     if ranks == 1:
         return 0.0
     if kind in ("ddp", "zero2"):
-        return trained * 4.0
+        return max(trained * 4.0, min(FIRST_EXCHANGE_BYTES, total * 4.0))
     layer, outside = shape.layer_parameters, shape.num_parameters - shape.num_layers * shape.layer_parameters
     gradients = trained / max(total, 1)  # with an adapter next to nothing
     return width * (2 * layer + outside) + gradients * (width + 4) * max(layer, outside)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from orpo.config.parallelism import Parallelism
 from orpo.engine.parallel import is_sharded, shard
+from orpo.system.allocator import return_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -50,4 +51,6 @@ class SpreadMixin(_Base):
             offloads=wanted.offloads,
             per_replica=per_replica,
         )
+        if self.args.device.type == "cpu":
+            return_freed_memory()  # the weights as they were whole
         self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it

@@ -32,7 +32,7 @@ from orpo.models.adapters import raise_rate_of_b
 from orpo.objective import METRICS, Objective, kind_of
 from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
 from orpo.run.folder import RunFolder
-from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
+from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, map_large_blocks, return_freed_memory
 from orpo.system.files import make_run_folder
 from orpo.system.ranks import all_reduce_sum
 from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
@@ -248,7 +248,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             engine = self.engine  # chosen before the model is wrapped
             if self.args.device.type == "cpu":
                 return_freed_memory()  # that of the choice
-                keep_freed_memory()
+                (map_large_blocks if self._is_sharded else keep_freed_memory)()
                 if engine.name == "shared":
                     stack.enter_context(fused_modules(self.model))
             self.spread_weights(checkpoint)
