@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from orpo.config.parallelism import Parallelism
 from orpo.engine.parallel import is_sharded, shard
 from orpo.system.allocator import return_freed_memory
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Trainer as _Base
 else:
     _Base = object
@@ -20,7 +21,6 @@ else:
 class SpreadMixin(_Base):
     """Spreading for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
-    compute_dtype: torch.dtype
     parallelism: Parallelism
     before_sharding: Callable[[], None] = staticmethod(lambda: None)
     """Called when the weights are whole for the last time."""
@@ -45,7 +45,7 @@ class SpreadMixin(_Base):
         per_replica = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if wanted.is_hybrid else 0
         shard(
             self.model,
-            dtype=self.compute_dtype,
+            dtype=getattr(torch, self.args.compute_dtype),
             layers=wanted.layers,
             reshards=wanted.reshards,
             offloads=wanted.offloads,
