@@ -51,7 +51,7 @@ class Difference:
 
 def compare_facts(old: Mapping[str, Any], new: Mapping[str, Any], *, may_change: Collection[str] = MAY_CHANGE) -> list[Difference]:
     """What differs between the facts in a checkpoint's manifest and those of the run that wants to resume from it, by dotted key."""
-    flat_old, flat_new = _flat(_as_json(old)), _flat(_as_json(new))
+    flat_old, flat_new = flat(_as_json(old)), flat(_as_json(new))
     keys = [key for key in sorted({*flat_old, *flat_new}) if key not in may_change and key.rpartition(".")[2] not in may_change]
     pairs = [(key, flat_old.get(key, _ABSENT), flat_new.get(key, _ABSENT)) for key in keys]
     return [Difference(key, before, after) for key, before, after in pairs if (type(before), before) != (type(after), after)]
@@ -102,10 +102,11 @@ def _as_json(facts: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(facts, allow_nan=False))
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Facts by dotted key."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {key: item for name, inner in value.items() for key, item in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
+    return {key: item for name, inner in value.items() for key, item in flat(inner, f"{prefix}.{name}" if prefix else name).items()}
 
 
 def _short(value: Any) -> str:

@@ -32,6 +32,7 @@ from orpo.checkpoint import (
     set_earlier_aside,
     verify,
 )
+from orpo.checkpoint.facts import flat
 from orpo.errors import CheckpointError, UserError
 from orpo.run.config import as_facts
 from orpo.run.folder import COMPLETE, RunFolder, final_weights
@@ -195,15 +196,13 @@ class RunHold:
 
     def _without_upgrades(self, differences: list[Difference]) -> list[Difference]:
         """Without options that only one of two versions has: a new one at its default, or one that is gone."""
-        from orpo.run.keys import key_defaults
-
-        defaults, kept, gone = key_defaults(), [], []
+        defaults = _defaults() if any(difference.is_new for difference in differences) else {}
+        kept, gone = [], []
         for difference in differences:
-            key = difference.key.rpartition(".")[2]
-            if difference.is_new and _is_default(difference.new, defaults.get(key, False)):
+            if difference.is_new and difference.new == defaults.get(difference.key, False):
                 continue
             if difference.is_gone and self.other_versions():
-                gone.append(key)
+                gone.append(difference.key.partition(".")[2])
                 continue
             kept.append(difference)
         if gone:
@@ -211,9 +210,13 @@ class RunHold:
         return kept
 
 
-def _is_default(value: Any, default: Any) -> bool:
-    nothing: tuple[Any, ...] = (None, "", [], {})  # which of them an option has in the end is up to transformers
-    return value == default or (value in nothing and default in nothing)
+def _defaults() -> dict[str, Any]:
+    """What every option is where nobody sets it, as it comes out of this version's transformers, by dotted key."""
+    from orpo.config.options import ORPOConfig
+    from orpo.run.keys import key_defaults
+
+    keys = key_defaults()
+    return flat({"config": options_as_facts(ORPOConfig(output_dir="unused")), "run": {key: keys[key] for key in OF_THE_RUN}})
 
 
 def is_complete(folder: RunFolder, config: RunConfig) -> bool:

@@ -15,36 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from orpo.checkpoint import (
-    checkpoint_name,
-    load_optimizer,
-    load_rng,
-    load_scaler,
-    load_scheduler,
-    prune,
-    publish,
-    read_manifest,
-    require_safe_weights,
-    save_optimizer,
-    save_rng,
-    save_scaler,
-    save_scheduler,
-    verify,
-)
-from orpo.checkpoint.sharded import is_sharded_checkpoint, load_optimizer_parts, load_weights, save_optimizer_parts, save_weights
+from orpo.checkpoint import checkpoint_name, load_rng, load_scaler, prune, publish, read_manifest, save_rng, verify
+from orpo.checkpoint.sharded import is_sharded_checkpoint
 from orpo.data.dataset import fingerprint
 from orpo.engine.parallel import is_sharded, whole_state
-from orpo.engine.shared import unwrap
-from orpo.errors import CheckpointError
 from orpo.run.hold import RunHold, options_as_facts
 from orpo.system.plugins import plugin_sha256
 from orpo.training.guards.callbacks import SignalCallback
+from orpo.training.savers import SpreadState, StateSaver, WholeState
 from orpo.training.schedule import require_same_rates
 
 logger = logging.getLogger(__name__)
@@ -65,11 +48,17 @@ class CheckpointMixin(_Base):
     hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
     run_hold: RunHold | None = None
     """The folder, where somebody holds it for longer than the training takes."""
+    _is_sharded: bool
     _facts: dict[str, Any] | None = None
     _signals: SignalCallback
     _is_evaluation_due = False
     _evaluated_from: int | None = None
     """Length of metrics.jsonl before the evaluation that is running: what it has logged is logged again after a resume."""
+
+    @functools.cached_property
+    def saver(self) -> StateSaver:
+        """How this run's weights and optimizer are saved; nobody else here asks whether they are spread."""
+        return (SpreadState if self._is_sharded else WholeState)(self)
 
     # ---- save ----------------------------------------------------------------------------------------------------------------------
 
@@ -94,16 +83,8 @@ class CheckpointMixin(_Base):
 
     def _write_checkpoint(self, folder: Path, sums: list[Any]) -> None:
         """This rank's files of a checkpoint."""
-        self._write_weights(folder)
+        self.saver.save(folder, self.ranks, weights_only=self.args.save_only_model)
         if not self.args.save_only_model:
-            if self._is_sharded:
-                save_optimizer_parts(self.optimizer, self.model, folder, rank=self.ranks.rank)
-            elif self.ranks.is_first:
-                save_optimizer(self.optimizer, folder)
-            if self.ranks.is_first:
-                save_scheduler(self.lr_scheduler, folder)
-                if self.accelerator.scaler is not None:
-                    save_scaler(self.accelerator.scaler, folder)
             save_rng(folder, rank=self.ranks.rank)
         if self.ranks.is_first:
             self._export_callbacks()
@@ -118,20 +99,6 @@ class CheckpointMixin(_Base):
                 "divergence": self.divergence.state_dict(),
             }
             (folder / STATE_NAME).write_text(json.dumps(own))
-
-    def _write_weights(self, folder: Path) -> None:
-        """The whole model by rank 0, or each rank's part of it with what belongs beside the weights."""
-        if not self._is_sharded:
-            self.save_model(str(folder), _internal_call=True)
-            return
-        save_weights(self.model, folder, rank=self.ranks.rank)
-        if self.ranks.is_first:
-            adapters = getattr(self.model, "peft_config", None) or {}
-            for settings in adapters.values():
-                settings.save_pretrained(str(folder))
-            if not adapters:
-                unwrap(self.model).config.save_pretrained(str(folder))
-            self.processing_class.save_pretrained(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; weights in parts are brought together by rank 0, and all ranks call it."""
@@ -264,41 +231,18 @@ class CheckpointMixin(_Base):
             self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_sharded_checkpoint(resume_from_checkpoint):
-            load_weights(self.model, Path(resume_from_checkpoint))
-            return
-        if is_sharded(self.model):  # `load_whole_weights` was here before
-            return
-        require_safe_weights(resume_from_checkpoint)
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except SafetensorError as error:
-            raise CheckpointError(f"the weights cannot be read ({error})", where=resume_from_checkpoint) from None
+        load_whole = functools.partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        self.saver.load_weights(Path(resume_from_checkpoint), load_whole)
 
     def _load_best_model(self) -> None:
-        folder = str(self.state.best_model_checkpoint)
+        folder = Path(str(self.state.best_model_checkpoint))
         verify(folder)
-        if is_sharded_checkpoint(folder):
-            load_weights(self.model, Path(folder))
-            return
-        if is_sharded(self.model):
-            raise CheckpointError(
-                "was written before the weights were in parts, and is the best",
-                where=folder,
-                mend="finish the run as it was started, or without load_best_model_at_end",
-            )
-        require_safe_weights(folder)
-        super()._load_best_model()
+        self.saver.load_best(folder, super()._load_best_model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if self._is_sharded or is_sharded_checkpoint(checkpoint):
-            load_optimizer_parts(self.optimizer, self.model, checkpoint)
-        else:
-            load_optimizer(self.optimizer, checkpoint)
-        load_scheduler(self.lr_scheduler, checkpoint)
-        self._load_own_state(Path(checkpoint))
+        if checkpoint is not None:
+            self.saver.load_state(Path(checkpoint))
+            self._load_own_state(Path(checkpoint))
 
     def _load_own_state(self, folder: Path) -> None:
         state = _own_state(folder)
