@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         import shtab
     except ImportError as error:
         raise UserError("the completion scripts are made by the package shtab", where=NAME, mend=pip_line(NAME)) from error
-    print(shtab.complete(whole_parser(), shell=args.shell))
+    print(shtab.complete(whole_parser(), args.shell))
     return 0
 
 
