@@ -743,3 +743,11 @@ def test_cuda_is_chosen_by_itself(model_folder: Path, tiny_model_factory: Callab
     expected = logits(tiny_model_factory("llama", vocab_size=384))
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(IDS.cuda()).logits.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_whose_weights_are_in_parts_says_so(tmp_path: Path) -> None:
+    (tmp_path / "sharded" / "weights").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="in parts") as caught:
+        find_source(str(tmp_path))
+    assert caught.value.mend

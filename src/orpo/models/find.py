@@ -86,6 +86,12 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
                 mend="run its training to the end, or name one of its checkpoint folders",
             )
         folder = inner
+    if (folder / "sharded").is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            "the weights of this checkpoint are in parts, one for each process that trained (FSDP2)",
+            where=name,
+            mend="let the run end (the same command goes on, with any number of processes), and name the run",
+        )
     is_adapter = (folder / "adapter_config.json").is_file()
     return ModelSource(name, "adapter" if is_adapter else "folder", str(folder))
 
