@@ -127,6 +127,17 @@ def test_starting_imports_nothing_heavy() -> None:
     assert shown.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_as_the_user_says_or_sleep_soon(given: dict[str, str], expected: str | None) -> None:
+    code = "import os, sys; from orpo.cli import main; main(['--version']); print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/bin", **given}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert shown.stdout.splitlines()[-1] == f"{expected} False"
+
+
 def test_commands_and_options_are_frozen() -> None:
     """A command or flag neither appears nor vanishes by accident. To change one on purpose, edit the snapshot."""
     found = {}

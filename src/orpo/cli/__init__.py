@@ -21,7 +21,7 @@ from types import ModuleType
 from orpo.cli.helptext import ORDER, CommandsHelp, Help
 from orpo.errors import EXIT_OK, EXIT_USER, OrpoError
 from orpo.system.console import say_on_stderr
-from orpo.system.process import configure_logging, guarded_exit
+from orpo.system.process import configure_logging, guarded_exit, let_threads_wait
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
 _HELPERS = frozenset({"bars", "console", "helptext", "progress"})
@@ -80,6 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    let_threads_wait()
     try:
         args = parse(argv)
     except SystemExit as stop:  # argparse has printed help or a usage error

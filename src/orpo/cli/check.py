@@ -1,7 +1,7 @@
 """Find before training what can be found: orpo check CONFIG.yaml [--key value …]
 
-Checks the configuration, the run's folder, the data, the template's boundaries, disk and memory, and makes one real step forward and
-backward on the longest rows. Nothing of the run is created. Exit code 0: it would run; 2: something must be mended.
+Checks the configuration, the run's folder, the data, the template's boundaries, disk and memory, and makes one real step and an
+evaluation on the longest rows. Nothing of the run is created. Exit code 0: it would run; 2: something must be mended.
 """
 
 from __future__ import annotations
@@ -238,8 +238,20 @@ def _for_a_trial(args: ORPOConfig, scratch: str) -> ORPOConfig:
     return trial
 
 
+def _try_optimizer(trainer: Any, args: ORPOConfig) -> None:
+    """Let the optimizer make its step; some are made anywhere and step on one kind of device alone."""
+    from orpo.config.optimizers import explain_optimizer
+    from orpo.training.runner import explain_out_of_memory
+
+    try:
+        trainer.optimizer.step()
+    except Exception as error:  # whatever a package raises
+        name = str(getattr(args.optim, "value", args.optim))
+        raise explain_out_of_memory(error, args) or explain_optimizer(error, name, given=args.optim_args) from error
+
+
 def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: CheckReport) -> None:
-    """One real step on the longest rows, forward and backward, in a folder that is removed again."""
+    """One real step on the longest rows, with the optimizer, and an evaluation; in a folder that is removed again."""
     import torch
 
     from orpo.system.console import human_bytes
@@ -247,6 +259,7 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
     from orpo.training.runner import build_trainer, explain_out_of_memory, load_run_model
 
     longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
+    held_out = sorted(data.held_out or [], key=lambda group: -group.num_tokens)[: args.per_device_eval_batch_size]
     loaded = load_run_model(config, args, data)
     with tempfile.TemporaryDirectory(prefix="orpo-check-") as scratch:
         args = _for_a_trial(args, scratch)
@@ -254,13 +267,17 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
         try:
             engine = trainer.engine.name
             start = time.perf_counter()
+            trainer.create_optimizer_and_scheduler(num_training_steps=2)
             loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+            norm = trainer._grad_norm  # before clipping; None where the weights are sharded
+            _try_optimizer(trainer, args)
             seconds = time.perf_counter() - start
+            if held_out:
+                trainer.evaluate(held_out)
         except (RuntimeError, MemoryError) as error:
             raise explain_out_of_memory(error, args) or error from error
     if not torch.isfinite(loss):
         raise UserError(f"the loss is {float(loss)}", where="first step", mend="look at the rows, or set bf16: false")
-    norm = trainer._grad_norm  # before clipping; None where the weights are sharded
     if norm == 0:
         raise UserError("no weight gets a gradient", where="first step", mend="nothing would learn; look at lora_target_modules")
     peak = peak_memory_bytes(args.device)

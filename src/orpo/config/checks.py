@@ -6,6 +6,7 @@ Works on plain values, so that a file and flags can be checked before there is a
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 from orpo.config import compat
 from orpo.config.objectives import objective_problems, range_problem
+from orpo.config.optimizers import optimizer_problems
 from orpo.config.parallelism import KINDS, sharding_problems
 from orpo.config.values import describe, did_you_mean, found, is_accepted, members
 from orpo.data.rows.pairs import parse_policy
@@ -113,7 +115,7 @@ def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserErro
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
     problems += compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
-    return problems + _schedule_problems(usable) + sharding_problems(usable, os.environ)
+    return problems + _schedule_problems(usable) + optimizer_problems(usable) + sharding_problems(usable, os.environ)
 
 
 def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
@@ -277,7 +279,22 @@ def _tracker_problems(report_to: Any) -> list[UserError]:
             problems.append(UserError(f"found {name!r}", where="report_to", expected=f"none, all, or some of {known}", mend=mend))
         elif name in _TRACKERS_WITH_A_PACKAGE and name not in get_available_reporting_integrations():
             problems.append(UserError(f"the package of {name} is not installed", where="report_to", mend=f"pip install {name}"))
+        elif name not in _TRACKERS_WITH_A_PACKAGE and (failure := _tracker_failure(name, INTEGRATION_TO_CALLBACK[name])):
+            problems.append(
+                UserError(f"{name} cannot be used: {failure}", where="report_to", mend="install what it needs, or leave it out")
+            )
     return problems
+
+
+def _tracker_failure(name: str, kind: Any) -> str | None:
+    """Why a tracker cannot be made, which opens nothing yet; None where it can."""
+    if name == "dagshub" and importlib.util.find_spec("mlflow") is None:  # it would complain once more when it is thrown away
+        return "it needs dagshub and mlflow"
+    try:
+        kind()
+    except Exception as error:  # each integration has its own
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _name_of(value: Any) -> Any:

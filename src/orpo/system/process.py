@@ -17,6 +17,18 @@ from orpo.errors import EXIT_BUG, EXIT_OK, GuardStop, OrpoError, SignalStop, Tol
 from orpo.system.console import say_on_stderr
 from orpo.system.place import own_rank
 
+SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "10000"
+
+
+def let_threads_wait() -> None:
+    """Let OpenMP's threads go to sleep soon when they wait for each other, unless the user has said how they wait. Call it before torch is
+    loaded, which reads it once.
+
+    By default they spin for milliseconds, on cores that another process, or the thread they wait for, could use (docs/performance.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
+
 
 def guarded_exit(command: str, run: Callable[[], int]) -> int:
     """Run a command; every way out has its exit code and leaves a message without a secret in it."""

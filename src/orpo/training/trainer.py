@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from orpo.checkpoint import current_ranks
+from orpo.config.optimizers import explain_optimizer
 from orpo.config.options import ORPOConfig
 from orpo.engine.choose import Engine, choose
 from orpo.engine.fused import fused_modules
@@ -210,7 +211,10 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
         if wants_adamw and self._uses_working_weights() and self.optimizer_cls_and_kwargs is None:
             _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs = (MasterAdamW, options)
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        except (ImportError, ValueError, TypeError, NotImplementedError) as error:
+            raise explain_optimizer(error, str(getattr(self.args.optim, "value", self.args.optim)), given=self.args.optim_args) from error
         if self.args.loraplus_lr_ratio is not None:
             raise_rate_of_b(optimizer, self.model, self.args.loraplus_lr_ratio)
         if isinstance(optimizer, MasterAdamW):

@@ -1,0 +1,90 @@
+"""What `orpo check` calls ready, `orpo train` runs: steps, an evaluation, a save. What cannot run is refused with its reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from transformers.training_args import OptimizerNames
+
+from cli.configurations import changes
+from faults.forked import Zygote
+
+NUM_STEPS = 3
+OK, REFUSED, GUARD = 0, 2, 3
+BASE: dict[str, Any] = {
+    "model_name_or_path": "tiny", "dataset_name": "rows.jsonl", "output_dir": "run", "use_cpu": True, "report_to": "none", "bf16": False,
+    "max_steps": NUM_STEPS, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2, "eval_steps": 2,
+    "eval_strategy": "steps", "eval_fraction": 0.25,
+}  # fmt: skip
+
+Agree = Callable[[dict[str, Any]], dict[str, int | None]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory: Any, tiny_tokenizer_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("agree")
+    tokenizer = tiny_tokenizer_factory()
+    tiny_model_factory("llama", vocab_size=len(tokenizer), num_layers=1).save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def agree(forks: Zygote, place: Path) -> Agree:
+    """Check and train the base configuration with some keys changed, in a process of its own; fails where the two disagree."""
+
+    def run(given: dict[str, Any]) -> dict[str, int | None]:
+        shutil.rmtree(place / "run", ignore_errors=True)
+        for name in ("log", "outcome.json"):
+            (place / name).unlink(missing_ok=True)
+        (place / "run.yaml").write_text(yaml.safe_dump({**BASE, **given}))
+        config, outcome = str(place / "run.yaml"), place / "outcome.json"
+        forks.run("faults.checkjobs:agree", place / "log", config=config, outcome=str(outcome))
+        text = (place / "log").read_text()
+        assert outcome.exists(), f"{given}: the process died\n{text[-4000:]}"
+        codes: dict[str, int | None] = json.loads(outcome.read_text())
+        assert "This is a bug in orpo" not in text, f"{given}: {codes}\n{text[-4000:]}"
+        assert "Traceback" not in text, f"{given}: {codes}\n{text[-4000:]}"
+        assert codes["check"] in (OK, REFUSED), f"{given}: {codes}\n{text[-4000:]}"
+        if codes["check"] == OK:
+            assert codes["train"] in (OK, GUARD), f"{given}: {codes}\n{text[-4000:]}"
+        return codes
+
+    return run
+
+
+def test_the_base_configuration_runs_saves_and_evaluates(agree: Agree, place: Path) -> None:
+    assert agree({}) == {"check": OK, "train": OK}
+    assert (place / "run" / "model" / "model.safetensors").exists()
+    assert "eval_loss" in (place / "run" / "metrics.jsonl").read_text()
+
+
+EASY = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@settings(EASY, max_examples=40)
+@given(changes())
+def test_what_is_ready_runs(agree: Agree, given: dict[str, Any]) -> None:
+    agree(given)
+
+
+@pytest.mark.slow
+@settings(EASY, max_examples=500)
+@given(changes())
+def test_what_is_ready_runs_for_many(agree: Agree, given: dict[str, Any]) -> None:
+    agree(given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [str(kind.value) for kind in OptimizerNames])
+def test_every_optimizer_runs_or_is_refused(agree: Agree, name: str) -> None:
+    agree({"optim": name})
