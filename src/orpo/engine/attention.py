@@ -71,7 +71,7 @@ def shared_attention_forward(
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks_H, **kwargs), None
     if dropout:
         raise ValueError(f"attention dropout of {dropout:g} is on, which packed rows do not support; leave disable_dropout on to use them")
-    shared_layout.windows.add(sliding_window)
+    shared_layout.windows.add(sliding_window)  # a window that never reaches this call would be ignored in silence: the start looks
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they are float32, values bf16.
@@ -125,6 +125,7 @@ def visibility(layout: PackedLayout, segment: Segment, window: int | None, devic
     size, num_keys = segment.end - segment.start, segment.num_prefix + segment.end - segment.start
     cache_key = ("visible", size, num_keys, window, device)
     if cache_key not in layout.cache:
+        # Row i stands at position num_prefix + i behind the whole prefix, so the diagonal of "itself and before" moves by the prefix.
         visible_SL = torch.ones(size, num_keys, dtype=torch.bool, device=device).tril(segment.num_prefix)
         if window is not None:
             visible_SL &= torch.ones_like(visible_SL).triu(segment.num_prefix - window + 1)
@@ -218,6 +219,7 @@ class _BlockAttention(torch.autograd.Function):
         # Sum over keys of weight * d(weight), from the output alone: d(scores) = weights * (d(weights) - that sum).
         inner_KTG = (grad_outputs[0][0].float() * output_THE).sum(-1).unflatten(1, (num_kv, -1)).transpose(0, 1)
         d_query_KTGE = torch.empty_like(query_KTGE)
+        # float32 whatever the inputs: a prefix row adds up a part from every answer behind it, and bf16 would lose the small ones.
         d_key_KTE = torch.zeros(key.shape[1:], dtype=torch.float32)
         d_value_KTE = torch.zeros(value.shape[1:], dtype=torch.float32)
         for block in plan(ctx.layout, ctx.window, groups, query.dtype):  # type: ignore[attr-defined]
@@ -231,6 +233,7 @@ class _BlockAttention(torch.autograd.Function):
             d_query_KTGE[:, rows] = torch.bmm(d_scores_KSL, keys_KLE).unflatten(1, (-1, groups))
             _add_rows(d_value_KTE, torch.bmm(weights_KSL.transpose(1, 2), grad_KSE), block)
             _add_rows(d_key_KTE, torch.bmm(d_scores_KSL.transpose(1, 2), query_KTGE[:, rows].flatten(1, 2)), block)
+        # The scores were scaled inside their product (`alpha`), so the scale comes back here, once, on queries and keys alike.
         d_query = d_query_KTGE.mul_(scale).permute(1, 0, 2, 3).flatten(1, 2).transpose(0, 1)[None]
         return d_query, d_key_KTE.mul_(scale).to(key.dtype)[None], d_value_KTE.to(value.dtype)[None], None, None, None
 

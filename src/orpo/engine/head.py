@@ -67,6 +67,7 @@ def head_loss(hidden_TD: Tensor, module: nn.Module, job: HeadJob) -> tuple[Tenso
     Returns:
         (loss with a graph, float32 scalar; logp_N, float32, detached; sums, float64).
     """
+    # Only positions that predict a counted token meet the vocabulary; with `nll_scope: response` most of a prompt never does.
     hidden_ND = hidden_TD.index_select(0, job.batch.source_N)
     linear = plain_linear(module)
     if linear is None:
@@ -97,7 +98,7 @@ class _FusedHead(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             run = _HeadRun(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, job, ctx.needs_input_grad)  # type: ignore[attr-defined]
             run.visit_all()
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # or a zero gradient as large as the log-probabilities is made for an output nobody uses
         ctx.hidden_dtype, ctx.weight_dtype = hidden_ND.dtype, weight_VD.dtype  # type: ignore[attr-defined]
         # Not saved through save_for_backward: they are results, and used exactly once.
         ctx.grads = (run.d_hidden_ND, run.d_weight_VD, run.d_bias_V)  # type: ignore[attr-defined]
@@ -141,6 +142,7 @@ class _HeadRun:
         """Every chunk once. A chunk is a run of groups that fit the budget, or one group that does not."""
         for first, last in self._group_chunks():
             rows, index = self.job.batch.part(first, last)
+            # Whole groups: the objective needs both answers of a pair before it can say what any of their tokens weighs.
             if rows.stop - rows.start <= self.max_rows:
                 self._visit(rows, index)
             else:
@@ -158,6 +160,7 @@ class _HeadRun:
 
     def _visit(self, rows: slice, index: ResponseIndex) -> None:
         logits_CV = self._logits(rows)
+        # Nothing is trained through this head (evaluation): log-probabilities are all that is asked.
         is_final = not (self.wants_hidden or self.wants_weight or self.wants_bias)
         self.logp_N[rows], factor_C = _log_softmax_in_place(logits_CV, self.job.batch.target_N[rows], self.job.rule)
         grad_C = self._evaluate(rows, index)
@@ -200,7 +203,7 @@ class _HeadRun:
     def _add_weight_gradient(self, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
         """Later chunks are added vocabulary block by block in float32 and stored in the weight's dtype: one gradient, no second copy."""
         if self.d_weight_VD is None:
-            self.d_weight_VD = torch.mm(d_logits_CV.t(), hidden_CD)
+            self.d_weight_VD = torch.mm(d_logits_CV.t(), hidden_CD)  # made by the first chunk: no pass to fill it with zeros
         elif self.d_weight_VD.dtype == torch.float32:
             self.d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
         else:

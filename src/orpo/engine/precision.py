@@ -47,6 +47,7 @@ class WorkingWeights:
         masters = [parameter.data for parameter in self.parameters]
         self._refresh(masters)
         for parameter, working in zip(self.parameters, self.working, strict=True):
+            # Not another parameter: optimizer, hooks and tied layers hold this object, and autograd must not see the exchange.
             parameter.data = working
         self._is_active = True
         try:
@@ -131,12 +132,14 @@ class MasterAdamW(torch.optim.AdamW):
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
+            # As torch's own AdamW keeps it, tensor and all: a checkpoint of either loads into the other.
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter.data)
             state["exp_avg_sq"] = torch.zeros_like(parameter.data)
         state["step"] += 1
         copy = None if self.working is None else self.working.copy_of(parameter)
         beta1, beta2 = group["betas"]
+        # The kernel was given its argument for loss scaling and divides by it, so a factor goes in as its inverse.
         divisor = None if self.gradient_scale == 1.0 else torch.tensor(1.0 / self.gradient_scale)
         arrays = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy)
         for master, gradient, average, square, working in _pieces(arrays, self.PIECE):
@@ -147,7 +150,7 @@ class MasterAdamW(torch.optim.AdamW):
                 amsgrad=False, maximize=group["maximize"], grad_scale=divisor,
             )  # fmt: skip
             if working is not None:
-                working.copy_(master)
+                working.copy_(master)  # while the master is still in the cache
 
 
 def _pieces(arrays: tuple[Tensor | None, ...], size: int) -> Iterator[list[Any]]:
@@ -165,6 +168,7 @@ def total_norm(gradients: list[Tensor]) -> float:
     """Euclidean norm of all gradients together, in float32 whatever their dtype."""
     if not gradients:
         return 0.0
+    # The norm of the pieces' norms is the norm of all, and a few thousand numbers are all that is ever put side by side.
     pieces = (piece for gradient in gradients for piece in _norm_pieces(gradient))
     return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces])))
 

@@ -267,6 +267,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
     @contextmanager
     def _whole_steps(self, *, is_resumed: bool) -> Iterator[None]:
         """What the Trainer may see while it trains: one batch is one step, it rotates no checkpoints, a resumed run does not start anew."""
+        # The Trainer finds its optimizer step by counting batches against the accumulation; here every batch is a whole step. Its own
+        # rotation would delete all but the best checkpoint at the end, and its evaluation at the start would be made again on resume.
         hidden = {"gradient_accumulation_steps": 1, "save_total_limit": None, **({"eval_on_start": False} if is_resumed else {})}
         self.hidden_args = {name: getattr(self.args, name) for name in hidden}
         for name, value in hidden.items():
