@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from transformers.training_args import OptimizerNames
 
+import orpo
 from cli.configurations import changes
 from faults.forked import Zygote
 
@@ -24,7 +25,8 @@ BASE: dict[str, Any] = {
     "eval_strategy": "steps", "eval_fraction": 0.25,
 }  # fmt: skip
 
-Agree = Callable[[dict[str, Any]], dict[str, int | None]]
+RECIPES = sorted((Path(orpo.__file__).parent / "recipes").glob("*.yaml"))
+Agree = Callable[..., dict[str, int | None]]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory: Any, tin
     tokenizer = tiny_tokenizer_factory()
     tiny_model_factory("llama", vocab_size=len(tokenizer), num_layers=1).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
-    rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(16)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(150)]
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
     return folder
 
 
@@ -42,11 +45,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_factory: Any, tin
 def agree(forks: Zygote, place: Path) -> Agree:
     """Check and train the base configuration with some keys changed, in a process of its own; fails where the two disagree."""
 
-    def run(given: dict[str, Any]) -> dict[str, int | None]:
+    def run(given: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, int | None]:
         shutil.rmtree(place / "run", ignore_errors=True)
         for name in ("log", "outcome.json"):
             (place / name).unlink(missing_ok=True)
-        (place / "run.yaml").write_text(yaml.safe_dump({**BASE, **given}))
+        (place / "run.yaml").write_text(yaml.safe_dump({**base, **given}))
         config, outcome = str(place / "run.yaml"), place / "outcome.json"
         forks.run("faults.checkjobs:agree", place / "log", config=config, outcome=str(outcome))
         text = (place / "log").read_text()
@@ -88,3 +91,14 @@ def test_what_is_ready_runs_for_many(agree: Agree, given: dict[str, Any]) -> Non
 @pytest.mark.parametrize("name", [str(kind.value) for kind in OptimizerNames])
 def test_every_optimizer_runs_or_is_refused(agree: Agree, name: str) -> None:
     agree({"optim": name})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_trains(agree: Agree, place: Path, path: Path) -> None:
+    """A few steps of each on a small model and one file of rows; those that need a GPU for their four bits without them."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    small = {name: BASE[name] for name in ("model_name_or_path", "output_dir", "use_cpu", "max_steps")} | {"dataset_name": "many.jsonl"}
+    if recipe.get("load_in_4bit"):
+        small |= {"load_in_4bit": False, "use_peft": True}
+    assert agree(small, recipe) == {"check": OK, "train": OK}, (place / "log").read_text()[-3000:]

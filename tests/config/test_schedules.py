@@ -164,3 +164,13 @@ def test_the_metric_is_looked_at_when_the_trainer_is_made(
             return {**super().evaluate(*args, **kwargs), f"eval_{metric}": 1.0}
 
     Own(**given, eval_dataset=held_out)
+
+
+def test_the_best_by_loss_where_no_metric_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "save_strategy": "best"}))
+    args = resolve(path).training_args()
+    assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
+    path.write_text(yaml.safe_dump({**BASE, "save_strategy": "best", "eval_strategy": "no"}))
+    with pytest.raises(UserErrors, match="nothing is evaluated on the way"):
+        resolve(path)

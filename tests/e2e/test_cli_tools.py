@@ -186,6 +186,15 @@ class TestCheckAndTrain:
         assert re.search(r"data +\d+ of 150 rows to train on, [1-9]\d* held out", shown.err + shown.out)
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.parametrize("how", ["4bit", "8bit"])
+    def test_a_package_that_is_missing_is_told_without_a_model_too(
+        self, how: str, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("orpo.models.load.find_spec", lambda name: None)
+        assert main(["check", "--quick", config_file(tmp_path, {**options, f"load_in_{how}": True})]) == 2
+        shown = capsys.readouterr()
+        assert f"load_in_{how}: load_in_4bit and load_in_8bit need the package bitsandbytes" in shown.out + shown.err
+
     def test_the_trial_step_is_nobody_else_s_business(
         self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

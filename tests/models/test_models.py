@@ -311,8 +311,8 @@ def test_both_bit_widths_exclude_each_other(model_folder: Path) -> None:
 
 
 def test_bitsandbytes_missing_is_said(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"bitsandbytes(.|\n)*orpo\[qlora\]"):
+    monkeypatch.setattr("orpo.models.load.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"bitsandbytes(.|\n)*pip install"):
         load_model(model_folder, load_in_4bit=True)
 
 

@@ -185,6 +185,9 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
             parse_policy(get("pairs"))
         except DataError as error:
             problems.append(UserError(error.what, where="pairs", expected=error.expected, mend=error.mend))
+    if _name_of(get("save_strategy")) == "best" and _name_of(get("eval_strategy")) in ("no", None) and "eval_strategy" in values:
+        mend = "eval_strategy: steps or epoch, or save_strategy: steps"
+        problems.append(UserError("found 'best', but nothing is evaluated on the way that could be best", where="save_strategy", mend=mend))
     is_best_kept = get("load_best_model_at_end") and _name_of(get("save_strategy")) != "best"
     if is_best_kept and _name_of(get("eval_strategy")) != _name_of(get("save_strategy")):
         problems.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -364,19 +365,26 @@ def _hub_arguments(source: ModelSource, options: ModelOptions) -> dict[str, Any]
     return arguments
 
 
-def _quantization(options: ModelOptions) -> dict[str, Any]:
-    if not (options.load_in_4bit or options.load_in_8bit):
-        return {}
-    from importlib.util import find_spec
+def require_bitsandbytes(*, in_4bit: bool) -> None:
+    """The package that quantizes is there.
 
-    from transformers import BitsAndBytesConfig
-
+    Raises:
+        UserError: it is not; names what installs it.
+    """
     if find_spec("bitsandbytes") is None:
         raise UserError(
             "load_in_4bit and load_in_8bit need the package bitsandbytes",
-            where="load_in_4bit" if options.load_in_4bit else "load_in_8bit",
+            where="load_in_4bit" if in_4bit else "load_in_8bit",
             mend=f"{pip_line('qlora')}, or train a LoRA adapter on the unquantized model",
         )
+
+
+def _quantization(options: ModelOptions) -> dict[str, Any]:
+    if not (options.load_in_4bit or options.load_in_8bit):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    require_bitsandbytes(in_4bit=options.load_in_4bit)
     if options.load_in_8bit:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     return {
