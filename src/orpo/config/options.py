@@ -159,8 +159,9 @@ class ORPOConfig(TrainingArguments):
         output_dir, bf16 = self.output_dir, self.bf16
         if self.__dict__["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
             self.__dict__["report_to"] = "none"
-        if getattr(self.save_strategy, "value", self.save_strategy) == "best" and self.metric_for_best_model is None:
-            self.metric_for_best_model = "loss"  # as transformers does for load_best_model_at_end; without one it would raise later
+        if getattr(self.save_strategy, "value", self.save_strategy) == "best" and self.__dict__["metric_for_best_model"] is None:
+            # As transformers does for load_best_model_at_end; without one it would raise later.
+            self.__dict__["metric_for_best_model"] = "loss"
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
