@@ -49,7 +49,7 @@ def test_every_row_is_accounted_for(encoder: TemplateEncoder) -> None:
     ]
     groups, report = prepare_groups(iter(rows), encoder)
     assert [g.where.line for g in groups] == [1, 6, 7, 8]
-    assert report.num_rows == len(rows) == report.num_groups + report.num_dropped
+    assert report.num_rows == len(rows) == report.num_groups + report.dropped.total()
     assert report.dropped == {"empty_prompt": 1, "missing_field": 1, "too_long": 1, "identical_answers": 1}
     assert report.notes == {"special_tokens_in_text": 1}
     assert (report.num_groups, report.num_pairs, report.num_sft_only, report.num_duplicates) == (4, 3, 1, 1)
@@ -181,7 +181,7 @@ def test_a_real_data_set(shared_data: Any, chat_tokenizer: Any) -> None:
     groups, report = prepare_groups(rows, TemplateEncoder(chat_tokenizer))
     assert report.num_rows == len(rows)
     assert report.dropped["identical_answers"] == sum(r["chosen"].strip() == r["rejected"].strip() for r in records)
-    assert report.num_groups == len(groups) == len(rows) - report.num_dropped
+    assert report.num_groups == len(groups) == len(rows) - report.dropped.total()
     for i in (0, len(groups) // 2, len(groups) - 1):
         chosen = chat_tokenizer.decode(groups[i].response_ids[0])
         assert chosen == rows[groups[i].where.row].responses[0] + "<|im_end|>"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo.data.types import TokenGroup
-from orpo.engine.layout import PreferenceBatch, collate, num_nll_tokens, num_predictions
+from orpo.engine.layout import PreferenceBatch, collate, num_nll_tokens
 from orpo.objective import ResponseIndex
 from randomgroups import SIX_PAIRS, group
 
@@ -28,6 +28,11 @@ def token_groups(draw: st.DrawFn) -> TokenGroup:
 
 
 BATCHES = st.lists(token_groups(), min_size=1, max_size=5)
+
+
+def predicted_tokens(item: TokenGroup, scope: str) -> int:
+    """All but a group's first token: of the prompt only where it counts."""
+    return sum(map(len, item.response_ids)) + (len(item.prompt_ids) - 1 if scope == "sequence" else 0)
 
 
 def visible_rows(batch: PreferenceBatch) -> list[list[int]]:
@@ -75,7 +80,7 @@ def test_segments_tile_the_row_and_hold_each_token_once(groups: list[TokenGroup]
 def test_counts_foretell_what_a_batch_holds(groups: list[TokenGroup], scope: str) -> None:
     batch = collate(groups, scope)
     assert batch.index.num_nll_tokens == batch.index.nll_weight_N.sum() == sum(num_nll_tokens(item, scope) for item in groups)
-    assert len(batch.source_N) == sum(num_predictions(item, scope) for item in groups)
+    assert len(batch.source_N) == sum(predicted_tokens(item, scope) for item in groups)
     assert batch.index.num_pairs == sum(len(item.pairs) for item in groups)
     assert batch.index.num_tokens_R.tolist() == [len(ids) for item in groups for ids in item.response_ids]
 

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from adapted import adapt
 from orpo.errors import UserError
 from orpo.inference.conversation import Chat, Settings, append_row, sides_of
 from orpo.inference.ready import make_ready
 from orpo.models.export import export_adapter, export_merged
-from orpo.models.load import adapt, load_model
+from orpo.models.load import load_model
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from adapted import adapt
 from orpo.errors import UserError
 from orpo.models.export import export_adapter, export_gguf, export_merged
 from orpo.models.gguf_write import why_not_here
-from orpo.models.load import adapt, load_model, weights_sha256
+from orpo.models.load import load_model, weights_sha256
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 from tokenizerrules import llama3_like, sentencepiece_like, smollm_like
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapted import adapt
 from llamacpp import LlamaCpp, serving
 from orpo.errors import UserError
 from orpo.models import gguf_convert

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapted import adapt
 from orpo.engine.choose import choose
 from orpo.errors import UserError
 from orpo.models import bundled
@@ -20,7 +21,6 @@ from orpo.models.find import find_source
 from orpo.models.load import (
     BUNDLED_ALIAS,
     BUNDLED_HUB_ID,
-    adapt,
     as_tokenizer,
     bf16_is_fast,
     choose_device,
@@ -311,7 +311,7 @@ def test_both_bit_widths_exclude_each_other(model_folder: Path) -> None:
 
 
 def test_bitsandbytes_missing_is_said(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orpo.models.load.find_spec", lambda name: None)
+    monkeypatch.setattr("orpo.models.quantized.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"bitsandbytes(.|\n)*pip install"):
         load_model(model_folder, load_in_4bit=True)
 
@@ -356,7 +356,7 @@ def test_fresh_adapter_changes_nothing_and_trains_little() -> None:
 
 
 def test_adapter_settings_reach_peft() -> None:
-    config = adapt(build_tiny_model("llama"), r=4, alpha=None, target_modules=["q_proj"], use_rslora=True).peft_config["default"]
+    config = adapt(build_tiny_model("llama"), r=4, target_modules=["q_proj"], use_rslora=True).peft_config["default"]
     assert (config.r, config.lora_alpha, config.target_modules, config.use_rslora) == (4, 8, {"q_proj"}, True)
 
 

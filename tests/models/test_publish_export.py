@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from adapted import adapt
 from orpo.models.export import export_adapter, export_merged
-from orpo.models.load import adapt, load_model
+from orpo.models.load import load_model
 from orpo.run.folder import RunFolder
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from adapted import adapt
 from orpo.errors import UserError
 from orpo.models.export import export_adapter, export_gguf, export_merged
-from orpo.models.load import adapt, load_model, merge
+from orpo.models.load import load_model, merge
 from tinymodels import ARCHITECTURES, build_tiny_model, build_tiny_tokenizer
 
 IDS = torch.arange(3, 23).reshape(2, 10)

@@ -49,7 +49,7 @@ _open_descriptors: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A forked data-loader worker must not keep the lock of a parent that was killed."""
+    """A process that a callback or a library has forked must not keep the lock of a parent that was killed."""
     for descriptor in _open_descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

@@ -39,7 +39,6 @@ def publish(
     *,
     facts: dict[str, Any],
     ranks: Ranks = ALONE,
-    expected_bytes: int | None = None,
 ) -> Path:
     """Write and publish `checkpoint-<step>`; all ranks call it, rank 0 publishes.
 
@@ -49,7 +48,6 @@ def publish(
         write: writes this rank's files into the folder it is given. Names must differ between ranks.
         facts: JSON-able; goes into the manifest (data fingerprint, configuration, ...).
         ranks: the processes of the run.
-        expected_bytes: size of the whole checkpoint if known, for the message when the disk is full; else the largest earlier one's.
 
     Returns:
         The published folder. An existing one of the same step has been replaced, without a moment at which neither is whole.
@@ -72,9 +70,9 @@ def publish(
         raised: BaseException = error
         if ranks.is_first:
             num_written = _discard(staging)
-            raised = _explain(error, run_dir, num_written, expected_bytes)
+            raised = _explain(error, run_dir, num_written)
         elif isinstance(error, Exception):
-            raised = _explain(error, run_dir, 0, expected_bytes)
+            raised = _explain(error, run_dir, 0)
         if raised is error:
             raise
         raise raised from error
@@ -178,7 +176,7 @@ def _discard(staging: Path) -> int:
         return 0
 
 
-def _explain(error: BaseException, run_dir: Path, written_bytes: int, expected_bytes: int | None) -> BaseException:
+def _explain(error: BaseException, run_dir: Path, written_bytes: int) -> BaseException:
     """An error of the disk, told with figures; any other error as it is."""
     if isinstance(error, OrpoError) or not isinstance(error, Exception):
         return error
@@ -188,7 +186,7 @@ def _explain(error: BaseException, run_dir: Path, written_bytes: int, expected_b
     if not is_full:
         return CheckpointError(f"the checkpoint could not be written ({error}); earlier checkpoints are untouched", where=str(run_dir))
     free = shutil.disk_usage(run_dir).free
-    needed = expected_bytes or max((_size_of(path) for path in list_checkpoints(run_dir)), default=0)
+    needed = max((_size_of(path) for path in list_checkpoints(run_dir)), default=0)
     amount = f"{needed:,}" if needed else f"more than {max(written_bytes, free):,}"
     return CheckpointError(
         f"no room for the checkpoint: it needs {amount} bytes, {free:,} are free; what was written of it has been removed, "

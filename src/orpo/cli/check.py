@@ -133,7 +133,7 @@ def _check_configuration(keys: list[str], report: CheckReport) -> tuple[RunConfi
     config = resolve(None, keys)
     args = config.training_args()
     if config["load_in_4bit"] or config["load_in_8bit"]:  # told with --quick as well, which loads nothing
-        from orpo.models.load import require_bitsandbytes
+        from orpo.models.quantized import require_bitsandbytes
 
         require_bitsandbytes(in_4bit=config["load_in_4bit"])
     given = given_facts(config)

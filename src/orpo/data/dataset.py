@@ -106,11 +106,6 @@ class DataReport:
         if len(kept) < NUM_EXAMPLES:
             kept.append((where, detail))
 
-    @property
-    def num_dropped(self) -> int:
-        """Rows that are not trained on."""
-        return sum(self.dropped.values())
-
     def warnings(self) -> list[str]:
         """What a user should not overlook, one sentence each."""
         found = []

@@ -125,12 +125,12 @@ def _view_group(
         for place, (i, text, known) in enumerate(zip(prompt_ids, pieces, is_content, strict=True))
     )
     segments = [ShownSegment("prompt", prompt, is_cut="prompt_trimmed" in group.notes)]
-    winners, losers = {i for i, _ in group.pairs}, {j for _, j in group.pairs}
+    winners = {i for i, _ in group.pairs}
     for index, ids in enumerate(group.response_ids):
         is_chosen = index in winners or not group.pairs
         segments.append(
             ShownSegment(
-                _name(index, group, winners, losers),
+                _name(index, group, winners),
                 _answer(tokenizer, prompt_ids, ids.tolist(), preference.responses, group.is_ended[index], is_chosen, bool(group.pairs)),
                 is_cut=not group.is_ended[index],
             )
@@ -138,7 +138,7 @@ def _view_group(
     return RowView(str(group.where), tuple(segments), notes, columns=dict(group.columns))
 
 
-def _name(index: int, group: TokenGroup, winners: set[int], losers: set[int]) -> str:
+def _name(index: int, group: TokenGroup, winners: set[int]) -> str:
     if not group.pairs:
         return "answer (next-token loss only)"
     if len(group.response_ids) == 2:

@@ -140,12 +140,6 @@ def num_nll_tokens(group: TokenGroup, nll_scope: str) -> int:
     return answers + prompt
 
 
-def num_predictions(group: TokenGroup, nll_scope: str) -> int:
-    """Predicted tokens of a group: rows of the output head that it costs."""
-    prompt = len(group.prompt_ids) - 1 if nll_scope == "sequence" else 0
-    return prompt + sum(len(ids) for ids in group.response_ids)
-
-
 class _Builder:
     """Grows the arrays of a batch group by group."""
 

@@ -6,7 +6,7 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from orpo.models.find import ModelSource, explain_failure, read_json
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -27,61 +27,85 @@ HUB_COMMIT = "hub_commit"
 """Attribute of a model that came from the hub: the commit it came from."""
 
 
-def adapt(
-    model: PreTrainedModel,
-    *,
-    r: int = 16,
-    alpha: int | None = 32,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] | None = None,
-    target_parameters: Sequence[str] | None = None,
-    modules_to_save: Sequence[str] | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    use_gradient_checkpointing: bool = False,
-    peft_config: PeftConfig | None = None,
-) -> PeftModel:
-    """Freeze the model and put a trainable LoRA adapter on it (arXiv 2106.09685); the adapter starts as no change at all.
+def lora_config(values: Mapping[str, Any]) -> LoraConfig:
+    """The adapter that a run's keys ask for (LoRA, arXiv 2106.09685)."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=values["lora_r"],
+        lora_alpha=values["lora_alpha"],
+        lora_dropout=values["lora_dropout"],
+        target_modules=values["lora_target_modules"] or ALL_LINEAR,
+        target_parameters=values["lora_target_parameters"],
+        modules_to_save=values["lora_modules_to_save"],
+        use_rslora=values["use_rslora"],
+        use_dora=values["use_dora"],
+        init_lora_weights=values.get("lora_init", True),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def read_targets(value: Any) -> Any:
+    """`lora_target_modules` as it was meant: `q_proj,v_proj` and `q_proj` are names, `all` is every linear layer.
+
+    PEFT takes any text as a regular expression for the whole path of a layer, which a bare name never matches.
+    """
+    if not isinstance(value, str) or value == ALL_LINEAR:
+        return value
+    if value.strip() == "all":
+        return ALL_LINEAR
+    return [name.strip() for name in value.split(",")] if re.fullmatch(r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*", value) else value
+
+
+def put_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, use_gradient_checkpointing: bool = False) -> PeftModel:
+    """Freeze the model and put a trainable adapter on it; it starts as no change at all.
 
     Args:
-        r: rank of the update of each layer.
-        alpha: the update is scaled by alpha / r (alpha / sqrt(r) with `use_rslora`); None means 2 r.
-        dropout: 0 by default, since a step must not depend on how it is cut into micro-batches.
-        target_modules: names of layers ("q_proj"), a regular expression, or unset for every linear layer but the output head.
-        modules_to_save: layers trained whole beside the adapter, and saved with it.
-        use_gradient_checkpointing: of a model quantized by bitsandbytes, which must be prepared for it.
-        peft_config: a ready configuration of PEFT instead of all of the above.
+        use_gradient_checkpointing: whether the run will; a frozen model must be prepared for it.
 
     Raises:
-        UserError: the model has an adapter already, or has no layer of a given name.
+        UserError: the model has an adapter already, or none of its layers has a name that is asked for.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
     if is_adapted(model):
-        raise UserError("the model has an adapter already", where="use_peft", mend="merge it first, or go on training it as it is")
-    targets = target_modules if target_modules is not None else None if target_parameters else ALL_LINEAR
-    if isinstance(targets, Sequence) and not isinstance(targets, str):
-        targets = list(targets)
-        _check_names(targets, _module_names(model), "lora_target_modules")
-    _check_names(modules_to_save or (), _module_names(model), "lora_modules_to_save")
-    if peft_config is None:
-        peft_config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=r,
-            lora_alpha=2 * r if alpha is None else alpha,
-            lora_dropout=dropout,
-            target_modules=targets,
-            target_parameters=list(target_parameters) if target_parameters else None,
-            modules_to_save=list(modules_to_save) if modules_to_save else None,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
+        raise UserError("the model has an adapter already", where="peft_config", mend="merge it first, or leave peft_config out")
+    modules = {name for name, _ in model.named_modules() if name}
+    targets = getattr(peft_config, "target_modules", None)
+    check_names([] if isinstance(targets, str) else targets or [], modules, "target_modules")
+    if isinstance(targets, str) and targets != ALL_LINEAR and not any(re.fullmatch(targets, name) for name in modules):
+        raise UserError(
+            f"the regular expression {targets!r} matches no layer of this model",
+            where="target_modules",
+            expected="an expression for the whole path of a layer, such as .*[qv]_proj, or a list of names",
+            mend="leave it out to adapt all linear layers",
         )
+    check_names(getattr(peft_config, "modules_to_save", None) or [], modules, "modules_to_save")
+    parameters = {name for name, _ in model.named_parameters()}
+    check_names(getattr(peft_config, "target_parameters", None) or [], parameters, "target_parameters")
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
+    elif use_gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
     try:
-        return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise UserError(f"the adapter does not fit the model: {error}", where="peft_config") from error
+        adapted = get_peft_model(model, text_layers_only(peft_config, model))
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise _does_not_fit(error, peft_config) from error
+    pin_base(adapted)
+    return adapted
+
+
+def _does_not_fit(error: Exception, peft_config: PeftConfig) -> Exception:
+    """What PEFT could not do, told by what asked for it; an error of another kind as it is."""
+    start = getattr(peft_config, "init_lora_weights", True)
+    if not isinstance(start, bool):
+        return UserError(
+            f"an adapter of this model cannot start by {start!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where="lora_init",
+            expected="pissa, pissa_niter_16, olora, orthogonal or gaussian; the first three need a base that is not quantized",
+        )
+    return UserError(f"the adapter does not fit the model: {error}", where="peft_config") if isinstance(error, ValueError) else error
 
 
 def text_layers_only(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
@@ -264,18 +288,14 @@ def _trained_tokens(config: Any) -> set[int]:
     return {int(token) for ids in lists for token in ids}
 
 
-def _module_names(model: PreTrainedModel) -> set[str]:
-    return {name for name, _ in model.named_modules() if name}
-
-
-def _check_names(wanted: Iterable[str], modules: set[str], where: str) -> None:
-    """PEFT takes names that match nothing without a word as long as one matches; here each must."""
-    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+def check_names(wanted: Iterable[str], known: set[str], where: str) -> None:
+    """Refuse a name that no layer or parameter ends in: PEFT takes it without a word as long as another one matches."""
+    leaves = {name.rsplit(".", 1)[-1] for name in known}
     for name in wanted:
-        if name != ALL_LINEAR and not any(module == name or module.endswith("." + name) for module in modules):
+        if name != ALL_LINEAR and not any(one == name or one.endswith("." + name) for one in known):
             near = difflib.get_close_matches(name, leaves, n=1)
             raise UserError(
-                f"the model has no layer {name!r}",
+                f"the model has no {'parameter' if where == 'target_parameters' else 'layer'} {name!r}",
                 where=where,
                 expected=", ".join(sorted(leaf for leaf in leaves if not leaf.isdigit())),
                 mend=f"did you mean {near[0]!r}?" if near else None,

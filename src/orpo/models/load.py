@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo.errors import UserError
-from orpo.models.adapters import HUB_COMMIT, adapt, adapter_base, is_adapted, load_adapter, merge, set_generation
+from orpo.models.adapters import HUB_COMMIT, adapter_base, is_adapted, load_adapter, merge, set_generation
 from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
 from orpo.models.dequantize import dequantized
+from orpo.models.dtype import computing_dtype, dtype_name, parse_dtype, upcast_trainable
 from orpo.models.find import (
     ModelSource,
     check_config,
@@ -31,7 +31,9 @@ from orpo.models.find import (
 )
 from orpo.models.fingerprint import stored_dtype, weights_sha256
 from orpo.models.gguf_read import load_gguf
-from orpo.system.installing import pip_line
+from orpo.models.options import ModelOptions
+from orpo.models.quantized import quantization_arguments, stored_quantization
+from orpo.models.tokenizer import as_tokenizer, settle_padding
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
 
 if TYPE_CHECKING:
@@ -44,7 +46,6 @@ __all__ = [
     "LoadedModel",
     "ModelFacts",
     "ModelOptions",
-    "adapt",
     "as_tokenizer",
     "bf16_is_fast",
     "bundled_model_folder",
@@ -63,15 +64,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {
-    "float32": "float32",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
-}
 
 _MOVING_REVISIONS = {"main", "master", "head"}
 
@@ -114,25 +106,6 @@ class LoadedModel(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     facts: ModelFacts
-
-
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """How to load; the arguments of `load_model` in one value."""
-
-    revision: str | None = None
-    dtype: torch.dtype | None = None
-    trust_remote_code: bool = False
-    device: str | torch.device | None = None
-    attn_implementation: str | None = None
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    bnb_4bit_quant_type: str = "nf4"
-    use_bnb_nested_quant: bool = False
-    bnb_4bit_quant_storage: str | None = None
-    model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    adapter_base: str | None = None
-    is_dequantized: bool = False
 
 
 def load_model(
@@ -214,55 +187,6 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
     return _tokenizer_of(source, revision, trust_remote_code)[0]
 
 
-def as_tokenizer(tokenizer_or_processor: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, also where a multimodal processor that holds one was handed over.
-
-    Raises:
-        UserError: neither a tokenizer nor a processor with one.
-    """
-    from transformers import PreTrainedTokenizerBase
-
-    inner = tokenizer_or_processor
-    if not isinstance(inner, PreTrainedTokenizerBase):
-        inner = getattr(tokenizer_or_processor, "tokenizer", None)
-    if not isinstance(inner, PreTrainedTokenizerBase):
-        raise UserError(
-            f"a {type(tokenizer_or_processor).__name__} cannot turn text into tokens",
-            where="processing_class",
-            expected="a tokenizer of transformers, or a processor that holds one",
-        )
-    return inner
-
-
-def parse_dtype(value: str | torch.dtype | None, *, where: str = "dtype") -> torch.dtype | None:
-    """A dtype from its name ("bfloat16", "bf16", "torch.float32"); None for None and "auto"."""
-    import torch
-
-    if value is None or value == "auto" or isinstance(value, torch.dtype):
-        return value if isinstance(value, torch.dtype) else None
-    name = _DTYPES.get(str(value).removeprefix("torch."))
-    if name is None:
-        raise UserError(f"{value!r} is not a dtype for weights", where=where, expected="float32, bfloat16, float16 or auto")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def upcast_trainable(model: torch.nn.Module) -> str | None:
-    """Bring trainable weights that are coarser than fp32 to fp32, in place; says what was done, or None.
-
-    Small steps vanish in bf16: an update of 8e-6 to a weight of 0.05 is below half the spacing of bf16 numbers there.
-    """
-    import torch
-
-    coarse = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if not coarse:
-        return None
-    names = "/".join(sorted({_dtype_name(p.dtype) for p in coarse}))
-    for parameter in coarse:
-        parameter.data = parameter.data.to(torch.float32)
-    return f"{sum(p.numel() for p in coarse):,} trainable weights were in {names} and are trained in float32"
-
-
 def _checked_options(options: ModelOptions, dtype: str | torch.dtype | None) -> ModelOptions:
     """Lift what `model_init_kwargs` says about the same things, and refuse what must not be said there."""
     import torch
@@ -282,16 +206,10 @@ def _checked_options(options: ModelOptions, dtype: str | torch.dtype | None) -> 
         extra.pop(lifted, None)
     wanted = parse_dtype(dtype)
     if wanted is None and dtype is None:
-        wanted = _compute_dtype(options) if options.load_in_4bit or options.load_in_8bit else torch.float32
+        wanted = computing_dtype(options.device) if options.load_in_4bit or options.load_in_8bit else torch.float32
     return replace(
         options, revision=revision, trust_remote_code=trust, attn_implementation=attention, dtype=wanted, model_init_kwargs=extra
     )
-
-
-def _compute_dtype(options: ModelOptions) -> torch.dtype:
-    import torch
-
-    return torch.bfloat16 if bf16_is_fast(options.device) else torch.float32
 
 
 def _check_remote_code(source: ModelSource, options: ModelOptions) -> None:
@@ -327,7 +245,7 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         config = AutoConfig.from_pretrained(source.location, **hub)
         check_config(config, source)
         stored = stored_dtype(Path(source.location)) if source.is_local else getattr(config, "dtype", None)
-        quantization = _quantization(options)
+        quantization = quantization_arguments(options)
         device = choose_device(options.device)
         tokenizer, notes = _tokenizer_of(source, options.revision, options.trust_remote_code)  # first: it is small, and may be missing
         arguments: dict[str, Any] = {**hub, **quantization, **options.model_init_kwargs}
@@ -365,39 +283,6 @@ def _hub_arguments(source: ModelSource, options: ModelOptions) -> dict[str, Any]
     return arguments
 
 
-def require_bitsandbytes(*, in_4bit: bool) -> None:
-    """The package that quantizes is there.
-
-    Raises:
-        UserError: it is not; names what installs it.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            "load_in_4bit and load_in_8bit need the package bitsandbytes",
-            where="load_in_4bit" if in_4bit else "load_in_8bit",
-            mend=f"{pip_line('qlora')}, or train a LoRA adapter on the unquantized model",
-        )
-
-
-def _quantization(options: ModelOptions) -> dict[str, Any]:
-    if not (options.load_in_4bit or options.load_in_8bit):
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    require_bitsandbytes(in_4bit=options.load_in_4bit)
-    if options.load_in_8bit:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=options.bnb_4bit_quant_type,
-            bnb_4bit_compute_dtype=_compute_dtype(options),
-            bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
-            bnb_4bit_quant_storage=options.bnb_4bit_quant_storage,
-        )
-    }
-
-
 def _refuse_random_weights(loading: Mapping[str, Any], source: ModelSource) -> None:
     """transformers fills missing tensors with random numbers and goes on; a run would then train noise."""
     missing = sorted(loading.get("missing_keys") or ())
@@ -423,7 +308,7 @@ def _load_gguf(source: ModelSource, options: ModelOptions) -> LoadedModel:
     if options.attn_implementation:
         model.set_attn_implementation(options.attn_implementation)
     model.to(choose_device(options.device))
-    notes = ("unpacked from the blocks of a GGUF file: what quantisation lost stays lost", *_settle_padding(tokenizer))
+    notes = ("unpacked from the blocks of a GGUF file: what quantisation lost stays lost", *settle_padding(tokenizer))
     return _with_facts(model.eval(), tokenizer, source, options, None, notes)
 
 
@@ -472,15 +357,7 @@ def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: 
             expected="a tokenizer.json, with its tokenizer_config.json and chat template",
             mend="take these files from a repository of the same model that has them, and put them into the model's folder",
         )
-    return tokenizer, _settle_padding(tokenizer)
-
-
-def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Generation in batches pads, so a padding token must exist; which one it is cannot change a loss here."""
-    if tokenizer.pad_token_id is not None:
-        return ()
-    tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return (f"the tokenizer has no padding token; {tokenizer.pad_token!r} is used",) if tokenizer.pad_token else ()
+    return tokenizer, settle_padding(tokenizer)
 
 
 def _with_facts(
@@ -491,9 +368,9 @@ def _with_facts(
     stored_dtype: torch.dtype | None,
     notes: tuple[str, ...],
 ) -> LoadedModel:
-    in_memory = _dtype_name(model.dtype)
-    stored = _dtype_name(stored_dtype) if stored_dtype is not None else None
-    quantization = "4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else _stored_quantization(model)
+    in_memory = dtype_name(model.dtype)
+    stored = dtype_name(stored_dtype) if stored_dtype is not None else None
+    quantization = "4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else stored_quantization(model)
     collected = list(notes)
     if source.kind == "alias":
         collected.append("4-bit weights (Q4_1), unpacked; the full-precision ones are " + BUNDLED_HUB_ID)
@@ -519,15 +396,3 @@ def _with_facts(
         notes=tuple(collected),
     )
     return LoadedModel(model, tokenizer, facts)
-
-
-def _stored_quantization(model: PreTrainedModel) -> str | None:
-    stored = getattr(model.config, "quantization_config", None)
-    if stored is None:
-        return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    return str(getattr(method, "value", method) or "unknown method")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

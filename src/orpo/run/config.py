@@ -88,21 +88,9 @@ class RunConfig:
         """The `peft.LoraConfig` asked for, or None for full fine-tuning."""
         if not self.values["use_peft"]:
             return None
-        from peft import LoraConfig
+        from orpo.models.adapters import lora_config
 
-        return LoraConfig(
-            r=self["lora_r"],
-            lora_alpha=self["lora_alpha"],
-            lora_dropout=self["lora_dropout"],
-            target_modules="all-linear" if self["lora_target_modules"] in (None, "", "all") else self["lora_target_modules"],
-            target_parameters=self["lora_target_parameters"],
-            modules_to_save=self["lora_modules_to_save"],
-            use_rslora=self["use_rslora"],
-            use_dora=self["use_dora"],
-            init_lora_weights=self["lora_init"],
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
+        return lora_config(self.values)
 
     def train_source(self) -> Any:
         """What to train on, as `orpo.data.reading.sources.as_sources` takes it."""

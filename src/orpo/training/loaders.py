@@ -50,7 +50,6 @@ class LoaderMixin(_Base):
             StepDataset(groups, nll_scope=self.args.nll_scope, world_size=self.args.world_size),
             batch_sampler=sampler,
             collate_fn=only_item,
-            num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator().manual_seed(0),  # or the loader draws a seed from the global state, and resuming would not be exact
         )
 

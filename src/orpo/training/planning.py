@@ -10,11 +10,13 @@ import copy
 import itertools
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.models.adapters import ALL_LINEAR
 from orpo.models.newtokens import positions_of
 from orpo.run.config import read_model_config
 
@@ -353,7 +355,10 @@ def _num_adapter_weights(model: PreTrainedModel, config: RunConfig) -> int:
         if last in (config["lora_modules_to_save"] or ()):
             total += sum(parameter.numel() for parameter in module.parameters())
         rows_columns = tuple(module.weight.shape) if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" else None
-        is_meant = module is not head if targets in (None, "all-linear") else last in ([targets] if isinstance(targets, str) else targets)
+        if targets in (None, ALL_LINEAR):
+            is_meant = module is not head
+        else:
+            is_meant = bool(re.fullmatch(targets, name)) if isinstance(targets, str) else last in targets
         if rows_columns is not None and is_meant:
             total += config["lora_r"] * sum(rows_columns)
     return total

@@ -119,15 +119,30 @@ def build_trainer(
             peft_config=_peft_config(config, data, model),
             callbacks=callbacks,
         )
-    except ValueError as error:
-        if config["use_peft"] and "arget modules" in str(error):  # peft's words for names that are nowhere in the model
-            what = f"none of {config['lora_target_modules']!r} is a layer of this model"
-            raise UserError(what, where="lora_target_modules", mend="leave it out to adapt all linear layers") from error
-        raise
+    except UserError as error:
+        raise _by_key(error) from error
     trainer.encoder, trainer.train_report, trainer.eval_report = data.encoder, data.train_report, data.held_out_report
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
+
+
+_KEY_OF = {
+    "peft_config": "use_peft",
+    "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "modules_to_save": "lora_modules_to_save",
+}
+"""What the trainer's arguments are called in a configuration."""
+
+
+def _by_key(error: UserError) -> UserError:
+    """An error about an argument of the trainer, about the key that the user knows."""
+    key = _KEY_OF.get(error.where or "")
+    if key is None:
+        return error
+    mend = error.mend and error.mend.replace(str(error.where), key)
+    return UserError(error.what, where=key, expected=error.expected, mend=mend)
 
 
 def _peft_config(config: RunConfig, data: RunData, model: Any) -> Any:

@@ -14,7 +14,7 @@ from orpo.config.objectives import find
 from orpo.config.options import ORPOConfig
 from orpo.data.types import TokenGroup
 from orpo.errors import UserError, UserErrors
-from orpo.models.adapters import pin_base, text_layers_only
+from orpo.models.adapters import put_adapter
 from orpo.models.newtokens import positions_of, with_new_tokens
 from orpo.objective import Objective, kind_of
 
@@ -212,7 +212,7 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         if peft_config is not None:
             peft_config = with_new_tokens(peft_config, model, tokenizer.convert_tokens_to_ids(list(encoder.new_tokens)))
     if peft_config is not None:
-        model = _with_adapter(model, args, peft_config)
+        model = put_adapter(model, peft_config, use_gradient_checkpointing=args.gradient_checkpointing)
     elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     if args.disable_dropout:
@@ -226,30 +226,6 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
     if note := upcast_trainable(model):
         logger.warning("%s", note)
     return model
-
-
-def _with_adapter(model: Any, args: ORPOConfig, peft_config: Any) -> Any:
-    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    if isinstance(model, PeftModel):
-        raise UserError("the model has an adapter already", where="peft_config", mend="merge it first, or leave peft_config out")
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    start = getattr(peft_config, "init_lora_weights", True)
-    try:
-        adapted = get_peft_model(model, text_layers_only(peft_config, model))
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        if isinstance(start, bool):
-            raise
-        raise UserError(
-            f"an adapter of this model cannot start by {start!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            where="lora_init",
-            expected="pissa, pissa_niter_16, olora, orthogonal or gaussian; the first three need a base that is not quantized",
-        ) from error
-    pin_base(adapted)
-    return adapted
 
 
 def _grow_embeddings(model: Any, tokenizer: Any) -> None:

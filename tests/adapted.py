@@ -1,0 +1,16 @@
+"""Adapters on tiny models, as a run puts them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orpo.models.adapters import put_adapter
+
+
+def adapt(model: Any, *, r: int = 16, target_modules: Any = None, **settings: Any) -> Any:
+    """A fresh LoRA adapter on every linear layer, or on those named."""
+    from peft import LoraConfig
+
+    return put_adapter(
+        model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM", **settings)
+    )
