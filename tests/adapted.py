@@ -11,6 +11,5 @@ def adapt(model: Any, *, r: int = 16, target_modules: Any = None, **settings: An
     """A fresh LoRA adapter on every linear layer, or on those named."""
     from peft import LoraConfig
 
-    return put_adapter(
-        model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM", **settings)
-    )
+    targets = target_modules or "all-linear"
+    return put_adapter(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM", **settings))

@@ -136,7 +136,7 @@ class TestCheck:
     def test_nothing_to_train(self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         code, found = self.check(tmp_path, {**options, "use_peft": True, "lora_target_modules": "nowhere"}, capsys)
         assert code == 2
-        assert "'nowhere' is a layer of this model" in found["step"]["detail"]
+        assert "lora_target_modules: the model has no layer 'nowhere'" in found["step"]["detail"]
 
     def test_a_broken_configuration(self, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         code, found = self.check(tmp_path, {**options, "max_stps": 3, "learning_rate": -1}, capsys)

@@ -111,6 +111,12 @@ def test_an_adapter_run(tmp_path: Path, options: dict[str, object], capsys: pyte
     assert main(["train", config]) == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert "orpo export" in capsys.readouterr().err
+    flags = ["--model_name_or_path", str(tmp_path / "run" / "adapter"), "--output_dir", str(tmp_path / "again")]
+    assert main(["train", config, *flags]) == 2
+    told = capsys.readouterr().err
+    assert "use_peft: the model has an adapter already" in told
+    assert "leave use_peft out" in told
+    assert "peft_config" not in told, "which is an argument of the trainer, and no key"
 
 
 @pytest.mark.parametrize(

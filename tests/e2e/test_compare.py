@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -319,3 +320,13 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_stage_is_a_command_of_its_own(tmp_path: Path) -> None:
+    """`python -m orpo.compare.stage SPEC` does what the comparison does with it, so that a stage can be run again by hand."""
+    source = {**os.environ, "PYTHONPATH": str(Path(stage.__file__).parents[2])}
+    command = [sys.executable, "-m", "orpo.compare.stage", str(tmp_path / "spec.json")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=source)
+    assert done.returncode == 2
+    assert "spec.json: cannot be read" in done.stderr
+    assert "RuntimeWarning" not in done.stderr

@@ -16,7 +16,6 @@ from llamacpp import LlamaCpp, serving
 from orpo.errors import UserError
 from orpo.models import gguf_convert
 from orpo.models.export import export_gguf
-from orpo.models.load import adapt
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 from tokenizerrules import gemma_like, llama3_like, qwen2_like, sentencepiece_like, smollm_like
 

@@ -366,9 +366,34 @@ def test_misspelt_layer_is_named(settings: dict[str, Any]) -> None:
         adapt(build_tiny_model("llama"), **settings)
 
 
-def test_pattern_that_matches_nothing() -> None:
-    with pytest.raises(UserError, match="does not fit"):
-        adapt(build_tiny_model("llama"), target_modules="nothing_like_it")
+def test_a_base_that_has_moved_is_told_as_the_adapters_base(model_folder: Path, tmp_path: Path) -> None:
+    """Where the base was is in adapter_config.json, which nobody looks into unless told."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    adapt(load_model(base, device="cpu").model, r=2).save_pretrained(tmp_path / "adapter")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"adapter_config.json: the adapter belongs on '(.|\n)*base(.|\n)*base_model_name_or_path"):
+        load_model(tmp_path / "adapter", device="cpu")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), str(tmp_path / "elsewhere")))
+    assert load_model(tmp_path / "adapter", device="cpu").facts.kind == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"target_modules": "nothing_like_it"}, "target_modules"),
+        ({"target_modules": ["q_porj"]}, "target_modules"),
+        ({"target_parameters": ["self_attn.q_porj.weight"]}, "target_parameters"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_told_under_the_argument_that_named_it(settings: dict[str, Any], where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        adapt(build_tiny_model("llama"), **settings)
+    assert caught.value.where == where
 
 
 def test_second_adapter_is_refused() -> None:

@@ -233,7 +233,7 @@ class TestMeaning:
         assert resolve(write(MINIMAL)).peft_config() is None
         config = resolve(write(MINIMAL + "load_in_4bit: true\nlora_r: 4\nlora_target_modules: q_proj\nuse_dora: true\n"))
         lora = config.peft_config()
-        assert (lora.r, lora.target_modules, lora.use_dora, lora.lora_dropout) == (4, "q_proj", True, 0.0)
+        assert (lora.r, lora.target_modules, lora.use_dora, lora.lora_dropout) == (4, {"q_proj"}, True, 0.0)
 
     def test_sources(self, write) -> None:
         assert resolve(write(MINIMAL)).train_source() == "rows.jsonl"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orpo.compare.data import Split
 from orpo.compare.methods import method_of
 from orpo.config.objectives import find, option_keys
+from orpo.errors import UserError
 from orpo.system.files import write_atomically
 from orpo.system.plugins import load_plugins
 
@@ -50,9 +51,17 @@ class StageSpec:
 
     @classmethod
     def read(cls, path: Path) -> StageSpec:
-        """From the file that the comparison has written."""
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**facts, "split": Split(**facts["split"])})
+        """From the file that the comparison has written.
+
+        Raises:
+            UserError: it cannot be read, or is no such file.
+        """
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{**facts, "split": Split(**facts["split"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            what = f"cannot be read as a stage: {error}"
+            raise UserError(what, where=str(path), expected="a spec.json that `orpo compare` has written") from error
 
     def write(self, path: Path) -> None:
         """For the stage's process."""

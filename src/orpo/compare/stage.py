@@ -196,4 +196,4 @@ def _run(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 else "usage: python -m orpo.compare.stage SPEC.json")

@@ -49,6 +49,8 @@ _RANGES: dict[str, tuple[float, bool, float | None]] = {
     "save_steps": (0, False, None),
     "eval_steps": (0, False, None),
     "eval_delay": (0, True, None),
+    "early_stopping_patience": (1, True, None),
+    "early_stopping_threshold": (0, True, None),
     "save_total_limit": (1, True, None),
     "seed": (0, True, 2**32 - 1),
     "data_seed": (0, True, 2**63 - 1),
@@ -188,6 +190,12 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
     if _name_of(get("save_strategy")) == "best" and _name_of(get("eval_strategy")) in ("no", None) and "eval_strategy" in values:
         mend = "eval_strategy: steps or epoch, or save_strategy: steps"
         problems.append(UserError("found 'best', but nothing is evaluated on the way that could be best", where="save_strategy", mend=mend))
+    if get("early_stopping_patience") is not None and _name_of(get("eval_strategy")) in (None, "no"):
+        problems.append(
+            UserError(
+                "needs evaluations to look at", where="early_stopping_patience", mend="eval_strategy: steps (or epoch), and eval_steps"
+            )
+        )
     is_best_kept = get("load_best_model_at_end") and _name_of(get("save_strategy")) != "best"
     if is_best_kept and _name_of(get("eval_strategy")) != _name_of(get("save_strategy")):
         problems.append(

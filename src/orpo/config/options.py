@@ -14,6 +14,7 @@ import secrets
 import time
 import typing
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -131,6 +132,10 @@ class ORPOConfig(TrainingArguments):
         default="stop", metadata={"help": "At a non-finite loss or gradient: stop before the optimizer step, or skip that step."}
     )
     max_nonfinite_skips: int = field(default=3, metadata={"help": "Most steps that may be skipped before the run stops anyway."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "End the run once metric_for_best_model has not improved in so many evaluations. Unset: never."}
+    )
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "Least change of that metric that counts as better."})
     allow_changed_resume: bool = field(
         default=False, metadata={"help": "Resume although configuration or data changed; the result is then neither run's."}
     )
@@ -156,6 +161,8 @@ class ORPOConfig(TrainingArguments):
         for name, note in compat.ignored({item.name: getattr(self, item.name) for item in fields(self)}):
             warnings.warn(note, UserWarning, stacklevel=4)
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
+        if self.early_stopping_patience is not None and self.__dict__["metric_for_best_model"] is None:
+            self.__dict__["metric_for_best_model"] = "loss"  # or transformers would leave open in which direction better lies
         output_dir, bf16 = self.output_dir, self.bf16
         if self.__dict__["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
             self.__dict__["report_to"] = "none"
@@ -282,6 +289,14 @@ def field_defaults() -> dict[str, Any]:
     }
 
 
+_newest: deque[ORPOConfig] = deque(maxlen=1)
+
+
+def newest_config() -> ORPOConfig | None:
+    """The configuration that was made last: a script's own, for `orpo.run.scripts`, whose flags are declared here."""
+    return _newest[0] if _newest else None
+
+
 def _read_beta(config: ORPOConfig) -> float:
     return _NotGiven(config.orpo_alpha)
 
@@ -333,6 +348,7 @@ def _init_with_compat(self: ORPOConfig, *args: Any, **kwargs: Any) -> None:
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     _dataclass_init(self, *args, **options)
+    _newest.append(self)
 
 
 # One number under two names. A plain pair of fields would drift apart as soon as one of them is assigned.

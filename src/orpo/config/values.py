@@ -22,6 +22,7 @@ _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _ASSIGNMENTS = re.compile(r"[A-Za-z_]\w*=[^=,{}\[\]/]+(,\s*[A-Za-z_]\w*=[^=,{}\[\]/]+)*")
 """`min_lr=1e-6,num_cycles=2`; a slash would be a file's."""
 _TRUE, _FALSE = frozenset({"true", "yes", "on", "1"}), frozenset({"false", "no", "off", "0"})
+_NOTHING = frozenset({"none", "null", "~"})
 
 
 class NotAcceptedError(ValueError):
@@ -130,12 +131,21 @@ def _with_numbers(value: Any) -> Any:
     return _number(value, is_whole=False) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
 
 
+def _number_or_text(text: str) -> Any:
+    return _number(text, is_whole=False) if _NUMBER.fullmatch(text.strip()) else text
+
+
+def split_list(text: str) -> list[str]:
+    """`a, b` as a list of texts."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def from_yaml(hint: Any, value: Any) -> Any:
     """Fit a value that YAML has already read.
 
-    YAML 1.1 reads `1e-5` (no dot) as text; where a number and no text is asked for it is taken as the number that was meant. A single
-    item stands for a list of one. Nothing else is converted: `"4"` for a whole number is, `"four"` is not. Inside a mapping of anything,
-    what reads as a number is one, too.
+    YAML 1.1 reads `1e-5` (no dot) as text, and whatever stands in quotes; where no text is asked for, a number, a truth value or nothing
+    that was written so is taken as what was meant. A single item stands for a list of one, `a, b` for a list of texts. Nothing else is
+    converted: `"4"` for a whole number is, `"four"` is not. Inside a mapping of anything, what reads as a number is one, too.
 
     Raises:
         NotAcceptedError: the value does not fit.
@@ -146,6 +156,11 @@ def from_yaml(hint: Any, value: Any) -> Any:
     if is_accepted(hint, value):
         return value
     if isinstance(value, str):
+        word = value.strip().lower()
+        if bool in alternatives and word in (_TRUE | _FALSE) - {"0", "1"}:
+            return word in _TRUE
+        if type(None) in alternatives and word in _NOTHING:
+            return None
         for kind in (int, float):
             if kind in alternatives:
                 try:
@@ -154,6 +169,8 @@ def from_yaml(hint: Any, value: Any) -> Any:
                     continue
     if isinstance(value, float) and int in alternatives and math.isfinite(value) and value == int(value):
         return int(value)
+    if isinstance(value, str) and "," in value and any(member == list[str] for member in alternatives):
+        return split_list(value)
     if not isinstance(value, (list, dict)) and value is not None:
         for member in alternatives:
             if typing.get_origin(member) is list and is_accepted(member, [value]):
@@ -169,7 +186,9 @@ def from_flag(hint: Any, text: str) -> Any:
     """
     alternatives = members(hint)
     lowered = text.strip().lower()
-    if type(None) in alternatives and lowered in ("none", "null", "~"):
+    if hint is Any:  # an older name, whose value its own translation judges
+        return lowered in _TRUE if lowered in (_TRUE | _FALSE) - {"0", "1"} else _number_or_text(text)
+    if type(None) in alternatives and lowered in _NOTHING:
         return None
     for member in alternatives:
         if typing.get_origin(member) is typing.Literal and text in typing.get_args(member):
@@ -198,7 +217,7 @@ def from_flag(hint: Any, text: str) -> Any:
         return text
     for member in alternatives:
         if typing.get_origin(member) is list and str in members(typing.get_args(member)[0]):
-            return [item.strip() for item in text.split(",") if item.strip()]
+            return split_list(text)
     raise NotAcceptedError(text)
 
 

@@ -6,7 +6,8 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +222,22 @@ def adapter_base(source: ModelSource) -> tuple[str, str | None]:
         raise UserError("the adapter does not say which model it belongs to", where=str(path), expected='"base_model_name_or_path": "…"')
     revision = config.get("revision")
     return base, revision if isinstance(revision, str) else None
+
+
+@contextmanager
+def about_base(source: ModelSource) -> Iterator[None]:
+    """While the base of an adapter is found and loaded: whatever fails is told to be the adapter's base, and where its name stands."""
+    try:
+        yield
+    except UserError as error:
+        problem = f"{error.where}: {error.what}" if error.where else error.what
+        raise UserError(
+            f"the adapter belongs on {adapter_base(source)[0]!r}: {problem}",
+            where=str(Path(source.location) / "adapter_config.json"),
+            expected=error.expected,
+            mend=f"{error.mend + '; ' if error.mend else ''}where the base lies elsewhere by now, name its place there, as "
+            '"base_model_name_or_path"',
+        ) from error
 
 
 def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: bool = False) -> PeftModel:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo.errors import UserError
-from orpo.models.adapters import HUB_COMMIT, adapter_base, is_adapted, load_adapter, merge, set_generation
+from orpo.models.adapters import HUB_COMMIT, about_base, adapter_base, is_adapted, load_adapter, merge, set_generation
 from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
 from orpo.models.dequantize import dequantized
 from orpo.models.dtype import computing_dtype, dtype_name, parse_dtype, upcast_trainable
@@ -315,10 +316,11 @@ def _load_gguf(source: ModelSource, options: ModelOptions) -> LoadedModel:
 def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: bool) -> LoadedModel:
     """A PEFT adapter: its base model first, then the adapter onto it. A tokenizer saved with the adapter goes before the base's."""
     base_name, base_revision = (options.adapter_base, options.revision) if options.adapter_base else adapter_base(source)
-    base = find_source(base_name)
-    base_options = replace(options, revision=base_revision)
-    _check_remote_code(base, base_options)
-    loaded = _load_gguf(base, base_options) if base.kind == "gguf" else _load_plain(base, base_options)
+    with nullcontext() if options.adapter_base else about_base(source):
+        base = find_source(base_name)
+        base_options = replace(options, revision=base_revision)
+        _check_remote_code(base, base_options)
+        loaded = _load_gguf(base, base_options) if base.kind == "gguf" else _load_plain(base, base_options)
     model = load_adapter(loaded.model, source, is_trainable=is_trainable)
     set_generation(model, Path(source.location))
     tokenizer, notes = loaded.tokenizer, loaded.facts.notes

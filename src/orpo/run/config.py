@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 from orpo.config import compat
 from orpo.config.checks import best_metric_problems, check_values, value_notes
 from orpo.config.objectives import find, known, needs_reference, option_keys, options_without_effect
+from orpo.config.values import split_list
 from orpo.data.reading.sources import DEMO_DATA
 from orpo.data.settings import DataSettings
 from orpo.errors import UserError, UserErrors
+from orpo.models.adapters import read_targets
+from orpo.run.hints import notes_without_switch, variable_problems
 from orpo.run.keys import key_defaults
-from orpo.run.read import Given, load_named_plugins, read_file, read_flags, translate_layer
+from orpo.run.read import Given, load_named_plugins, place_of, read_file, read_flags, translate_layer
 from orpo.system.redact import redact
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class RunConfig:
     Attributes:
         values: every key -> its value.
         origins: every key -> "default", "recipes/demo.yaml:3" or "--learning_rate".
-        notes: what the user should know (options without effect, text that looks like a variable).
+        notes: what the user should know (options without effect, values that are hardly meant).
         config_file: the YAML file, if there was one.
         name: what the run's folder is called where no output_dir says it.
     """
@@ -162,11 +165,16 @@ def resolve(
         values[key] = given[key].value if key in given else default
     if values["load_in_4bit"] or values["load_in_8bit"]:
         values["use_peft"] = True
+    values["lora_target_modules"] = read_targets(values["lora_target_modules"])
+    if isinstance(values["report_to"], str) and "," in values["report_to"]:
+        values["report_to"] = split_list(values["report_to"])
     problems += _value_problems(values, origins, has_broken_keys=bool(problems), has_model=has_model)
     if problems:
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
-    notes += value_notes(values) + options_without_effect(values["objective"], [key for key in values if origins[key] != "default"])
+    given_keys = [key for key in values if origins[key] != "default"]
+    notes += value_notes(values) + notes_without_switch(values, set(given_keys))
+    notes += options_without_effect(values["objective"], given_keys)
     return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
 
 
@@ -185,13 +193,11 @@ def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_brok
     own = {key: value for key, value in values.items() if key not in trainer}
     problems = check_values(trainer, field_types()) + compat.refusals(own)
     problems += _run_problems(values, has_broken_keys=has_broken_keys, has_model=has_model)
-    problems += needs_reference(values["objective"])
+    problems += needs_reference(values["objective"]) + variable_problems(values)
     for problem in problems:
         origin = origins.get(problem.where or "", "default")
-        if origin != "default" and origin != f"--{problem.where}":
-            problem.where = f"{origin}: {problem.where}"
-        elif origin != "default":
-            problem.where = origin
+        if origin != "default":
+            problem.where = place_of(str(problem.where), origin)
     return problems
 
 
@@ -279,13 +285,14 @@ def read_model_config(config: RunConfig, name: str | None = None) -> Any:
 
     from transformers import AutoConfig
 
-    from orpo.models.adapters import adapter_base
+    from orpo.models.adapters import about_base, adapter_base
     from orpo.models.find import explain_failure, find_source
     from orpo.system.machine import hub_answers
 
     source = find_source(name or config["model_name_or_path"])
     if source.kind == "adapter":
-        source = find_source(adapter_base(source)[0])
+        with about_base(source):
+            source = find_source(adapter_base(source)[0])
     try:
         if source.kind == "gguf":
             folder, name = os.path.split(os.path.abspath(source.location))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo.data.settings import DataSettings
 from orpo.data.types import Dropped, Preference, Text, TokenGroup, Where
-from orpo.errors import UserError
+from orpo.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
@@ -327,7 +327,7 @@ def as_eval_groups(
     """(groups of the evaluation rows, report); for a dict of sets a dict of groups, and no report.
 
     Raises:
-        UserError: nothing usable in them, or prompts that are trained on and not allowed to.
+        UserError: nothing usable in them.
     """
     if rows is None:
         return None, None
@@ -337,7 +337,13 @@ def as_eval_groups(
     if report is not None:
         from orpo.data.dataset import find_overlap
 
-        find_overlap(train_groups, groups).check(allow=args.allow_overlap)
+        try:
+            find_overlap(train_groups, groups).check(allow=args.allow_overlap)
+        except DataError as error:
+            # A script has chosen its rows itself, and ran with TRL; a run's configuration, where they are chosen here, is refused.
+            logger.warning(
+                "eval_dataset: %s: what is measured on it is no measure of new prompts (allow_overlap=True: no warning)", error.what
+            )
     return groups, report
 
 

@@ -51,6 +51,15 @@ _OTHER_TOOLS_NAMES = {
 }
 
 
+_SCRIPTS_OWN = {
+    "do_train": "`orpo train` trains",
+    "do_eval": "a run evaluates where eval_dataset_name, dataset_test_split or eval_fraction gives it rows, by eval_strategy",
+    "do_predict": "`orpo eval` asks a finished run",
+    "objective_options": "each option of an objective is a key of its own, such as simpo_gamma",
+}
+"""Fields of `ORPOConfig` that only a script sets."""
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """A value that somebody wrote, and where."""
@@ -59,13 +68,18 @@ class Given:
     origin: str
 
 
+def place_of(key: str, origin: str) -> str:
+    """Where a value is wrong: line and key of a file, or the flag as it was typed, with the key where that is called otherwise."""
+    return origin if origin.removeprefix("--").replace("-", "_") == key else f"{origin}: {key}"
+
+
 def translate_layer(layer: dict[str, Given], problems: list[UserError], notes: list[str]) -> dict[str, Given]:
     """Older and TRL's names into ours, within one layer, so that a flag may override a file's value under another name."""
     plain, found_problems, found_notes = compat.translate({key: item.value for key, item in layer.items()})
     for problem in found_problems:
         key = problem.where
         if key in layer:
-            problem.where = layer[key].origin if layer[key].origin == f"--{key}" else f"{layer[key].origin}: {key}"
+            problem.where = place_of(key, layer[key].origin)
     problems += found_problems
     notes += found_notes
     old_names = {entry.to: name for name in layer if (entry := compat.BY_NAME.get(name)) and entry.to}
@@ -214,6 +228,8 @@ def _hint(key: str) -> Any:
 
 def _unknown(key: str, origin: str) -> UserError:
     names = [*key_types(), *(entry.name for entry in compat.OLDER_NAMES if entry.name != "tokenizer"), "beta"]
+    if key in _SCRIPTS_OWN:
+        return UserError(f"{key} is no key of a run", where=origin, mend=f"leave it out: {_SCRIPTS_OWN[key]}")
     if key == "tokenizer":
         mend: str | None = "leave it out; the tokenizer is the model's own"
     elif key.lower() in _OTHER_TOOLS_NAMES:
@@ -262,6 +278,9 @@ def read_flags(words: Sequence[str], problems: list[UserError]) -> tuple[dict[st
         name, has_value, text = word[2:].partition("=")
         key = name.replace("-", "_")
         hint = _hint(key)
+        negated = _hint(key.removeprefix("no_")) if hint is None and key.startswith("no_") else None
+        if negated is Any or bool in members(negated):  # as transformers' parser of scripts has them: --no_remove_unused_columns
+            key, hint, has_value, text = key.removeprefix("no_"), negated, "=", "false"
         if hint is None:
             problems.append(_unknown(key, f"--{name}"))
             position += 0 if has_value or position >= len(words) or _is_flag(words[position]) else 1
@@ -273,7 +292,7 @@ def read_flags(words: Sequence[str], problems: list[UserError]) -> tuple[dict[st
             texts = [text]
         if key in result:
             problems.append(UserError("is given twice", where=f"--{key}", mend="keep one of them"))
-        elif (value := _flag_value(key, hint, texts, problems)) is not None:
+        elif (value := _flag_value(key, hint, texts, problems, f"--{name}")) is not None:
             result[key] = value
     return result, rest
 
@@ -286,6 +305,8 @@ def _flag_words(hint: Any, following: Sequence[str]) -> list[str]:
             break
         words.append(word)
     alternatives = members(hint)
+    if hint is Any:  # an older name: a switch, or one value
+        return [] if words and words[0].endswith((".yaml", ".yml")) else words[:1]
     if bool in alternatives and str not in alternatives:
         return words[:1] if words and words[0].lower() in ("true", "false", "yes", "no", "on", "off", "1", "0", "none", "null") else []
     if any(item is list or typing.get_origin(item) is list for item in alternatives):
@@ -294,14 +315,14 @@ def _flag_words(hint: Any, following: Sequence[str]) -> list[str]:
     return words[:1]
 
 
-def _flag_value(key: str, hint: Any, texts: list[str], problems: list[UserError]) -> Given | None:
+def _flag_value(key: str, hint: Any, texts: list[str], problems: list[UserError], flag: str) -> Given | None:
     try:
         if not texts:
-            if bool in members(hint):
-                return Given(True, f"--{key}")
+            if hint is Any or bool in members(hint):
+                return Given(True, flag)
             raise NotAcceptedError("")
-        return Given(from_flag(hint, texts[0]) if len(texts) == 1 else texts, f"--{key}")
+        return Given(from_flag(hint, texts[0]) if len(texts) == 1 else texts, flag)
     except NotAcceptedError:
         shown = "a value of the wrong type" if is_secret_name(key) else f"the text {texts[0]!r}" if texts else "no value"
-        problems.append(UserError(f"found {shown}", where=f"--{key}", expected=describe(hint)))
+        problems.append(UserError(f"found {shown}", where=flag, expected=describe(hint)))
         return None

@@ -29,6 +29,7 @@ from orpo.system.plugins import plugin_sha256
 from orpo.training.guards.callbacks import SignalCallback
 from orpo.training.savers import SpreadState, StateSaver, WholeState
 from orpo.training.schedule import require_same_rates
+from orpo.training.stopping import has_stopped_improving
 
 logger = logging.getLogger(__name__)
 
@@ -201,10 +202,12 @@ class CheckpointMixin(_Base):
             CheckpointError: the run is to have another number of steps, for which those that are done would have been others.
         """
         folder = Path(checkpoint)
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if has_stopped_improving(state.log_history, self.args):
+            return True
         step, num_steps = read_manifest(folder).step, self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if self.lr_scheduler is None or self._created_lr_scheduler:  # else it is the user's own
-            old_steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).max_steps
-            require_same_rates(self.args, folder, step=step, old_steps=old_steps, new_steps=num_steps)
+            require_same_rates(self.args, folder, step=step, old_steps=state.max_steps, new_steps=num_steps)
         return step >= num_steps
 
     def restore_complete(self, checkpoint: str) -> TrainOutput:

@@ -57,6 +57,7 @@ from orpo.training.setup import (
 )
 from orpo.training.spread import SpreadMixin
 from orpo.training.steps import EpochCallback, StepBatch, only_item
+from orpo.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -156,6 +157,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
         self.run_folder = RunFolder(self.args.output_dir)
         self.add_callback(EpochCallback(self))
         self._stand_guard()
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping())
         self.add_callback(MetricsCallback(self.run_folder.metrics))
         self.train_sampler = self._sampler(self.train_dataset, is_training=True)
 

@@ -1,0 +1,186 @@
+"""What was meant is taken or told: words in quotes, lists as text, older flags, negated flags, variables, switches that are off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo.config import compat
+from orpo.config.values import members
+from orpo.errors import UserErrors
+from orpo.run.config import resolve
+from orpo.run.keys import key_types
+
+MINIMAL = "model_name_or_path: some/model\ndataset_name: rows.jsonl\n"
+SWITCHES = sorted(key for key, hint in key_types().items() if bool in members(hint) and str not in members(hint))
+MAY_BE_NOTHING = sorted(
+    key for key, hint in key_types().items() if type(None) in members(hint) and str not in members(hint) and Any not in members(hint)
+)
+LISTS_OF_TEXTS = sorted(key for key, hint in key_types().items() if list[str] in members(hint) and str not in members(hint))
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(MINIMAL + text, encoding="utf-8")
+        return str(path)
+
+    return write_file
+
+
+def problems_of(path: str | None, *flags: str) -> str:
+    with pytest.raises(UserErrors) as caught:
+        resolve(path, flags)
+    return str(caught.value)
+
+
+def outcome(path: str | None, *flags: str) -> Any:
+    """The configuration's values, or its problems without the places they were found at."""
+    try:
+        return resolve(path, flags).values
+    except UserErrors as error:
+        return sorted(problem.what for problem in error.problems)
+
+
+@pytest.mark.parametrize("key", SWITCHES)
+def test_a_quoted_truth_value_is_one(key: str, write) -> None:
+    for word in ("'true'", '"False"', "'yes'", "'off'"):
+        bare = word.strip("'\"")
+        assert outcome(write(f"{key}: {word}\n")) == outcome(write(f"{key}: {bare}\n"))
+
+
+@pytest.mark.parametrize("key", MAY_BE_NOTHING)
+def test_a_quoted_nothing_is_nothing(key: str, write) -> None:
+    expected = outcome(write(f"{key}: null\n"))
+    for word in ("'null'", "none", "'None'"):
+        assert outcome(write(f"{key}: {word}\n")) == expected
+
+
+@pytest.mark.parametrize("key", LISTS_OF_TEXTS)
+def test_a_text_with_commas_is_a_list_where_no_text_is_asked_for(key: str, write) -> None:
+    for text in ("first_one, second_one", "first_one,second_one"):
+        assert outcome(write(f"{key}: {text}\n")) == outcome(write(f"{key}: [first_one, second_one]\n"))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("q_proj", ["q_proj"]),
+        ("self_attn.q_proj", ["self_attn.q_proj"]),
+        ("all", "all-linear"),
+        ("all-linear", "all-linear"),
+        (r".*\.[qv]_proj", r".*\.[qv]_proj"),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+    ],
+)
+def test_layers_to_adapt_as_they_were_meant(written: str, meant: Any, write) -> None:
+    quoted = f"'{written}'" if "*" in written else written
+    assert resolve(write(f"use_peft: true\nlora_target_modules: {quoted}\n"))["lora_target_modules"] == meant
+    assert resolve(write(""), ["--use_peft", "--lora_target_modules", written])["lora_target_modules"] == meant
+
+
+OLD_SWITCHES = sorted(
+    entry.name
+    for entry in compat.OLDER_NAMES
+    if entry.name not in key_types() and entry.status == "ignored" and any(isinstance(value, bool) for value in entry.harmless)
+)
+
+
+@pytest.mark.parametrize("name", ["overwrite_output_dir", "group_by_length", *OLD_SWITCHES])
+def test_older_switches_are_flags_as_they_are_keys(name: str, write) -> None:
+    for value in ("true", "false"):
+        in_file = outcome(write(f"{name}: {value}\n"))
+        assert outcome(write(""), f"--{name}", value) == in_file
+        assert outcome(write(""), f"--{name}={value}") == in_file
+    assert outcome(write(""), f"--{name}") == outcome(write(f"{name}: true\n"))
+    path = write("")
+    assert outcome(None, f"--{name}", path) == outcome(write(f"{name}: true\n")), "the file after a bare switch is the file"
+
+
+@pytest.mark.parametrize(("name", "value"), [("logging_dir", "x"), ("evaluation_strategy", "no"), ("torch_dtype", "bfloat16")])
+def test_older_names_with_a_value(name: str, value: str, write) -> None:
+    in_file = outcome(write(f"{name}: {value}\n"))
+    assert isinstance(in_file, dict), in_file
+    assert outcome(write(""), f"--{name}", value) == in_file
+
+
+@pytest.mark.parametrize("key", SWITCHES)
+def test_a_switch_is_turned_off_by_no(key: str, write) -> None:
+    expected = outcome(write(f"{key}: false\n"))
+    assert outcome(write(""), f"--no_{key}") == expected
+    assert outcome(write(""), f"--no-{key.replace('_', '-')}") == expected
+
+
+def test_no_before_what_is_no_switch_is_unknown(write) -> None:
+    assert "unknown key 'no_learning_rate'" in problems_of(write(""), "--no_learning_rate")
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model_name_or_path", "dataset_name", "eval_dataset_name", "resume_from_checkpoint"])
+@pytest.mark.parametrize("text", ["${SCRATCH}/run", "$HOME/run", "%TEMP%/run"])
+def test_a_variable_in_a_place_is_refused(key: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = {"model_name_or_path": "some/model", "dataset_name": "rows.jsonl", key: text}
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"{name}: '{value}'\n" for name, value in lines.items()))
+    told = problems_of(str(path))
+    assert f": {key}: found '{text}'" in told
+    assert f'--{key} "{text}"' in told
+    (tmp_path / text).mkdir(parents=True)  # whoever has such a folder means it
+    if key == "output_dir":
+        assert resolve(path)["output_dir"] == text
+
+
+def test_a_variable_inside_a_list_and_none_in_a_template(write) -> None:
+    assert "found '${DATA}/a.jsonl'" in problems_of(write("eval_dataset_name: [b.jsonl, {path: '${DATA}/a.jsonl'}]\n"))
+    assert resolve(write("chat_template: '{{ messages[0].content }} ${PRICE}'\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "switch"),
+    [
+        ("lora_r: 8\n", "lora_r has no effect", "use_peft: true"),
+        ("lora_r: 8\nlora_alpha: 16\nlora_dropout: 0.1\n", "lora_r, lora_alpha, lora_dropout have no effect", "use_peft: true"),
+        ("use_dora: true\n", "use_dora has no effect", "use_peft: true"),
+        ("bnb_4bit_quant_type: fp4\n", "bnb_4bit_quant_type has no effect", "load_in_4bit: true"),
+        ("max_nonfinite_skips: 5\n", "max_nonfinite_skips has no effect", "on_nonfinite: skip"),
+        ("eval_steps: 5\n", "eval_steps has no effect", "eval_strategy: steps"),
+        ("save_steps: 5\nsave_strategy: epoch\n", "save_steps has no effect", "save_strategy: steps"),
+        ("early_stopping_threshold: 0.1\n", "early_stopping_threshold has no effect", "early_stopping_patience"),
+    ],
+)
+def test_an_option_whose_switch_is_off_is_told(text: str, keys: str, switch: str, write) -> None:
+    notes = resolve(write(text)).notes
+    assert any(keys in note and switch in note for note in notes), notes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "use_peft: true\nlora_r: 8\n", "use_dora: false\n", "load_in_4bit: true\nlora_r: 8\n", "save_steps: 5\n"]
+)
+def test_and_nothing_is_told_where_all_has_effect(text: str, write) -> None:
+    assert not [note for note in resolve(write(text)).notes if "no effect" in note]
+
+
+@pytest.mark.parametrize("key", ["do_train", "do_eval", "do_predict", "objective_options"])
+def test_what_only_scripts_set_is_told_as_that(key: str, write) -> None:
+    for told in (problems_of(write(f"{key}: true\n")), problems_of(write(""), f"--{key}", "true")):
+        assert f"{key} is no key of a run" in told
+        assert "leave it out" in told
+        assert "did you mean" not in told
+
+
+def test_places_name_the_flag_as_it_was_typed(write) -> None:
+    assert "--learning-rate: found" in problems_of(write(""), "--learning-rate", "fast")
+    assert "- --learning-rate: found -1" in problems_of(write(""), "--learning-rate", "-1")
+    assert "--beta: orpo_alpha: found -1" in problems_of(write(""), "--beta", "-1")
+
+
+def test_every_kind_was_found() -> None:
+    """The lists above are read from the types: an empty one would test nothing."""
+    assert {"use_peft", "strict_data"} <= set(SWITCHES)
+    assert {"max_length", "bf16"} <= set(MAY_BE_NOTHING)
+    assert {"lora_modules_to_save", "plugins"} <= set(LISTS_OF_TEXTS)
