@@ -12,4 +12,4 @@ def adapt(model: Any, *, r: int = 16, target_modules: Any = None, **settings: An
     from peft import LoraConfig
 
     targets = target_modules or "all-linear"
-    return put_adapter(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM", **settings))
+    return put_adapter(model, LoraConfig(**{"r": r, "lora_alpha": 32, "target_modules": targets, "task_type": "CAUSAL_LM", **settings}))

@@ -356,7 +356,7 @@ def test_fresh_adapter_changes_nothing_and_trains_little() -> None:
 
 
 def test_adapter_settings_reach_peft() -> None:
-    config = adapt(build_tiny_model("llama"), r=4, target_modules=["q_proj"], use_rslora=True).peft_config["default"]
+    config = adapt(build_tiny_model("llama"), r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=True).peft_config["default"]
     assert (config.r, config.lora_alpha, config.target_modules, config.use_rslora) == (4, 8, {"q_proj"}, True)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from adapted import adapt
 from orpo.cli import main
 from orpo.errors import UserError
-from orpo.models.adapters import adapt, raise_rate_of_b
+from orpo.models.adapters import raise_rate_of_b
 from orpo.models.load import load_model
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 

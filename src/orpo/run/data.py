@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo.data.settings import DataSettings
 from orpo.data.types import Dropped, Preference, Text, TokenGroup, Where
-from orpo.errors import DataError, UserError
+from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
@@ -337,13 +337,8 @@ def as_eval_groups(
     if report is not None:
         from orpo.data.dataset import find_overlap
 
-        try:
-            find_overlap(train_groups, groups).check(allow=args.allow_overlap)
-        except DataError as error:
-            # A script has chosen its rows itself, and ran with TRL; a run's configuration, where they are chosen here, is refused.
-            logger.warning(
-                "eval_dataset: %s: what is measured on it is no measure of new prompts (allow_overlap=True: no warning)", error.what
-            )
+        # A warning alone: a script has chosen its rows itself, and ran with TRL. Where a configuration names them, the run stops.
+        find_overlap(train_groups, groups).check(allow=True)
     return groups, report
 
 

@@ -19,8 +19,8 @@ class EarlyStopping(TrainerCallback):
     transformers' own callback counts in memory, so that a resumed run begins to count anew; the log is a part of every checkpoint.
     """
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, Any], **_: Any) -> None:
-        if best_metric(args) in metrics and has_stopped_improving(state.log_history, args):
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, Any] | None = None, **_: Any) -> None:
+        if best_metric(args) in (metrics or {}) and has_stopped_improving(state.log_history, args):
             control.should_training_stop = True
             logger.warning(
                 "step %d: %s has not improved in %d evaluations: the run ends here (early_stopping_patience)",
