@@ -190,7 +190,7 @@ class TestCheckAndTrain:
     def test_a_package_that_is_missing_is_told_without_a_model_too(
         self, how: str, tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("orpo.models.load.find_spec", lambda name: None)
+        monkeypatch.setattr("orpo.models.quantized.find_spec", lambda name: None)
         assert main(["check", "--quick", config_file(tmp_path, {**options, f"load_in_{how}": True})]) == 2
         shown = capsys.readouterr()
         assert f"load_in_{how}: load_in_4bit and load_in_8bit need the package bitsandbytes" in shown.out + shown.err
