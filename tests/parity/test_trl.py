@@ -104,7 +104,7 @@ def test_five_steps_equal_trls(engine: str, tmp_path: Path, monkeypatch: pytest.
     start = weights(peer.model)
     monkeypatch.setattr(type(peer), "_get_train_sampler", lambda self, *_: torch.utils.data.SequentialSampler(self.train_dataset))
     own = make_trainer(
-        tmp_path / "own", groups, model=build_tiny_model("llama", vocab_size=384), engine=engine, reward_scale=LAMBDA, max_steps=5,
+        tmp_path / "own", groups, model=build_tiny_model("llama", vocab_size=384), engine=engine, orpo_alpha=LAMBDA, max_steps=5,
         per_device_train_batch_size=BATCH, gradient_accumulation_steps=1,
     )  # fmt: skip
     own.train_sampler.seed = None  # the data's order
