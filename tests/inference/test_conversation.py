@@ -167,8 +167,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(adapter: Path, tmp_path: Path) 
     os.write(master, b"Hello\n")
     read_until(master, "Hello", more=40)  # what was typed, and some of the answer
     os.kill(process.pid, signal.SIGINT)
-    text = read_until(master, "> ")
-    assert "stopped; the chat goes on" in text
+    read_until(master, "stopped; the chat goes on")  # not until the prompt: random weights may say "> " themselves
     os.write(master, b"/quit\n")
     assert process.wait(60) == 0
     os.close(master)
