@@ -155,6 +155,7 @@ def test_a_public_merged_model(hub: Any, run_dir: Path) -> None:
     assert "model.safetensors" in sent_by(hub)
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_or_is_not_there(hub: Any, run_dir: Path) -> None:
     refused = orpo_export(hub, run_dir, "--repo_id", "me/model", token="hf_wrong")
     assert refused.returncode == 2
