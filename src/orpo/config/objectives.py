@@ -116,10 +116,11 @@ def _listed(options: Mapping[str, Option]) -> str:
 
 
 def describe_objectives() -> str:
-    """Every objective with its options, defaults and ranges, for `--help`."""
+    """Every objective with its loss at the defaults, and its options."""
     lines = []
     for kind in known().values():
-        lines.append(f"  {kind.name:<10}{kind.formula.replace('{nll}', 'next-token loss').replace('{', '').replace('}', '')}")
+        where = "; trained by `orpo compare` alone, which computes the reference" if kind.needs_reference else ""
+        lines.append(f"  {kind.name:<10}{kind.facts(kind.build({}))['formula']}{where}")
         lines += [f"    --{option.key:<24}{option.help} ({_default(option)})" for option in _options(kind)]
     return "\n".join(lines)
 

@@ -98,8 +98,9 @@ class ObjectiveKind:
         return made
 
     def describe(self, objective: Objective) -> str:
-        """`ORPO (orpo_alpha 0.1, orpo_beta 1)`."""
-        options = [f"{option.key} {_shown(getattr(objective, option.field))}" for option in self.options]
+        """`ORPO (orpo_alpha 0.1, orpo_beta 1)`; what is unset follows from the rest."""
+        given = {option.key: getattr(objective, option.field) for option in self.options}
+        options = [f"{key} {_shown(value)}" for key, value in given.items() if value is not None]
         return f"{self.label} ({', '.join(options)})" if options else self.label
 
     def facts(self, objective: Objective, nll: str = "next-token loss") -> dict[str, Any]:
