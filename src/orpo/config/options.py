@@ -271,8 +271,8 @@ def _accelerate_wants_cpu() -> bool:
 
 
 def fresh_run_dir(root: str = "runs") -> str:
-    """A folder name nobody has used: the time to sort by, four random characters against two starts in one second."""
-    return os.path.join(root, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    """A folder name nobody has used: the time to sort by, eight random characters against two starts in one second."""
+    return os.path.join(root, f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}")
 
 
 @functools.cache
