@@ -75,6 +75,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"state_size": 4}),
 }
 
+_EXPERTS: dict[str, Any] = {**_ROPE_SHAPE, "num_experts_per_tok": 2}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {**_EXPERTS, "num_local_experts": 4}),
+    "qwen3_moe": ARCHITECTURES["qwen3_moe"],
+    "gpt_oss": ARCHITECTURES["gpt_oss"],
+    "olmoe": ("olmoe", {**_EXPERTS, "num_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
+    "granitemoe": ("granitemoe", {**_EXPERTS, "num_local_experts": 4}),
+    "phimoe": ("phimoe", {**_EXPERTS, "num_local_experts": 4}),
+    "ernie4_5_moe": ("ernie4_5_moe", {**_ROPE_SHAPE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}),
+}
+"""Mixtures of experts whose families compute a router's auxiliary loss."""
+
 
 def build_tiny_model(
     architecture: str = "llama",
@@ -92,13 +105,13 @@ def build_tiny_model(
     scale shows in the log-probabilities.
 
     Args:
-        architecture: a key of `ARCHITECTURES`.
+        architecture: a key of `ARCHITECTURES` or `MIXTURES`.
         overrides: any field of the architecture's configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, extra = ARCHITECTURES[architecture]
+    model_type, extra = {**ARCHITECTURES, **MIXTURES}[architecture]
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

@@ -46,7 +46,7 @@ def test_auto_takes_the_shared_engine_for_every_exact_family(
     architecture: str, groups: list[TokenGroup], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build(architecture).train()
-    engine = choose.choose(model, groups, OBJECTIVE)
+    engine = choose.choose(model, groups, OBJECTIVE, router_coef=0.0)
     assert engine.name == "shared", engine.reason
     assert model.config._attn_implementation == attention.NAME
     assert model.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.choose import attention_implementation
 from orpo.engine.layout import collate
+from orpo.engine.router import balance, router_of
 from orpo.objective import METRICS, ORPO
 from orpo.training.metrics import means
 from randomgroups import group
@@ -36,7 +38,7 @@ ROWS = [
 ]
 
 
-def trl_trainer(folder: Path, architecture: str = "llama") -> Any:
+def trl_trainer(folder: Path, architecture: str = "llama", **overrides: Any) -> Any:
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl.experimental.orpo")
     rows = [{"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"} for prompt, chosen, rejected in ROWS * 5]
@@ -46,7 +48,7 @@ def trl_trainer(folder: Path, architecture: str = "llama") -> Any:
         output_dir=str(folder), bf16=False, beta=LAMBDA, learning_rate=1e-3, lr_scheduler_type="linear", warmup_steps=0, max_steps=5,
         per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, logging_steps=1, gradient_checkpointing=False, **QUIET,
     )  # fmt: skip
-    model = build_tiny_model(architecture, vocab_size=384)
+    model = build_tiny_model(architecture, vocab_size=384, **overrides)
     # TRL closes an answer with eos, which here is the template's end of turn; rows are plain text.
     return trl.ORPOTrainer(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=build_tiny_tokenizer(chat_template=None)
@@ -136,3 +138,41 @@ def test_what_trl_logs_is_what_we_log(tmp_path: Path) -> None:
     peer = trl_trainer(tmp_path)
     _, metrics = peer.get_batch_loss_metrics(peer.model, peer.data_collator([peer.train_dataset[0]]))
     assert set(metrics) - {"logits/chosen", "logits/rejected"} == set(TRL_NAMES)
+
+
+def test_a_routers_loss_at_one_pair_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL counts a prompt once for each answer. Without the second copy its loss is ours; ours of its rows, copies and all, is its."""
+    peer = trl_trainer(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    pair, model = groups_of(peer)[0], peer.model.eval()
+    rows = peer.data_collator([peer.train_dataset[0]])
+    family = sys.modules[type(model).__module__]
+    original, seen = family.load_balancing_loss_func, []
+
+    def with_the_prompt_once(logits: Any, experts: int, top_k: int, mask: torch.Tensor) -> Any:
+        seen.append((logits, mask))
+        once = mask.clone()
+        once[1, : len(pair.prompt_ids)] = 0
+        return original(logits, experts, top_k, once)
+
+    monkeypatch.setattr(family, "load_balancing_loss_func", with_the_prompt_once)
+    expected, _ = peer.get_batch_loss_metrics(model, rows)
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    monkeypatch.undo()
+
+    logits, mask = seen[0]
+    copies = [layer.detach()[mask.reshape(-1).bool()] for layer in logits]
+    unshared = balance(copies, [len(copies[0])], 2, 1 / len(copies[0])).loss
+    assert unshared.item() == pytest.approx(original(logits, 4, 2, mask).item(), rel=1e-6)
+
+    engines = {"padded": padded.step, "shared": shared.step}
+    attention.register()
+    for name, step in engines.items():
+        model.zero_grad()
+        with attention_implementation(model, attention.NAME if name == "shared" else "sdpa"):
+            result = step(model, collate([pair]), ORPO(LAMBDA), router=router_of(model))
+            result.loss.backward()
+        assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        largest = max(gradient.norm() for gradient in gradients.values())
+        for key, parameter in model.named_parameters():
+            assert (parameter.grad - gradients[key]).norm() <= 1e-5 * gradients[key].norm() + 1e-7 * largest, key

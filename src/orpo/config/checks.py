@@ -41,6 +41,7 @@ _RANGES: dict[str, tuple[float, bool, float | None]] = {
     "gradient_accumulation_steps": (1, True, None),
     "max_length": (2, True, None),
     "max_prompt_length": (1, True, None),
+    "router_aux_loss_coef": (0, True, None),
     "logits_budget_mb": (1, True, None),
     "max_tokens_per_microbatch": (1, True, None),
     "max_nonfinite_skips": (0, True, None),

@@ -117,6 +117,9 @@ class ORPOConfig(TrainingArguments):
     allow_overlap: bool = field(default=False, metadata={"help": "Allow prompts that are in both training and evaluation data."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "TRL's; no effect."})
 
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of a mixture of experts' auxiliary loss. Unset: what its configuration asks for; 0: none."}
+    )
     logits_budget_mb: int = field(default=256, metadata={"help": "Most MiB that vocabulary-sized tensors may take at once."})
     max_tokens_per_microbatch: int | None = field(
         default=None, metadata={"help": "Most packed tokens of a micro-batch; changes no result. Unset: by device."}

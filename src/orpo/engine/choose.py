@@ -20,6 +20,7 @@ from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.kernels import wanted_kernel
 from orpo.engine.layout import PreferenceBatch, StepResult, collate
+from orpo.engine.router import Router, router_of
 from orpo.errors import UserError
 from orpo.objective import Objective
 
@@ -45,17 +46,19 @@ class Engine:
         name: "shared" or "padded".
         reason: why, in words for the log and run.json.
         budget_bytes: most memory of vocabulary-sized tensors (shared engine).
+        router: what is asked of a mixture of experts.
     """
 
     name: str
     reason: str
     budget_bytes: int = shared.DEFAULT_BUDGET_BYTES
+    router: Router | None = None
 
     def step(self, model: nn.Module, batch: PreferenceBatch, objective: Objective) -> StepResult:
         """One micro-batch: loss with a graph to the model."""
         if self.name == "shared":
-            return shared.step(model, batch, objective, budget_bytes=self.budget_bytes)
-        return padded.step(model, batch, objective)
+            return shared.step(model, batch, objective, budget_bytes=self.budget_bytes, router=self.router)
+        return padded.step(model, batch, objective, router=self.router)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ def choose(
     requested: str = "auto",
     nll_scope: str = "sequence",
     budget_bytes: int = shared.DEFAULT_BUDGET_BYTES,
+    router_coef: float | None = None,
 ) -> Engine:
     """Choose the engine and leave the model ready for it.
 
@@ -105,24 +109,26 @@ def choose(
         objective, nll_scope: of the run.
         requested: "auto", "shared" or "padded".
         budget_bytes: for the shared engine.
+        router_coef: weight of a router's auxiliary loss; None: what the model's configuration asks for.
 
     Raises:
         UserError: "shared" was asked for and does not hold for this model, or an attention kernel that there is not.
     """
     wanted_kernel()  # a wrong name is the user's to mend, not a reason to fall back
-    if requested == "padded":
-        return Engine("padded", "asked for")
     core = shared.unwrap(model)
+    router = router_of(core, router_coef)
+    if requested == "padded":
+        return Engine("padded", "asked for", router=router)
     before = _attention_of(core)
     problem = _obstacle(core)
     if problem is None:
         try:
-            agreement = compare(model, rows_for_check(groups), objective, nll_scope, budget_bytes)
+            agreement = compare(model, rows_for_check(groups), objective, nll_scope, budget_bytes, router)
             problem = str(agreement) if not agreement.holds else _hidden_window(core, groups, agreement)
             if problem is None:
                 core.set_attn_implementation(attention.NAME)
                 logger.info("shared engine: %s", agreement)
-                return Engine("shared", f"agrees with the padded engine: {agreement}", budget_bytes)
+                return Engine("shared", f"agrees with the padded engine: {agreement}", budget_bytes, router)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
         core.set_attn_implementation(before)
@@ -130,7 +136,7 @@ def choose(
     if requested == "shared":
         raise UserError(f"the shared engine does not hold for {name}: {problem}", where="engine", mend="use engine: auto or padded")
     logger.warning("%s falls back to the padded engine, which is slower and needs more memory: %s", name, problem)
-    return Engine("padded", f"the shared engine does not hold for {name}: {problem}")
+    return Engine("padded", f"the shared engine does not hold for {name}: {problem}", router=router)
 
 
 def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
@@ -146,7 +152,12 @@ def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
 
 
 def compare(
-    model: nn.Module, groups: Sequence[TokenGroup], objective: Objective, nll_scope: str = "sequence", budget_bytes: int = 2**28
+    model: nn.Module,
+    groups: Sequence[TokenGroup],
+    objective: Objective,
+    nll_scope: str = "sequence",
+    budget_bytes: int = 2**28,
+    router: Router | None = None,
 ) -> Agreement:
     """Run rows through both engines. Leaves no gradient behind, and the model's attention as it was.
 
@@ -161,9 +172,9 @@ def compare(
     model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
     try:
         with torch.enable_grad():  # the caller may be an evaluation
-            expected = _values(padded.step(model, batch, objective), parameters)
+            expected = _values(padded.step(model, batch, objective, router=router), parameters)
             with attention_implementation(core, attention.NAME):
-                found = _values(shared.step(model, batch, objective, budget_bytes=budget_bytes), parameters)
+                found = _values(shared.step(model, batch, objective, budget_bytes=budget_bytes, router=router), parameters)
                 if _has_dropout(model):
                     _run_with_dropout(model, batch, objective, budget_bytes)
     finally:

@@ -68,6 +68,7 @@ class PreferenceBatch:
             counted prompt tokens first, then each response.
         index: for the objective.
         spans: per group.
+        token_weight: what a packed token counts in the router's loss: 1 / packed tokens of the optimizer step, 0 in a filler.
     """
 
     groups: tuple[TokenGroup, ...]
@@ -78,6 +79,7 @@ class PreferenceBatch:
     target_N: Tensor
     index: ResponseIndex
     spans: tuple[Span, ...]
+    token_weight: float
 
     @property
     def num_tokens(self) -> int:
@@ -110,9 +112,11 @@ class PreferenceBatch:
             index=moved,
         )
 
-    def with_normalisers(self, num_nll_tokens: float, num_pairs: float) -> PreferenceBatch:
-        """The same batch, normalised by the counts of a whole optimizer step."""
-        return replace(self, index=replace(self.index, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs))
+    def with_normalisers(self, num_nll_tokens: float, num_pairs: float, num_tokens: float | None = None) -> PreferenceBatch:
+        """The same batch, normalised by the counts of a whole optimizer step; `num_tokens` are packed ones, unset: its own."""
+        weight = self.token_weight if num_tokens is None or not self.token_weight else 1.0 / num_tokens
+        index = replace(self.index, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
+        return replace(self, index=index, token_weight=weight)
 
     def part(self, first: int, last: int) -> tuple[slice, ResponseIndex]:
         """Predicted tokens and index of the groups [first, last), renumbered to stand alone. Normalisers stay the step's."""
@@ -229,11 +233,25 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
         target_N=_long(builder.targets),
         index=index,
         spans=tuple(builder.spans),
+        token_weight=1.0 / builder.num_rows,
     )
 
 
 def _long(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class RouterResult:
+    """One micro-batch's routing to experts.
+
+    Attributes:
+        loss: float32 scalar with a graph to the model; this micro-batch's part of the step's auxiliary loss, before the coefficient.
+        load_YE: how many tokens chose each expert, per layer with a router; detached.
+    """
+
+    loss: Tensor
+    load_YE: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +262,10 @@ class StepResult:
         loss: float32 scalar with a graph to the model; this micro-batch's part of the optimizer step's loss.
         logp_N: float32 token log-probabilities in the batch's order, detached.
         sums: float64, the names of `orpo.objective.METRICS`.
+        router: of a mixture of experts; `loss` has its part with its coefficient already.
     """
 
     loss: Tensor
     logp_N: Tensor
     sums: Tensor
+    router: RouterResult | None = None

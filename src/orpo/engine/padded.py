@@ -7,11 +7,14 @@ Shape suffixes: R responses, L padded length, N predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
 from orpo.engine.layout import PreferenceBatch, StepResult
+from orpo.engine.router import Router, routing, rows_in_padded, with_routing
 from orpo.objective import Objective, evaluate
 
 
@@ -23,6 +26,11 @@ def token_logps(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right
         batch: the micro-batch, on the model's device.
         pad_side: where the padding goes; changes no value.
     """
+    return _forward(model, batch, pad_side)[0]
+
+
+def _forward(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right", router: Router | None = None) -> tuple[Tensor, Any, Tensor]:
+    """(token log-probabilities, what the model returned, where each packed token lies in the padded rows)."""
     sequences = [(group, ids) for group in batch.groups for ids in group.response_ids]
     length = max(len(group.prompt_ids) + len(ids) for group, ids in sequences)
     device = batch.input_ids_T.device
@@ -38,23 +46,26 @@ def token_logps(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right
         mask_RL[row, start : start + size] = 1
     position_ids_RL = (mask_RL.cumsum(-1) - 1).clamp(min=0)
     rows, columns = _predicting_positions(batch, starts)
-    logits_RLV = model(
+    output = model(
         input_ids=input_ids_RL.to(device),
         attention_mask=mask_RL.to(device),
         position_ids=position_ids_RL.to(device),
         use_cache=False,
-    ).logits
-    logits_NV = logits_RLV[rows.to(device), columns.to(device)].float()
-    return logits_NV.gather(-1, batch.target_N[:, None])[:, 0] - torch.logsumexp(logits_NV, -1)
+        **({"output_router_logits": True} if router else {}),
+    )
+    logits_NV = output.logits[rows.to(device), columns.to(device)].float()
+    logp_N = logits_NV.gather(-1, batch.target_N[:, None])[:, 0] - torch.logsumexp(logits_NV, -1)
+    return logp_N, output, rows_in_padded(batch, starts, length).to(device)
 
 
-def step(model: nn.Module, batch: PreferenceBatch, objective: Objective) -> StepResult:
-    """Loss with a graph to the model, by autograd through `token_logps`."""
-    logp_N = token_logps(model, batch)
+def step(model: nn.Module, batch: PreferenceBatch, objective: Objective, *, router: Router | None = None) -> StepResult:
+    """Loss with a graph to the model, by autograd through the token log-probabilities."""
+    logp_N, output, rows_T = _forward(model, batch, router=router)
     evaluation = evaluate(objective, logp_N, batch.index)
     # The objective's derivative is attached by a surrogate, so that both engines share one evaluation of the equations.
     surrogate = (logp_N * evaluation.grad_N).sum()
-    return StepResult(evaluation.loss + surrogate - surrogate.detach(), logp_N.detach(), evaluation.sums)
+    result = StepResult(evaluation.loss + surrogate - surrogate.detach(), logp_N.detach(), evaluation.sums)
+    return result if router is None else with_routing(result, routing(output, router, batch, rows_T), router)
 
 
 def _predicting_positions(batch: PreferenceBatch, starts: list[int]) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from orpo.engine.attention import LAYOUT_KEYWORD
 from orpo.engine.head import HeadJob, LogitRule, head_loss
 from orpo.engine.layout import PreferenceBatch, StepResult
+from orpo.engine.router import Router, routing, with_routing
 from orpo.objective import Objective
 
 DEFAULT_BUDGET_BYTES = 256 * 2**20
 
 
-def step(model: nn.Module, batch: PreferenceBatch, objective: Objective, *, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> StepResult:
+def step(
+    model: nn.Module,
+    batch: PreferenceBatch,
+    objective: Objective,
+    *,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    router: Router | None = None,
+) -> StepResult:
     """Loss with a graph to the model, and the token log-probabilities on the way.
 
     Args:
@@ -29,6 +37,7 @@ def step(model: nn.Module, batch: PreferenceBatch, objective: Objective, *, budg
         batch: the micro-batch, on the model's device.
         objective: what the log-probabilities are for.
         budget_bytes: most memory that vocabulary-sized tensors may take at once.
+        router: what is asked of a mixture of experts.
     """
     core = unwrap(model)
     job = HeadJob(batch, objective, budget_bytes, LogitRule.of(core.config.get_text_config()))
@@ -36,16 +45,19 @@ def step(model: nn.Module, batch: PreferenceBatch, objective: Objective, *, budg
         output = model(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
-            # transformers returns a 4-d mask as it is; the packed attention reads the layout instead.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids_T.device),
+            # transformers returns a 4-d mask as it is; the packed attention reads the layout instead. Of a mixture of experts the model
+            # takes it for one number per token, in a loss of its own that nobody reads.
+            attention_mask=torch.ones(1, 1, 1, batch.num_tokens if router else 1, dtype=torch.bool, device=batch.input_ids_T.device),
             use_cache=False,
             **{LAYOUT_KEYWORD: batch.layout},
+            **({"output_router_logits": True} if router else {}),
         )
     if not results:
         raise RuntimeError(f"{type(core).__name__} did not call its output embedding")
     loss, logp_N, sums = results[0]
     # The stand-in for the logits stays in the graph, with weight zero, so that wrappers that hook the model's output are triggered.
-    return StepResult(loss + 0.0 * output.logits.sum(), logp_N, sums)
+    result = StepResult(loss + 0.0 * output.logits.sum(), logp_N, sums)
+    return result if router is None else with_routing(result, routing(output, router, batch), router)
 
 
 def unwrap(model: nn.Module) -> Any:

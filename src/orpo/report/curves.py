@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orpo.report.facts import Logs, RunFacts
-from orpo.report.sections import Section, number
+from orpo.report.sections import Section, number, part
 from orpo.webpage import Figure, figure, label
 
 _MOST_POINTS = 1200
@@ -23,13 +23,14 @@ def curve_section(facts: RunFacts) -> Section:
     logs = facts.logs
     section = Section("curves", "Curves")
     section.figures = {
-        "loss": _loss(logs, facts.preference),
+        "loss": _loss(logs, facts.preference, number(part(facts.run, "router", "aux_loss_coef")) or 0.0),
         "logps": _sides(logs),
         "odds": _one(logs, "log_odds_chosen", "Log odds ratio", "nats", "how much higher the odds of the chosen answer are", zero=True),
         "accuracy": _one(
             logs, "rewards/accuracies", "Accuracy", "", "share of pairs whose chosen answer is the likelier one", percent=True
         ),
         "share": _shares(logs, facts.preference) if facts.preference else None,
+        "experts": _experts(logs),
         "speed": _one(
             logs, "tokens_per_second", "Speed", "tokens per second", "packed tokens, evaluation and saving left out", from_zero=True
         ),
@@ -98,18 +99,30 @@ def _held_out(logs: Logs, name: str, told: str, colour: str) -> list[dict[str, A
     return traces
 
 
-def _loss(logs: Logs, preference: str | None) -> Figure | None:
-    """The loss and its two parts; of an objective that has not both, only the next-token loss beside it."""
+def _loss(logs: Logs, preference: str | None, router_coef: float) -> Figure | None:
+    """The loss and its parts; of an objective that has not both, only the next-token loss beside it."""
     traces = lines(*logs.series("loss"), "loss", "var(--ink)")
     traces += lines(*logs.series("nll_loss"), "next-token loss", CHOSEN)
     if preference is not None:
-        points = [(number(record.get("step")), number(record.get("loss")), number(record.get("nll_loss"))) for record in logs.training]
-        known = [(step, loss - nll) for step, loss, nll in points if step is not None and loss is not None and nll is not None]
+        known = []
+        for record in logs.training:
+            step, loss, nll = (number(record.get(name)) for name in ("step", "loss", "nll_loss"))
+            if step is not None and loss is not None and nll is not None:
+                known.append((step, loss - nll - router_coef * (number(record.get("aux_loss")) or 0.0)))
         traces += lines([step for step, _ in known], [value for _, value in known], f"{preference}, weighed", REJECTED)
+    if router_coef:
+        steps, values = logs.series("aux_loss")
+        traces += lines(steps, [router_coef * value for value in values], "router's loss, weighed", "var(--soft)")
     traces += _held_out(logs, "loss", "loss", "var(--soft)")
-    return figure(
-        "Loss and its parts", traces, x="step", y="nats", note="" if preference is None else "the loss is the sum of the two parts"
-    )
+    return figure("Loss and its parts", traces, x="step", y="nats", note="" if preference is None else "the loss is the sum of its parts")
+
+
+def _experts(logs: Logs) -> Figure | None:
+    """How evenly a mixture of experts spreads its tokens."""
+    traces = lines(*logs.series("experts/busiest"), "busiest expert", CHOSEN)
+    traces += lines(*logs.series("experts/idlest"), "idlest expert", REJECTED)
+    note = "tokens of the busiest and of the idlest expert of any layer, in those of an even spread (1)"
+    return figure("Load of the experts", traces, x="step", y="loads", note=note, yaxis={"rangemode": "tozero"}) if traces else None
 
 
 def _sides(logs: Logs) -> Figure | None:

@@ -19,12 +19,13 @@ from orpo.objective import METRICS
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from orpo.engine.layout import PreferenceBatch
+    from orpo.engine.layout import PreferenceBatch, RouterResult
     from orpo.run.folder import MetricsLog
     from orpo.training.steps import StepBatch
 
-_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends")
-"""Added up beside `METRICS`: step losses, steps, packed tokens and rows, terminators of chosen answers and their log-probabilities."""
+_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends", "aux_loss_sum")
+"""Added up beside `METRICS`: step losses, steps, packed tokens and rows, terminators of chosen answers and their log-probabilities, the
+router's loss."""
 
 
 class MetricSums:
@@ -41,6 +42,8 @@ class MetricSums:
         self.world_size = world_size
         self._weights = _weights_of(world_size).to(device)
         self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
+        self.load_YE: Tensor | None = None
+        """Tokens that chose each expert of each layer; None where there are no experts."""
         self.busy_s = 0.0
         self._started_s: float | None = None
         self._step = torch.zeros_like(self.values[: len(METRICS)])
@@ -48,6 +51,7 @@ class MetricSums:
     def clear(self) -> None:
         """Forget what has been added up, of a training that ended before its log."""
         self.values.zero_()
+        self.load_YE = None
         self.busy_s = 0.0
 
     def start(self) -> None:
@@ -70,6 +74,14 @@ class MetricSums:
             self.values[len(METRICS) + 4] += end_logps.to(self.values).sum()
             self.values[len(METRICS) + 5] += end_logps.numel()
 
+    def add_routing(self, routed: RouterResult | None) -> None:
+        """A micro-batch's routing to experts, if it has any."""
+        if routed is None:
+            return
+        self.values[len(METRICS) + 6] += routed.loss.to(self.values) / self.world_size
+        load_YE = routed.load_YE.to(self.values)
+        self.load_YE = load_YE if self.load_YE is None else self.load_YE + load_YE
+
     def end_step(self, loss: Tensor, num_rows: int) -> None:
         """An optimizer step is done: this rank's loss, whose mean over ranks is the step's, and the rows of the whole step."""
         self.values[len(METRICS)] += loss.to(self.values) / self.world_size
@@ -84,7 +96,9 @@ class MetricSums:
     def take(self, *, reward_scale: float | None, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
         values = reduce(self.values).tolist()
+        load_YE = None if self.load_YE is None else reduce(self.load_YE)
         self.values.zero_()
+        self.load_YE = None
         busy_s, self.busy_s = self.busy_s, 0.0
         totals = dict(zip((*METRICS, *_EXTRAS), values, strict=True))
         if not totals["num_steps"]:
@@ -93,6 +107,9 @@ class MetricSums:
         logs["loss"] = totals["loss_sum"] / totals["num_steps"]
         if totals["num_ends"]:
             logs["logps/end"] = totals["end_logp_sum"] / totals["num_ends"]
+        if load_YE is not None:
+            logs["aux_loss"] = totals["aux_loss_sum"] / totals["num_steps"]
+            logs |= balance_of(load_YE)
         if busy_s > 0:
             logs["tokens_per_second"] = totals["num_tokens"] / busy_s
             logs["pairs_per_second"] = totals["num_pairs"] / busy_s
@@ -100,23 +117,38 @@ class MetricSums:
 
     def state(self) -> dict[str, object]:
         """For a checkpoint; restored by `restore`, so that the log after a resume is the uninterrupted run's."""
-        return {"values": self.values.tolist(), "busy_s": self.busy_s, "is_shared": True}
+        load = None if self.load_YE is None else self.load_YE.tolist()
+        return {"values": self.values.tolist(), "load": load, "busy_s": self.busy_s, "is_shared": True}
 
     def restore(self, states: Sequence[dict[str, Any]], *, rank: int = 0) -> None:
         """Put back what `state` gave on each rank of the run that saved; this rank takes over what no rank of its number is left for."""
         self.clear()
         for state in states[rank :: self.world_size]:
-            values = torch.tensor(state["values"], dtype=torch.float64)
+            values = torch.zeros(len(self.values), dtype=torch.float64)
+            saved = torch.tensor(state["values"], dtype=torch.float64)
+            values[: len(saved)] = saved  # earlier versions kept fewer
             if not state.get("is_shared"):  # version 0.1.0 counted every step on every rank
                 values[: len(METRICS)] *= _weights_of(len(states))
                 values[len(METRICS) + 1] /= len(states)
             self.values += values.to(self.values.device)
+            if state.get("load") is not None:
+                load_YE = torch.tensor(state["load"], dtype=torch.float64).to(self.values)
+                self.load_YE = load_YE if self.load_YE is None else self.load_YE + load_YE
         self.busy_s = float(states[min(rank, len(states) - 1)]["busy_s"])
 
 
 def _weights_of(world_size: int) -> Tensor:
     """One for each of `METRICS`. A rank divides its loss by its share of the counts, so its gradients are `world_size` times the step's."""
     return torch.tensor([world_size**-2 if name.endswith("_grad_square") else 1.0 for name in METRICS], dtype=torch.float64)
+
+
+def balance_of(load_YE: Tensor) -> dict[str, float]:
+    """How evenly tokens are spread over the experts of a layer, in loads of an even spread (1): of the busiest and of the idlest expert of
+    all layers, and the share of experts that got none."""
+    mean_Y1 = load_YE.mean(1, keepdim=True).clamp(min=1e-12)
+    relative_YE = load_YE / mean_Y1
+    busiest, idlest, unused = torch.stack([relative_YE.max(), relative_YE.min(), (load_YE == 0).double().mean()]).tolist()
+    return {"experts/busiest": busiest, "experts/idlest": idlest, "experts/unused": unused}
 
 
 def means(totals: dict[str, float], *, reward_scale: float | None) -> dict[str, float]:

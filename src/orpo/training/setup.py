@@ -20,6 +20,7 @@ from orpo.objective import Objective, kind_of
 
 if TYPE_CHECKING:
     from orpo.data.template import TemplateEncoder
+    from orpo.engine.router import Router
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,27 @@ def require_reference(objective: Objective, *sets: Any) -> None:
                 expected="token groups with reference_logp_sums",
                 mend="score them once with orpo.inference.scores.score_tokens under the weights to start from, or use `orpo compare`",
             )
+
+
+def require_router_gradient(args: ORPOConfig, router: Router | None) -> None:
+    """The router's loss reaches the model: reentrant checkpointing computes a layer without a graph, and logits that leave it beside its
+    output would have no gradient.
+
+    Raises:
+        UserError: it would not.
+    """
+    if (
+        router is not None
+        and router.coef
+        and args.gradient_checkpointing
+        and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    ):
+        raise UserError(
+            "reentrant checkpointing loses the gradient of the router's auxiliary loss",
+            where="gradient_checkpointing_kwargs",
+            expected="use_reentrant: false, which is the default",
+            mend="leave it out, or router_aux_loss_coef: 0",
+        )
 
 
 def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:

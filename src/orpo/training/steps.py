@@ -29,7 +29,7 @@ class StepPlan:
         microbatches: row indices of each of this rank's micro-batches; empty for a filler.
         filler: a row to run with weight zero in an empty micro-batch.
         rows: all rows of the step, over all ranks.
-        num_nll_tokens, num_pairs: what the losses are divided by: counts of the whole step, over all ranks.
+        num_nll_tokens, num_pairs, num_tokens: what the losses are divided by: counts of the whole step, over all ranks.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
@@ -37,6 +37,7 @@ class StepPlan:
     rows: tuple[int, ...]
     num_nll_tokens: int
     num_pairs: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +119,7 @@ class StepSampler:
             rows=tuple(rows),
             num_nll_tokens=int(self.nll_tokens[counted].sum()),
             num_pairs=int(self.pairs[counted].sum()),
+            num_tokens=int(self.sizes[counted].sum()),
         )
 
 
@@ -132,22 +134,22 @@ class StepDataset(torch.utils.data.Dataset[StepBatch]):
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
         # Data-parallel wrappers average gradients over ranks; dividing the normalisers by the number of ranks undoes it.
-        num_nll_tokens, num_pairs = plan.num_nll_tokens / self.world_size, plan.num_pairs / self.world_size
+        counts = [count / self.world_size for count in (plan.num_nll_tokens, plan.num_pairs, plan.num_tokens)]
         batches = []
         for rows in plan.microbatches:
             batch = collate([self.groups[row] for row in rows or (plan.filler,)], self.nll_scope)
             batch = batch if rows else without_weight(batch)
-            batches.append(batch.with_normalisers(num_nll_tokens, num_pairs))
+            batches.append(batch.with_normalisers(*counts))
         return StepBatch(tuple(batches), len(plan.rows))
 
 
 def without_weight(batch: PreferenceBatch) -> PreferenceBatch:
-    """The same batch counting for nothing: no token in the next-token loss, no pair."""
+    """The same batch counting for nothing: no token in the next-token and the router's loss, no pair."""
     index = batch.index
     nothing = index.chosen_B[:0]
     weightless = replace(index, nll_weight_N=torch.zeros_like(index.nll_weight_N), chosen_B=nothing, rejected_B=nothing)
     spans = tuple(replace(span, b=(0, 0)) for span in batch.spans)
-    return replace(batch, index=weightless, spans=spans)
+    return replace(batch, index=weightless, spans=spans, token_weight=0.0)
 
 
 def only_item(items: list[StepBatch]) -> StepBatch:

@@ -50,6 +50,7 @@ from orpo.training.setup import (
     refuse_arguments,
     refuse_overrides,
     require_reference,
+    require_router_gradient,
     resolve_model,
     resolve_objective,
     resolve_tokenizer,
@@ -183,7 +184,9 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
                 requested=self.args.engine,
                 nll_scope=self.args.nll_scope,
                 budget_bytes=self.args.logits_budget_mb * 2**20,
+                router_coef=self.args.router_aux_loss_coef,
             )
+            require_router_gradient(self.args, self._engine.router)
         return self._engine
 
     @property
@@ -314,6 +317,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             loss += result.loss.detach()
             logps.append(result.logp_N)
             self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=end_logps(microbatch, result.logp_N))
+            self.sums.add_routing(result.router)
         if self._working is not None:
             self._release_gradients()
         self.sums.end_step(loss, inputs.num_rows)
