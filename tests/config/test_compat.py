@@ -11,6 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 import orpo
+from orpo import ORPOConfig
 from orpo.config import compat
 from orpo.config.options import field_defaults, field_types
 from orpo.run.config import resolve
@@ -138,6 +139,19 @@ def test_booleans_are_not_numbers() -> None:
     """`0 == False` in Python; label smoothing of 0 is harmless, and so must nothing else be by accident."""
     assert compat.refusals({"label_smoothing_factor": 0}) == []
     assert len(compat.refusals({"label_smoothing_factor": False})) == 1
+
+
+@pytest.mark.parametrize("given", [{"nothing": 1}, {"split_batches": True}, "nothing.json"])
+def test_what_is_ignored_is_told_and_not_acted_on(given: Any) -> None:
+    """Whatever it holds: transformers would raise over a key that it does not know, and act on the others."""
+    with pytest.warns(UserWarning, match="accelerator_config has no effect"):
+        args = ORPOConfig(accelerator_config=given, use_cpu=True)
+    assert args.accelerator_config.split_batches is False
+
+
+@pytest.mark.filterwarnings("error:.*has no effect")
+def test_a_copy_has_no_options_that_nobody_gave() -> None:
+    assert dataclasses.replace(ORPOConfig(use_cpu=True), orpo_alpha=0.5).orpo_alpha == 0.5
 
 
 def test_the_page_is_the_table() -> None:

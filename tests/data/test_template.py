@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,19 @@ def test_chat_template_kwargs_are_passed_on() -> None:
     group = encode(TemplateEncoder(tokenizer, chat_template_kwargs={"enable_thinking": False}), "Hello", "Yes", "No")
     assert tokenizer.decode(group.prompt_ids).endswith("<think>\n\n</think>\n\n")
     assert tokenizer.decode(group.response_ids[0]) == "Yes<|im_end|>"
+
+
+def test_variables_that_the_template_does_not_read_are_told() -> None:
+    tokenizer = build_tokenizer("newline_merging", QWEN3)
+    assert TemplateEncoder(tokenizer, chat_template_kwargs={"enable_thinking": False}).remarks() == []
+    remarks = TemplateEncoder(tokenizer, chat_template_kwargs={"enable_thnking": False}).remarks()
+    assert "chat_template_kwargs: 'enable_thnking' (did you mean 'enable_thinking'?) has no effect" in remarks[0]
+    plain = TemplateEncoder(tokenizer, chat_template="none", chat_template_kwargs={"enable_thinking": False})
+    assert "'enable_thinking' has no effect" in plain.remarks()[0]
+    row = replace(preference("Hello", "Yes", "No"), chat_template_kwargs={"enable_thnking": False})
+    known = replace(row, chat_template_kwargs={"enable_thinking": True})
+    groups = TemplateEncoder(tokenizer).encode_many([row, known])
+    assert ["variables_not_read" in group.notes for group in groups if isinstance(group, TokenGroup)] == [True, False]
 
 
 def test_a_base_model_gets_chatml_and_its_tokens() -> None:

@@ -184,3 +184,47 @@ def test_every_kind_was_found() -> None:
     assert {"use_peft", "strict_data"} <= set(SWITCHES)
     assert {"max_length", "bf16"} <= set(MAY_BE_NOTHING)
     assert {"lora_modules_to_save", "plugins"} <= set(LISTS_OF_TEXTS)
+
+
+IDLE = {
+    "adam_beta1: 0.8\noptim: sgd": "adam_beta1 has no effect with optim: sgd",
+    "optim_target_modules: all-linear": "optim_target_modules has no effect",
+    "gradient_checkpointing_kwargs: {use_reentrant: false}": "gradient_checkpointing_kwargs has no effect without",
+    "lora_init: pissa": "lora_init has no effect without",
+    "hub_model_id: me/mine": "hub_model_id has no effect without `push_to_hub: true`",
+    "metric_for_best_model: loss": "metric_for_best_model has no effect without rows to evaluate on",
+    "lr_scheduler_type: constant\nwarmup_steps: 10": "warmup_steps has no effect with that lr_scheduler_type",
+    "accelerator_config: {split_batches: true}": "accelerator_config has no effect",
+    "label_names: [labels]": "label_names has no effect",
+    "include_for_metrics: [loss]": "include_for_metrics has no effect",
+}
+
+
+@pytest.mark.filterwarnings("error:.*has no effect")
+@pytest.mark.parametrize("text", IDLE)
+def test_an_option_that_does_nothing_is_told_once(text: str, write) -> None:
+    config = resolve(write(f"{text}\n"))
+    assert sum(IDLE[text] in note for note in config.notes) == 1
+    config.training_args()
+
+
+@pytest.mark.parametrize("text", ["", "adam_beta1: 0.8\n", "lr_scheduler_type: constant_with_warmup\nwarmup_steps: 10\n"])
+def test_options_with_an_effect_are_not(text: str, write) -> None:
+    assert resolve(write(text)).notes == ()
+
+
+def test_options_of_the_hub_on_files_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    given = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", str(tmp_path / "model")]
+    notes = resolve(None, [*given, "--dataset_config", "default", "--model_revision", "abc"]).notes
+    assert [note.partition(" has")[0] for note in notes] == ["model_revision", "dataset_config"]
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")  # whose base may be the hub's
+    assert resolve(None, [*given, "--model_revision", "abc"]).notes == ()
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"])
+def test_settings_of_checkpointing_that_nobody_knows(key: str, write) -> None:
+    assert f"{key}: unknown setting 'use_reentrnat'" in problems_of(write(f"gradient_checkpointing: true\n{key}: {{use_reentrnat: 1}}\n"))
+    assert "did you mean 'use_reentrant'?" in problems_of(None, f"--{key}", "use_reentrnat=true", "--gradient_checkpointing")
+    resolve(write(f"gradient_checkpointing: true\n{key}: {{use_reentrant: false}}\n"))

@@ -249,6 +249,12 @@ KINDS: dict[str, Kind] = {
         "The model does not see who speaks.",
         "Write the name into the text, if it matters.",
     ),
+    "variables_not_read": Kind(
+        "rows with a variable in chat_template_kwargs that the chat template does not read",
+        "warning",
+        "The row is trained as if the variable were not there.",
+        "Correct its name, use a chat_template that reads it, or leave it out.",
+    ),
     "other_generation_prompt": Kind(
         "rows trained with another prompt than the chat template gives for generation",
         "warning",

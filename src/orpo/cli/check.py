@@ -242,6 +242,15 @@ def _for_a_trial(args: ORPOConfig, scratch: str) -> ORPOConfig:
     return trial
 
 
+def _checkpoint_activations(model: Any, args: ORPOConfig) -> None:
+    """As transformers does when training begins: its settings are looked at by the first backward pass alone."""
+    if args.gradient_checkpointing:
+        kwargs = dict(args.gradient_checkpointing_kwargs or {})
+        own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(kwargs or None, **own)
+
+
 def _try_optimizer(trainer: Any, args: ORPOConfig) -> None:
     """Let the optimizer make its step; some are made anywhere and step on one kind of device alone."""
     from orpo.config.optimizers import explain_optimizer
@@ -271,6 +280,7 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
         try:
             engine = trainer.engine.name
             start = time.perf_counter()
+            _checkpoint_activations(trainer.model, args)
             trainer.create_optimizer_and_scheduler(num_training_steps=2)
             loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
             norm = trainer._grad_norm  # before clipping; None where the weights are sharded

@@ -118,7 +118,8 @@ def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserErro
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
     problems += compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
-    return problems + _schedule_problems(usable) + optimizer_problems(usable) + sharding_problems(usable, os.environ)
+    problems += _schedule_problems(usable) + _checkpointing_problems(usable)
+    return problems + optimizer_problems(usable) + sharding_problems(usable, os.environ)
 
 
 def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
@@ -210,14 +211,44 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
     return problems
 
 
+def _checkpointing_problems(values: dict[str, Any]) -> list[UserError]:
+    """Settings that neither torch nor transformers know; torch would say so in the middle of the first step."""
+    import torch
+    from transformers import PreTrainedModel
+
+    problems = []
+    for where in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        given = values.get(where)
+        if isinstance(given, str):
+            given = _from_json(given)
+            if not isinstance(given, dict):
+                what, expected = f"found {found(values[where])}", "a mapping such as {use_reentrant: false}"
+                problems.append(UserError(what, where=where, expected=expected))
+        if not isinstance(given, dict):
+            continue
+        enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
+        taken = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, *inspect.signature(enable).parameters}
+        taken -= {"self", "function", "args", "kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
+        taken.add("preserve_rng_state")  # which torch takes among its keywords
+        for key in given:
+            if key not in taken:
+                expected = f"some of {', '.join(sorted(taken))}"
+                problems.append(UserError(f"unknown setting {key!r}", where=where, expected=expected, mend=did_you_mean(key, taken)))
+    return problems
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def _schedule_problems(values: dict[str, Any]) -> list[UserError]:
     """Arguments that the schedule does not take, lacks, or cannot compute with; transformers makes it after the model has been loaded."""
     given = values.get("lr_scheduler_kwargs")
     if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            given = None
+        given = _from_json(given)
         if not isinstance(given, dict):
             shown = found(values["lr_scheduler_kwargs"])
             return [UserError(f"found {shown}", where="lr_scheduler_kwargs", expected="a mapping such as {min_lr: 1.0e-6}")]

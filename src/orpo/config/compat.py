@@ -25,7 +25,7 @@ class Entry:
         note: the difference to TRL, or the reason.
         to: the option that a mapped name means.
         convert: how a mapped value is translated.
-        harmless: values that an ignored or refused option may have without a word.
+        harmless: values that an ignored or refused option may have without a word, or functions that tell them; the first is a value.
         mend: what to use instead of a refused option.
     """
 
@@ -45,6 +45,14 @@ def _accepted(source: str, rows: dict[str, str]) -> list[Entry]:
 
 def _evaluation_sampling(value: Any) -> Any:
     return "group_by_length" if value else "random"
+
+
+def _is_usual_accelerator_config(value: Any) -> bool:
+    """Whether it is what transformers makes of nothing, which a copy of a configuration hands back."""
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    given = value.to_dict() if isinstance(value, AcceleratorConfig) else value
+    return isinstance(given, dict) and given.items() <= AcceleratorConfig().to_dict().items()
 
 
 TRL_ORPO_CONFIG = [
@@ -242,6 +250,30 @@ INHERITED = [
         "the loss is always normalised over the tokens of all devices",
         harmless=(True,),
     ),
+    Entry("dataloader_pin_memory", _TA, "ignored", "rows are tokenised once and stay in memory", harmless=(True, False)),
+    Entry("dataloader_multiprocessing_context", _TA, "ignored", "no process loads data", harmless=(None,)),
+    Entry("dataloader_in_order", _TA, "ignored", "rows always come in the sampler's order", harmless=(True,)),
+    Entry("length_column_name", _TA, "ignored", "nothing is grouped by length", harmless=("length",)),
+    Entry("label_names", _TA, "ignored", "rows are read into token groups, which have no labels", harmless=(None, [])),
+    *(
+        Entry(name, _TA, "ignored", "an evaluation keeps exact sums, never the model's outputs", harmless=harmless)
+        for name, harmless in (
+            ("prediction_loss_only", (False, True)),
+            ("eval_do_concat_batches", (True,)),
+            ("eval_use_gather_object", (False,)),
+            ("eval_accumulation_steps", (None,)),
+            ("include_for_metrics", ([],)),
+            ("batch_eval_metrics", (False,)),
+        )
+    ),
+    Entry(
+        "accelerator_config",
+        _TA,
+        "ignored",
+        "order, splitting and accumulation of batches are the step's own",
+        harmless=(None, {}, _is_usual_accelerator_config),
+    ),
+    Entry("liger_kernel_config", _TA, "ignored", "use_liger_kernel is refused, and with it what it would do", harmless=(None, {})),
     Entry("enable_jit_checkpoint", _TA, "ignored", "SIGTERM always saves a checkpoint", harmless=(False,)),
     Entry("remove_unused_columns", _TA, "ignored", "rows are read once, into token groups", harmless=(False, True)),
     Entry("logging_nan_inf_filter", _TA, "accepted", "default off: a non-finite loss is shown, and stops the run"),
@@ -316,7 +348,10 @@ def _is_only_a_name(name: str) -> bool:
 
 def _is_harmless(entry: Entry, value: Any) -> bool:
     value = getattr(value, "value", value)
-    return any(value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in entry.harmless)
+    return any(
+        harmless(value) if callable(harmless) else value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
+        for harmless in entry.harmless
+    )
 
 
 def _refusal(entry: Entry, value: Any) -> list[UserError]:

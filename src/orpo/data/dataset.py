@@ -29,6 +29,7 @@ _NOT_SEEN = (
     "reasoning_not_printed",
     "tools_not_printed",
     "calls_not_printed",
+    "variables_not_read",
     "name_not_printed",
     "rendered_otherwise",
 )

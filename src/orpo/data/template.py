@@ -29,7 +29,7 @@ from orpo.data.chat.render import ChatRenderer, TemplateFailed
 from orpo.data.chat.selection import choose_template, missing_tokens, unwrap_tokenizer
 from orpo.data.chat.special import ControlText, NotPlainError, is_unicode, strings_of
 from orpo.data.chat.turns import ChatText, Marks, TurnDraft
-from orpo.data.rows.variables import read_run_kwargs
+from orpo.data.rows.variables import read_run_kwargs, unread_variables
 from orpo.data.settings import DataSettings
 from orpo.data.types import REASONS, Dropped, Message, Preference, Text, TokenGroup
 from orpo.errors import DataError, OrpoError, UserError
@@ -102,10 +102,11 @@ class TemplateEncoder:
         self._options: dict[str, Any] = {"is_split": special_tokens_in_text == "split", "most_chars": most_chars}
         self.facts: TemplateFacts | None = None
         self._texts: ChatText | PlainText
+        self._variables = read_run_kwargs(chat_template_kwargs)
         if self.template_name == "none":
             self._texts = self._plain_text(self._options)
         else:
-            self._texts = self._chat_text(self._options, read_run_kwargs(chat_template_kwargs))
+            self._texts = self._chat_text(self._options, self._variables)
         self._variants: dict[str, ChatText] = {}
         self._control_ids = frozenset(self._control.ids.values())
         stops = (self.terminator_id, self.tokenizer.eos_token_id, self._call_terminator_id)
@@ -168,9 +169,9 @@ class TemplateEncoder:
 
     def remarks(self) -> list[str]:
         """What a user should know about tokenizer and template before any row is read, one sentence each."""
-        if self.facts is None:
-            return []
-        return missing_tokens(self.tokenizer, self.facts.dialogue, self.template_name)
+        unread = unread_variables(self._source, self._variables)
+        found = [f"chat_template_kwargs: {', '.join(unread)} has no effect: the {self.template_name} does not read it"] if unread else []
+        return found + ([] if self.facts is None else missing_tokens(self.tokenizer, self.facts.dialogue, self.template_name))
 
     def generation(self) -> dict[str, Any] | None:
         """How the prompt that the template gives for generation differs from the one that is trained; None where it does not.
@@ -205,7 +206,7 @@ class TemplateEncoder:
             "new_tokens": list(self.new_tokens),
         }
         if self.facts is not None:
-            source = self.template or self.tokenizer.get_chat_template()
+            source = self._source or ""
             facts |= {
                 "template_sha256": hashlib.sha256(source.encode()).hexdigest(),
                 "chat_template_kwargs": self._texts.render.variables if isinstance(self._texts, ChatText) else {},
@@ -214,6 +215,10 @@ class TemplateEncoder:
                 **self.facts.to_dict(),
             }
         return facts
+
+    @property
+    def _source(self) -> str | None:
+        return None if self.template_name == "none" else self.template or self.tokenizer.get_chat_template()
 
     def _chat_text(self, options: dict[str, Any], variables: dict[str, Any]) -> ChatText:
         texts = self._probed(options, variables)
@@ -265,13 +270,19 @@ class TemplateEncoder:
             return Dropped("invalid_text", preference.where, "a lone surrogate")
         texts = self._texts_for(preference.chat_template_kwargs)
         if prompt_chars <= most:
-            return texts.draft(preference)
+            return self._noted(texts.draft(preference))
         if texts.is_rendered(preference.prompt):
             return _untrimmable(preference)
         short = fit.shorten(preference.prompt, most, self.truncation)
         draft = texts.draft(replace(preference, prompt=short))
         if isinstance(draft, TurnDraft) and short != preference.prompt:
             draft.notes.append("prompt_trimmed")
+        return self._noted(draft)
+
+    def _noted(self, draft: TurnDraft | Dropped) -> TurnDraft | Dropped:
+        """The draft, with a note where the row's own variables are not read by the template."""
+        if isinstance(draft, TurnDraft) and draft.preference.chat_template_kwargs:
+            draft.notes += ["variables_not_read"] * bool(unread_variables(self._source, draft.preference.chat_template_kwargs))
         return draft
 
     def _encode_texts(self, texts: Sequence[str], marks: Marks) -> list[list[int]]:

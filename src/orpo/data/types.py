@@ -44,6 +44,7 @@ NOTES: dict[str, str] = {
     "tools_not_printed": "the chat template leaves out the row's tools, or a part of them; the model does not see them",
     "calls_not_printed": "the chat template leaves out a tool call of an earlier turn; the model does not see it",
     "name_not_printed": "the chat template leaves out the name in a message",
+    "variables_not_read": "the chat template does not read one of the row's chat_template_kwargs",
     "other_generation_prompt": "the prompt that is trained is not the one that the template gives for generation",
     "rendered_otherwise": "the prompt was rendered already, and ends otherwise than the template's generation prompt",
     "identical_pair_removed": "of several pairs, one or more had two identical answers and were left out",

@@ -8,6 +8,7 @@ LoRA is in `orpo.models.adapters`, devices are in `orpo.system.machine`; their p
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -259,7 +260,7 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
             source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
         )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
-        raise explain_failure(error, source) from error
+        raise _unknown_argument(error, options) or explain_failure(error, source) from error
     _refuse_random_weights(loading, source)
     if options.is_dequantized and is_quantized:
         model = dequantized(model)
@@ -271,6 +272,15 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
     if source.kind == "hub":
         setattr(model, HUB_COMMIT, hub_commit(source, options.revision))
     return _with_facts(model.eval(), tokenizer, source, options, stored, notes)
+
+
+def _unknown_argument(error: Exception, options: ModelOptions) -> UserError | None:
+    """That a keyword of `model_init_kwargs` is taken by neither transformers nor the model, where that is what went wrong."""
+    named = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if named is None or named[2] not in options.model_init_kwargs:
+        return None
+    what = f"unknown argument {named[2]!r}: neither from_pretrained nor {named[1]} takes it"
+    return UserError(what, where="model_init_kwargs", mend="correct its name, or leave it out")
 
 
 def _hub_arguments(source: ModelSource, options: ModelOptions) -> dict[str, Any]:

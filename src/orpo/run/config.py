@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from orpo.config import compat
 from orpo.config.checks import best_metric_problems, check_values, value_notes
 from orpo.config.objectives import find, known, needs_reference, option_keys, options_without_effect
+from orpo.config.optimizers import optimizer_notes
 from orpo.config.values import split_list
 from orpo.data.reading.sources import DEMO_DATA
 from orpo.data.settings import DataSettings
@@ -70,7 +72,9 @@ class RunConfig:
         foreign = option_keys().keys() - {option.key for option in find(self.values["objective"]).options}  # told of as a note
         names = [name for name in {**field_types(), **option_keys()} if name in self.values and name not in foreign]
         given = {name: self.values[name] for name in names if self.is_given(name)}
-        return ORPOConfig(**{**given, "output_dir": self.output_dir})
+        with warnings.catch_warnings():  # which the notes tell already
+            warnings.filterwarnings("ignore", message=r"\w+ has no effect: ", category=UserWarning)
+            return ORPOConfig(**{**given, "output_dir": self.output_dir})
 
     @property
     def identity(self) -> str:
@@ -174,7 +178,7 @@ def resolve(
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
     given_keys = [key for key in values if origins[key] != "default"]
     notes += value_notes(values) + notes_without_switch(values, set(given_keys))
-    notes += options_without_effect(values["objective"], given_keys)
+    notes += optimizer_notes(values, given_keys) + options_without_effect(values["objective"], given_keys)
     return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
 
 

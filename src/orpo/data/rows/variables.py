@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from orpo.data.reading.splits import did_you_mean
 from orpo.data.rows.messages import BadRow, type_name
 from orpo.errors import UserError
 
@@ -70,3 +72,14 @@ def read_run_kwargs(value: Any) -> dict[str, Any]:
             expected="variables of the chat template, as an object",
             mend='for instance chat_template_kwargs: {"enable_thinking": false}',
         ) from None
+
+
+def unread_variables(source: str | None, given: Mapping[str, Any]) -> list[str]:
+    """Variables that a template has no word for, each with the name that may have been meant.
+
+    Args:
+        source: the template; None where rows are rendered without one.
+        given: variables for it.
+    """
+    words = set(re.findall(r"[A-Za-z_]\w*", source or ""))
+    return [f"{name!r}{did_you_mean(name, words)}" for name in given if name not in words]
