@@ -93,8 +93,10 @@ class TestPrecision:
         monkeypatch.setattr("orpo.system.machine.bf16_is_fast", lambda device=None: is_fast)
         assert ORPOConfig().compute_dtype == dtype
 
-    def test_fp16_needs_a_gpu(self) -> None:
-        assert "fp16: needs a GPU" in problems_of(fp16=True, use_cpu=True)
+    def test_fp16_needs_a_device_with_loss_scaling(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert ORPOConfig(fp16=True, use_cpu=True).compute_dtype == "float16"
+        monkeypatch.setattr("orpo.config.checks._device_kind", lambda values: "mps")
+        assert "fp16: torch scales no losses on mps" in problems_of(fp16=True)
 
 
 def test_every_problem_in_one_go() -> None:

@@ -257,7 +257,10 @@ def _try_optimizer(trainer: Any, args: ORPOConfig) -> None:
     from orpo.training.runner import explain_out_of_memory
 
     try:
-        trainer.optimizer.step()
+        if (scaler := trainer.accelerator.scaler) is None:
+            trainer.optimizer.step()
+        else:
+            scaler.step(trainer.optimizer)
     except Exception as error:  # whatever a package raises
         name = str(getattr(args.optim, "value", args.optim))
         raise explain_out_of_memory(error, args) or explain_optimizer(error, name, given=args.optim_args) from error

@@ -67,6 +67,9 @@ _UNCHECKED_TYPES = frozenset(
     {"fsdp", "fsdp_config", "debug", "report_to", "deepspeed", "accelerator_config", "include_num_input_tokens_seen"}
 )
 
+_LOSS_SCALING_DEVICES = ("cuda", "xpu", "cpu")
+"""Where torch has a scaler for fp16. On a CPU it is exact and slow."""
+
 _HIGHEST_USUAL_RATE = 1e-2
 # Whose step is the gradient times the rate, or which set their own scale; Adam and its kin move every weight by about the rate itself.
 _OPTIMIZERS_OF_LARGE_RATES = ("sgd", "adagrad", "lomo", "adafactor", "rmsprop")
@@ -171,8 +174,9 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
         problems.append(UserError(f"found {num_steps}", where="max_steps", expected="a positive number, or -1 to train by epochs"))
     if get("fp16") and get("bf16"):
         problems.append(UserError("is on together with bf16", where="fp16", mend="keep bf16; drop fp16"))
-    elif get("fp16") and not _has_gpu(values):
-        problems.append(UserError("needs a GPU", where="fp16", mend="leave it out; the dtype is chosen by itself"))
+    elif get("fp16") and _device_kind(values) not in _LOSS_SCALING_DEVICES:
+        what = f"torch scales no losses on {_device_kind(values)}"
+        problems.append(UserError(what, where="fp16", mend="leave it out; the dtype is chosen by itself"))
     if get("trust_remote_code") and not is_pinned(values):
         problems.append(
             UserError(
@@ -344,10 +348,11 @@ def _name_of(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _has_gpu(values: dict[str, Any]) -> bool:
+def _device_kind(values: dict[str, Any]) -> str:
     import torch
 
-    return not values.get("use_cpu") and torch.accelerator.is_available()
+    device = None if values.get("use_cpu") else torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
 
 
 def is_pinned(values: dict[str, Any]) -> bool:
@@ -359,12 +364,18 @@ def is_pinned(values: dict[str, Any]) -> bool:
 
 def value_notes(values: dict[str, Any]) -> list[str]:
     """What is allowed and yet hardly meant, one line each."""
+    notes = []
+    if values.get("fp16") and _device_kind(values) == "cpu":
+        notes.append(
+            "fp16 on a CPU is slower than float32, which needs no loss scaling either; leave it out, the dtype is chosen by itself"
+        )
     rate, optimizer = values.get("learning_rate"), str(_name_of(values.get("optim")))
     if rate is None or rate <= _HIGHEST_USUAL_RATE or any(name in optimizer for name in _OPTIMIZERS_OF_LARGE_RATES):
-        return []
+        return notes
     return [
+        *notes,
         f"learning_rate {rate:g} is far above what fine-tuning stands (about 1e-6 to 1e-3): expect it to destroy the weights within a few "
-        "steps; 8e-6 is the default, small models and adapters take 5e-5 to 5e-4"
+        "steps; 8e-6 is the default, small models and adapters take 5e-5 to 5e-4",
     ]
 
 

@@ -166,7 +166,7 @@ class ORPOConfig(TrainingArguments):
             setattr(self, name, compat.BY_NAME[name].harmless[0])  # so that transformers' Trainer does not act on it either
         if self.early_stopping_patience is not None and self.__dict__["metric_for_best_model"] is None:
             self.__dict__["metric_for_best_model"] = "loss"  # or transformers would leave open in which direction better lies
-        output_dir, bf16 = self.output_dir, self.bf16
+        output_dir, bf16, fp16 = self.output_dir, self.bf16, bool(self.__dict__["fp16"])
         if self.__dict__["report_to"] is None:  # YAML's null, or `--report_to none`; transformers would look for a tracker called None
             self.__dict__["report_to"] = "none"
         if getattr(self.save_strategy, "value", self.save_strategy) == "best" and self.__dict__["metric_for_best_model"] is None:
@@ -176,8 +176,8 @@ class ORPOConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         # TrainingArguments raises on bf16 without a GPU, and makes accelerate wrap the forward in autocast. The dtype is the engine's
-        # business here, so it never sees the flag.
-        self.bf16 = False
+        # business here, so it never sees the flags.
+        self.bf16 = self.fp16 = False
         # Without use_cpu accelerate would let every process of a machine without accelerator train alone.
         use_cpu = bool(self.__dict__["use_cpu"])
         self.__dict__["use_cpu"] = group.join(
@@ -189,7 +189,7 @@ class ORPOConfig(TrainingArguments):
         except ValueError as error:
             raise UserError(str(error), where="configuration") from error
         group.require_group(self.world_size)
-        self.bf16 = bf16
+        self.bf16, self.fp16 = bf16, fp16
         self.__dict__["use_cpu"] = use_cpu  # as the user has it: what a resumed run is compared with
         self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.

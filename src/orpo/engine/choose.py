@@ -54,10 +54,10 @@ class Engine:
     budget_bytes: int = shared.DEFAULT_BUDGET_BYTES
     router: Router | None = None
 
-    def step(self, model: nn.Module, batch: PreferenceBatch, objective: Objective) -> StepResult:
-        """One micro-batch: loss with a graph to the model."""
+    def step(self, model: nn.Module, batch: PreferenceBatch, objective: Objective, *, gradient_scale: Tensor | None = None) -> StepResult:
+        """One micro-batch: loss with a graph to the model; `gradient_scale` is what it will be multiplied by (fp16)."""
         if self.name == "shared":
-            return shared.step(model, batch, objective, budget_bytes=self.budget_bytes, router=self.router)
+            return shared.step(model, batch, objective, budget_bytes=self.budget_bytes, router=self.router, gradient_scale=gradient_scale)
         return padded.step(model, batch, objective, router=self.router)
 
 

@@ -55,6 +55,8 @@ class HeadJob:
     objective: Objective
     budget_bytes: int
     rule: LogitRule = LogitRule()
+    gradient_scale: Tensor | None = None
+    """What the loss will be multiplied by (fp16). The gradients are made here, in 16 bits, so they must be large enough already."""
 
 
 def head_loss(hidden_TD: Tensor, module: nn.Module, job: HeadJob) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +102,7 @@ class _FusedHead(torch.autograd.Function):
             run.visit_all()
         ctx.set_materialize_grads(False)  # or a zero gradient as large as the log-probabilities is made for an output nobody uses
         ctx.hidden_dtype, ctx.weight_dtype = hidden_ND.dtype, weight_VD.dtype  # type: ignore[attr-defined]
+        ctx.gradient_scale = job.gradient_scale  # type: ignore[attr-defined]
         # Not saved through save_for_backward: they are results, and used exactly once.
         ctx.grads = (run.d_hidden_ND, run.d_weight_VD, run.d_bias_V)  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(run.logp_N, run.sums)
@@ -110,6 +113,8 @@ class _FusedHead(torch.autograd.Function):
         grad = grad_outputs[0]
         if grad is None:
             return None, None, None, None
+        if ctx.gradient_scale is not None:  # type: ignore[attr-defined]
+            grad = grad / ctx.gradient_scale  # type: ignore[attr-defined]
         d_hidden, d_weight, d_bias = ctx.grads  # type: ignore[attr-defined]
         ctx.grads = None  # type: ignore[attr-defined]
         # The usual incoming gradient is 1; on a CPU asking is free, and a pass over the head's gradient is not.
@@ -190,7 +195,7 @@ class _HeadRun:
         evaluation = evaluate(self.job.objective, self.logp_N[rows], index)
         self.loss += evaluation.loss
         self.sums += evaluation.sums
-        return evaluation.grad_N
+        return evaluation.grad_N if self.job.gradient_scale is None else evaluation.grad_N * self.job.gradient_scale
 
     def _backward(self, rows: slice, d_logits_CV: Tensor) -> None:
         if self.d_hidden_ND is not None:

@@ -29,6 +29,7 @@ def step(
     *,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     router: Router | None = None,
+    gradient_scale: Tensor | None = None,
 ) -> StepResult:
     """Loss with a graph to the model, and the token log-probabilities on the way.
 
@@ -38,9 +39,10 @@ def step(
         objective: what the log-probabilities are for.
         budget_bytes: most memory that vocabulary-sized tensors may take at once.
         router: what is asked of a mixture of experts.
+        gradient_scale: what the loss will be multiplied by before its backward pass (fp16).
     """
     core = unwrap(model)
-    job = HeadJob(batch, objective, budget_bytes, LogitRule.of(core.config.get_text_config()))
+    job = HeadJob(batch, objective, budget_bytes, LogitRule.of(core.config.get_text_config()), gradient_scale)
     with _head_installed(core, job) as results:
         output = model(
             input_ids=batch.input_ids_T[None],

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from orpo.run.folder import MetricsLog
     from orpo.training.steps import StepBatch
 
-_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends", "aux_loss_sum")
+_EXTRAS = ("loss_sum", "num_steps", "num_tokens", "num_rows", "end_logp_sum", "num_ends", "aux_loss_sum", "num_skipped")
 """Added up beside `METRICS`: step losses, steps, packed tokens and rows, terminators of chosen answers and their log-probabilities, the
-router's loss."""
+router's loss, steps that fp16's scaler left out."""
 
 
 class MetricSums:
@@ -44,6 +44,7 @@ class MetricSums:
         self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
         self.load_YE: Tensor | None = None
         """Tokens that chose each expert of each layer; None where there are no experts."""
+        self.is_scaled = False
         self.busy_s = 0.0
         self._started_s: float | None = None
         self._step = torch.zeros_like(self.values[: len(METRICS)])
@@ -82,6 +83,11 @@ class MetricSums:
         load_YE = routed.load_YE.to(self.values)
         self.load_YE = load_YE if self.load_YE is None else self.load_YE + load_YE
 
+    def add_skipped(self, is_skipped: bool) -> None:
+        """Whether fp16's scaler leaves this step out; called where there is one."""
+        self.is_scaled = True
+        self.values[len(METRICS) + 7] += float(is_skipped) / self.world_size
+
     def end_step(self, loss: Tensor, num_rows: int) -> None:
         """An optimizer step is done: this rank's loss, whose mean over ranks is the step's, and the rows of the whole step."""
         self.values[len(METRICS)] += loss.to(self.values) / self.world_size
@@ -110,6 +116,8 @@ class MetricSums:
         if load_YE is not None:
             logs["aux_loss"] = totals["aux_loss_sum"] / totals["num_steps"]
             logs |= balance_of(load_YE)
+        if self.is_scaled:
+            logs["skipped_steps"] = totals["num_skipped"]
         if busy_s > 0:
             logs["tokens_per_second"] = totals["num_tokens"] / busy_s
             logs["pairs_per_second"] = totals["num_pairs"] / busy_s

@@ -42,6 +42,7 @@ from orpo.training.loaders import LoaderMixin
 from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means, response_sums
 from orpo.training.outside import OutsideMixin
 from orpo.training.saving import CheckpointMixin
+from orpo.training.scaling import ScalingMixin, step_on_host
 from orpo.training.search import SearchMixin
 from orpo.training.setup import (
     check_best_metric,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, SearchMixin, Trainer):
+class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, OutsideMixin, SearchMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
     Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed. A subclass with a method that
@@ -225,6 +226,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             raise_rate_of_b(optimizer, self.model, self.args.loraplus_lr_ratio)
         if isinstance(optimizer, MasterAdamW):
             optimizer.working = self._working_weights()
+        if self.accelerator.scaler is not None:
+            step_on_host(optimizer)
         return optimizer
 
     def _uses_working_weights(self) -> bool:
@@ -308,10 +311,10 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
             optimizer_train()
         loss = torch.zeros((), device=self.args.device)
         logps: list[Tensor] = []
-        last = len(inputs.microbatches) - 1
+        last, scale = len(inputs.microbatches) - 1, self.loss_scale
         for number, microbatch in enumerate(inputs.microbatches):
             with synchronised(self.accelerator, model, is_last=number == last), self._computing():
-                result = self.engine.step(model, microbatch.to(self.args.device), self.training_objective)
+                result = self.engine.step(model, microbatch.to(self.args.device), self.training_objective, gradient_scale=scale)
                 # DDP takes the mean over ranks; shards are summed.
                 self.accelerator.backward(result.loss / self.args.world_size if self._is_sharded else result.loss)
             loss += result.loss.detach()
@@ -338,20 +341,22 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
 
     def _finish_gradients(self, model: nn.Module, loss: Tensor, inputs: StepBatch, logps: list[Tensor]) -> None:
         """Total norm, clip, and the guard before any weight is touched."""
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients()
+        self.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         self._grad_norm = norm_of(gradients)
-        is_fine = self.accelerator.scaler is not None or self.nonfinite.check(
+        is_overflow = self.is_overflow(self._grad_norm)
+        if self.accelerator.scaler is not None:
+            self.sums.add_skipped(is_overflow)
+        is_fine = self.nonfinite.check(
             step=self.state.global_step + 1,
             loss=loss,
-            grad_norm=self._grad_norm,
+            grad_norm=0.0 if is_overflow else self._grad_norm,
             groups=inputs.groups,
             logp_sums=response_sums(inputs, logps),
         )
         if not is_fine:
             model.zero_grad(set_to_none=True)
-        elif 0 < self.args.max_grad_norm < self._grad_norm:
+        elif not is_overflow and 0 < self.args.max_grad_norm < self._grad_norm:
             self._scale_gradients(gradients, self.args.max_grad_norm / (self._grad_norm + 1e-6))
 
     def _scale_gradients(self, gradients: list[Tensor], scale: float) -> None:
@@ -388,7 +393,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, SpreadMixin, OutsideMixin, Searc
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs become the exact means since the last log; others pass as they are."""
         if "loss" in logs and "learning_rate" in logs:
-            logs |= self.sums.take(reward_scale=self._reward_scale, reduce=all_reduce_sum)
+            logs |= self.with_scale(self.sums.take(reward_scale=self._reward_scale, reduce=all_reduce_sum))
         super().log(logs, start_time)
 
     def evaluation_loop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class LearningCallback(TrainerCallback):
         self._learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
-        self.proof.end_step(state.global_step, model, learning_rate=self._learning_rate, grad_norm=self.grad_norm())
+        norm = self.grad_norm()
+        if norm is None or math.isfinite(norm):  # a step that was left out proves nothing
+            self.proof.end_step(state.global_step, model, learning_rate=self._learning_rate, grad_norm=norm)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         self.proof.observe(state.global_step, logs or {})
