@@ -22,7 +22,7 @@ FLOORS = (
     {"report", "inference"},
     {"training"},
     {"evaluate"},
-    {"compare"},
+    {"compare", "playground"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import select
 import signal
 import subprocess
@@ -14,30 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from adapted import adapt
+from adapted import make_adapter_folder
 from orpo.errors import UserError
-from orpo.inference.conversation import Chat, Settings, append_row, sides_of
+from orpo.inference.conversation import BreakOff, Chat, Settings, append_row, sides_of, withdraw_row
 from orpo.inference.ready import make_ready
-from orpo.models.export import export_adapter, export_merged
-from orpo.models.load import load_model
-from tinymodels import build_tiny_model, build_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose adapter changes its base's answers."""
-    folder = tmp_path_factory.mktemp("chat")
-    export_merged(build_tiny_model("llama", vocab_size=384), build_tiny_tokenizer(), folder / "base")
-    loaded = load_model(folder / "base", device="cpu")
-    adapted = adapt(loaded.model, r=4)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return export_adapter(adapted, loaded.tokenizer, folder / "adapter")
+    return make_adapter_folder(tmp_path_factory.mktemp("chat"))
 
 
 def chat_with(adapter: Path, against: str | None = "base", **settings: Any) -> Chat:
@@ -134,6 +122,71 @@ def test_what_cannot_be_preferred_is_told(adapter: Path) -> None:
 def test_nothing_says_what_the_base_of_a_plain_model_is(adapter: Path) -> None:
     with pytest.raises(UserError, match="--against MODEL"):
         chat_with(adapter.parent / "base", "base")
+
+
+@pytest.mark.parametrize("step", ["ask", "edit", "retry"])
+def test_a_turn_that_fails_was_never_asked(adapter: Path, step: str) -> None:
+    """Settings out of range, a conversation beyond the context, a failure in the middle: turns and answers are those of before."""
+    chat = chat_with(adapter)
+    chat.ask("one")
+    chat.prefer(2)
+    before = (chat.conversation(), list(chat.candidates), chat.picked)
+    arguments = [] if step == "retry" else ["two"]
+
+    def fail(side: int, text: str) -> None:
+        raise MemoryError
+
+    good, chat.settings = chat.settings, Settings(temperature=-1)
+    with pytest.raises(UserError, match="temperature"):
+        getattr(chat, step)(*arguments)
+    assert (chat.conversation(), chat.candidates, chat.picked) == before
+    chat.settings = good
+    with pytest.raises(MemoryError):
+        getattr(chat, step)(*arguments, fail)
+    assert (chat.conversation(), chat.candidates, chat.picked) == before
+    if arguments:
+        assert getattr(chat, step)("long " * 1200)[0].finish == "prompt_too_long"
+        assert (chat.conversation(), chat.candidates, chat.picked) == before
+    getattr(chat, step)(*arguments)
+    assert [message["role"] for message in chat.messages if message["role"] == "user"] == ["user"] * (2 if step == "ask" else 1)
+
+
+def test_whoever_hears_an_answer_can_break_it_off(adapter: Path) -> None:
+    chat = chat_with(adapter)
+
+    def enough(side: int, text: str) -> None:
+        raise BreakOff
+
+    (answer,) = chat.ask("Hello", enough)
+    assert answer.finish == "stopped"
+    assert answer.num_tokens < 6
+
+
+def test_a_row_is_taken_back_while_it_is_the_last_line(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "rows.jsonl", {"prompt": "é\u2028"}, {"prompt": "b"}
+    path.write_bytes(b'{"prompt": "by hand"}')
+    for row in (first, second):
+        append_row(path, row)
+    assert not withdraw_row(path, first)
+    assert withdraw_row(path, second)
+    assert withdraw_row(path, first)
+    assert path.read_bytes() == b'{"prompt": "by hand"}\n'
+    assert not withdraw_row(path, {"prompt": "by hand"} | {"x": 1})
+    assert not withdraw_row(tmp_path / "none.jsonl", first)
+
+
+def test_a_disk_that_is_full_tears_no_row(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: a part of the row is taken, as a full disk does."""
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"prompt": "a"})
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"rows.jsonl: cannot be written: No space"):
+            append_row(path, {"prompt": "b"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole
 
 
 def run_chat(model: Path, *flags: str, lines: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,14 @@
-"""Talk to a run or a model in the terminal: orpo chat runs/my-run --against base
+"""Talk to a run or a model, in the terminal or in a page: orpo chat runs/my-run --against base
 
 With --against both answer, side by side, and `/better 1` keeps the better answer as a preference row that `orpo train` reads.
-/help lists the commands. With --prompt one turn is answered on stdout, and that is all.
+/help lists the commands. With --prompt one turn is answered on stdout, and that is all. With --web it is a page in the browser, beside the
+base where there is one, and the better answer is one click.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from orpo.inference.conversation import Candidate, Chat
+    from orpo.inference.conversation import Candidate, Chat, Settings
 
 NAME = "chat"
-HELP = "talk to a run or a model in the terminal, alone or beside its base"
+HELP = "talk to a run or a model, alone or beside its base, in the terminal or in a page"
 
 COMMANDS = {
     "/retry": "answer the last turn again, by another seed",
@@ -41,16 +43,20 @@ _WIDE = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", help="a run's folder, a model's folder, a GGUF file, a hub id, or smollm2-135m-instruct")
-    parser.add_argument("--against", help="a second model that answers too: base (a run's or an adapter's own), or any model")
+    parser.add_argument("--against", help="a second model that answers too: base (a run's or an adapter's own), any model, or none")
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--system", help="system message of the conversation")
-    parser.add_argument("--preferences", type=Path, default=Path("preferences.jsonl"), help="where /better writes (preferences.jsonl)")
+    parser.add_argument("--preferences", type=Path, default=Path("preferences.jsonl"), help="where better answers go (preferences.jsonl)")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="most tokens of an answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that together reach this (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling, the same for both models (0)")
     parser.add_argument("--chat_template", help="chatml, none, or a file; unset: the model's own")
     parser.add_argument("--model_revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--web", action="store_true", help="a page in the browser, on this machine alone")
+    parser.add_argument("--host", help="web: another address to listen at, such as 0.0.0.0; the page then asks for a token (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="web: the port, 0 for a free one (7860)")
+    parser.add_argument("--guideline", type=Path, help="web: a text that says which answer is better, shown beside the answers")
     parser.add_argument("--json", action="store_true", help="print each answer as one JSON object on a line of stdout")
 
 
@@ -61,10 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from orpo.system.console import say, stderr_console
     from orpo.system.process import quiet_libraries
 
+    _check_flags(args)
+    settings = Settings(args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    settings.check()
+    if args.web:
+        return _serve(args, settings)
     quiet_libraries()
     console = stderr_console()
     ready = make_ready(args.model, chat_template=args.chat_template, revision=args.model_revision)
-    settings = Settings(args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     chat = Chat(sides_of(ready, args.model, args.against), settings)
     terminal = Terminal(chat, console, args.preferences, is_json=args.json)
     if args.prompt is not None:
@@ -74,6 +84,49 @@ def run(args: argparse.Namespace) -> int:
     beside = f", beside {chat.sides[1].name}" if len(chat.sides) > 1 else ""
     say(console, f"{facts.name}: {facts.num_parameters / 1e6:,.1f} M parameters, {facts.device}{beside}. /help lists the commands.")
     return terminal.loop()
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    given = {"--host": args.host, "--port": args.port, "--guideline": args.guideline}
+    for flag, value in given.items():
+        if value is not None and not args.web:
+            raise UserError(f"{flag} is for the page in the browser", where="orpo chat", mend=f"add --web, or leave {flag} away")
+    for flag, value in {"--prompt": args.prompt, "--json": args.json or None}.items():
+        if value is not None and args.web:
+            raise UserError(f"{flag} is for the terminal", where="--web", mend=f"leave {flag} or --web away")
+
+
+def _serve(args: argparse.Namespace, settings: Settings) -> int:
+    """The page, until Ctrl-C. Address, guideline and packages are looked at before a model is loaded for nothing."""
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        from orpo.system.installing import pip_line
+
+        raise UserError(f"the page needs {' and '.join(missing)}", where="--web", mend=pip_line("web"))
+    from orpo.inference.conversation import default_base, sides_of
+    from orpo.inference.ready import make_ready
+    from orpo.playground.server import facts_of, open_socket, read_guideline, serve
+    from orpo.playground.talks import Desk
+    from orpo.system.console import say, stderr_console
+    from orpo.system.process import quiet_libraries
+
+    guideline = read_guideline(args.guideline)
+    host = args.host or "127.0.0.1"
+    place = open_socket(host, 7860 if args.port is None else args.port)
+    quiet_libraries()
+    console = stderr_console()
+    say(console, f"loading {args.model}")
+    ready = make_ready(args.model, chat_template=args.chat_template, revision=args.model_revision)
+    sides = sides_of(ready, args.model, args.against or default_base(ready, args.model))
+    desk = Desk(sides, settings, args.preferences)
+    facts = ready.loaded.facts
+    beside = f", beside {sides[1].name}" if len(sides) > 1 else ""
+    title = f"{facts.name}: {facts.num_parameters / 1e6:,.1f} M parameters, {facts.device}{beside}"
+    server, address = serve(desk, facts_of(desk, title, guideline), place, host)
+    say(console, title)
+    print(address, flush=True)
+    say(console, "Open this address in a browser; Ctrl-C ends the chat.")
+    server.run(sockets=[place])
+    return 0
 
 
 class Terminal:

@@ -30,6 +30,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "orpo eval --tasks ifeval": (("lm_eval", "nltk", "langdetect"), "ifeval"),
     "orpo eval --tasks alpacaeval, length-controlled": (("alpaca_eval",), "alpaca"),
     "orpo completion": (("shtab",), "completion"),
+    "orpo chat --web": (("starlette", "uvicorn"), "web"),
     "notebooks": (("nbclient", "ipykernel"), "notebook"),
     "the project's own tests": (("pytest", "hypothesis", "trl"), "test"),
 }

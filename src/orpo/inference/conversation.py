@@ -5,7 +5,9 @@ The terminal and the page in a browser show the same session.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
-from orpo.inference.generate import TOO_LONG, Answer, generate
+from orpo.inference.generate import TOO_LONG, Answer, check_generation, generate
 from orpo.models.adapters import is_adapted
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ RETRY_TEMPERATURE = 0.8
 """Of another answer to the same turn, where the first was the likeliest one: it would be the same again."""
 
 
+class BreakOff(Exception):
+    """Raised by whoever hears an answer, to end it there: what Ctrl-C is in a terminal."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How answers are made; as in `orpo.inference.generate.generate`."""
@@ -37,6 +43,14 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def check(self) -> None:
+        """Before a model is loaded for nothing.
+
+        Raises:
+            UserError: one is out of range.
+        """
+        check_generation(self.max_new_tokens, self.temperature, self.top_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,7 @@ class Side:
                     compute_dtype=self.ready.compute_dtype,
                     on_token=hear,
                 )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, BreakOff):
             return Answer(tokenizer.decode(tokens, skip_special_tokens=True), len(tokens), STOPPED)
         return answer
 
@@ -100,7 +114,7 @@ def sides_of(ready: Ready, name: str, against: str | None) -> list[Side]:
     from orpo.inference.ready import Target, make_ready
 
     first = Side("tuned" if against == "base" else name, ready)
-    if against is None:
+    if against in (None, "none"):
         return [first]
     if against != "base":
         return [first, Side(against, make_ready(against))]
@@ -114,6 +128,13 @@ def sides_of(ready: Ready, name: str, against: str | None) -> list[Side]:
             mend="name the base: --against MODEL, or leave it away",
         )
     return [first, Side("base", make_ready(target.base, revision=target.config["model_revision"]))]
+
+
+def default_base(ready: Ready, name: str) -> str | None:
+    """`base` where something says what the model's base is: it has an adapter, or it is a run."""
+    from orpo.inference.ready import Target
+
+    return "base" if is_adapted(ready.loaded.model) or Target.find(name).base is not None else None
 
 
 @dataclass(slots=True)
@@ -158,9 +179,12 @@ class Chat:
         Args:
             on_text: told the side's number and its text so far.
         """
-        self._settle()
-        self.messages.append({"role": "user", "content": text})
-        return self._answer(on_text)
+
+        def change() -> None:
+            self._settle()
+            self.messages.append({"role": "user", "content": text})
+
+        return self._turn(change, on_text)
 
     def retry(self, on_text: Callable[[int, str], None] | None = None) -> list[Candidate]:
         """More answers to the last turn, by another seed; the earlier ones can still be chosen.
@@ -169,7 +193,7 @@ class Chat:
             UserError: nothing was asked.
         """
         self._require_turn()
-        return self._answer(on_text)
+        return self._turn(lambda: None, on_text)
 
     def edit(self, text: str, on_text: Callable[[int, str], None] | None = None) -> list[Candidate]:
         """Answers to another wording of the last turn.
@@ -178,10 +202,12 @@ class Chat:
             UserError: nothing was asked.
         """
         self._require_turn()
-        self.messages.pop()
-        self._forget_answers()
-        self.messages.append({"role": "user", "content": text})
-        return self._answer(on_text)
+
+        def change() -> None:
+            self._forget_answers()
+            self.messages = [*self.messages[:-1], {"role": "user", "content": text}]
+
+        return self._turn(change, on_text)
 
     def back(self) -> None:
         """Forget the last turn with its answers.
@@ -227,6 +253,10 @@ class Chat:
             "rejected": [{"role": "assistant", "content": worse.text}],
         }
 
+    def take_back(self) -> None:
+        """No answer is the better one any more."""
+        self._picked = None
+
     def conversation(self) -> list[Message]:
         """All turns, with the answer that would go on."""
         answer = self._going_on()
@@ -241,6 +271,26 @@ class Chat:
     def _settle(self) -> None:
         self.messages = self.conversation()
         self._forget_answers()
+
+    def _turn(self, change: Callable[[], None], on_text: Callable[[int, str], None] | None) -> list[Candidate]:
+        """A turn that fails (a setting out of range, no memory, too long a text) was never asked: all is as it was before it.
+
+        Two questions in a row would be no conversation.
+        """
+        before = list(self.messages), list(self.candidates), self._picked, self._num_rounds, self._num_before
+        found: list[Candidate] = []
+        try:
+            change()
+            found = self._answer(on_text)
+        finally:
+            if not found or any(one.finish == TOO_LONG for one in found):
+                self.messages, self.candidates, self._picked, self._num_rounds, self._num_before = before
+        return found
+
+    @property
+    def picked(self) -> int | None:
+        """Number of the answer that was called the better one."""
+        return None if self._picked is None else self.candidates[self._picked].number
 
     def _forget_answers(self) -> None:
         self.candidates, self._picked, self._num_rounds, self._num_before = [], None, 0, 0
@@ -261,14 +311,30 @@ class Chat:
             found.append(Candidate(len(self.candidates) + number + 1, side.name, answer.text, answer.finish, answer.num_tokens))
             if answer.finish in (STOPPED, TOO_LONG):
                 break
-        if any(one.finish == TOO_LONG for one in found):
-            self.messages.pop()
-            self._forget_answers()
-            return found
         self._num_before = len(self.candidates)
         self.candidates += found
         self._picked = None
         return found
+
+
+def withdraw_row(path: Path, row: dict[str, Any]) -> bool:
+    """Take a row back that `append_row` has just added; False where it is no longer the file's last line, which then stays as it is.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    line = _line_of(row)
+    try:
+        with open(path, "r+b") as file:
+            content = file.read()
+            if not content.endswith(line) or content[: -len(line)][-1:] not in (b"", b"\n"):
+                return False
+            file.truncate(len(content) - len(line))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
+    return True
 
 
 def append_row(path: Path, row: dict[str, Any]) -> int:
@@ -277,16 +343,22 @@ def append_row(path: Path, row: dict[str, Any]) -> int:
     Raises:
         UserError: it cannot be written.
     """
-    line = json.dumps(row, ensure_ascii=False)
-    line = line.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")  # readers that cut at them would tear the row
+    line = _line_of(row)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
+        with open(path, "a+b", buffering=0) as file:
             file.seek(0)
             before = file.read()
-            if before and not before.endswith(b"\n"):  # a file whose last line was written by hand
-                file.write(b"\n")
-            file.write(line.encode("utf-8", "replace") + b"\n")
+            line = (b"" if before.endswith(b"\n") or not before else b"\n") + line  # its last line may be written by hand
+            if file.write(line) != len(line):  # a full disk takes a part first
+                file.truncate(len(before))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
     return sum(1 for one in before.splitlines() if one.strip()) + 1
+
+
+def _line_of(row: dict[str, Any]) -> bytes:
+    line = json.dumps(row, ensure_ascii=False)
+    line = line.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")  # readers that cut at them would tear the row
+    return line.encode("utf-8", "replace") + b"\n"

@@ -98,7 +98,7 @@ def generate(
     """
     from orpo.inference.decode import Job
 
-    _check(max_new_tokens, temperature, top_p, batch_size)
+    check_generation(max_new_tokens, temperature, top_p, batch_size)
     ids = [encoder.prompt_ids(prompt) for prompt in prompts]
     limit = _context_tokens(model)
     found: dict[int, Answer] = {}
@@ -127,7 +127,12 @@ def generate(
     return [found[row] for row in range(len(ids))]
 
 
-def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+def check_generation(max_new_tokens: int, temperature: float, top_p: float, batch_size: int = 1) -> None:
+    """Options of `generate`.
+
+    Raises:
+        UserError: one is out of range.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", expected="at least 1")
     if not 0 <= temperature < float("inf"):
