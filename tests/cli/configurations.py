@@ -76,6 +76,7 @@ LIKELY: dict[str, list[Any]] = {
     "max_length": [8, 24, 64, 512, 513, 8192, None],
     "max_prompt_length": [1, 8, 64, 511],
     "logits_budget_mb": [1, 256],
+    "attention_kernel": ["auto", "sdpa", "flex", "varlen", "flash"],
     "max_tokens_per_microbatch": [1, 16, 200, 2048],
     "dataloader_num_workers": [0, 1],
     "dataloader_prefetch_factor": [1, 2],

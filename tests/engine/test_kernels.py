@@ -1,40 +1,116 @@
-"""The kernels for CUDA: what can be known without one. On a GPU the same oracle holds, forward and backward."""
+"""The kernels for whole packed rows: their index arithmetic and gradients on a CPU, and where each is refused."""
 
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from orpo.engine import kernels
-from orpo.engine.attention import shared_attention_forward
-from orpo.engine.choose import choose
-from orpo.engine.layout import PackedLayout
+from flexcpu import flex_trains_here
+from orpo.engine import attention, flex, kernels, padded, shared, varlen
+from orpo.engine.choose import Compute, attention_implementation, choose
+from orpo.engine.layout import PackedLayout, PreferenceBatch, StepResult, collate
 from orpo.errors import UserError
+from orpo.objective import ORPO
 from packedrows import SMALL, full_mask, inputs, layout_of, written_out
+from randomgroups import random_groups
+from tinymodels import build_tiny_model
 
-NUM_TOKENS = SMALL.segments[-1].end
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = layout_of((150, 3, 140), (5, 2))
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("softcap", [None, 0.7])
-@pytest.mark.parametrize("kv", [4, 2])
-@pytest.mark.parametrize("layout", [SMALL, layout_of((150, 3, 140), (5, 2))], ids=["small", "longer than a block"])
-def test_flex_attention_equals_attention_written_out(kv: int, softcap: float | None, window: int | None, layout: PackedLayout) -> None:
-    tensors = inputs(layout.segments[-1].end, kv=kv, width=16)
-    with torch.no_grad():  # there is no backward pass on a CPU
-        found = kernels.flex(*[tensor.float() for tensor in tensors], layout, 0.3, window, softcap).transpose(1, 2)
-    expected = written_out(*tensors, full_mask(layout, window), 0.3, softcap)
+# --- FlexAttention -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, None), (0.7, None), (None, SINKS), (0.7, SINKS)], ids=["", "cap", "sinks", "both"])
+@pytest.mark.parametrize(("layout", "kv"), [(SMALL, 4), (LONG, 2)], ids=["small", "longer than a block"])
+def test_flex_attention_equals_attention_written_out(
+    layout: PackedLayout, kv: int, sinks: Tensor | None, softcap: float | None, window: int | None
+) -> None:
+    tensors = inputs(layout.num_rows, kv=kv, width=16)
+    leaves64 = [tensor.detach().clone().requires_grad_() for tensor in [*tensors, *([] if sinks is None else [sinks])]]
+    leaves = [leaf.detach().float().requires_grad_() for leaf in leaves64]
+    expected = written_out(*leaves64[:3], full_mask(layout, window), 0.3, softcap, None if sinks is None else leaves64[3])
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    with flex_trains_here():
+        found = flex.attend(*leaves[:3], layout, 0.3, window, softcap, None if sinks is None else leaves[3]).transpose(1, 2)
+        found.backward(direction.float())
+    expected.backward(direction)
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+    for leaf, leaf64 in zip(leaves, leaves64, strict=True):
+        assert (leaf.grad.double() - leaf64.grad).norm() <= 2e-5 * (1 + leaf64.grad.norm())
+
+
+@st.composite
+def packed(draw: st.DrawFn) -> PackedLayout:
+    lengths = st.tuples(st.integers(1, 14), st.lists(st.integers(1, 14), min_size=1, max_size=4))
+    return layout_of(*((prompt, *answers) for prompt, answers in draw(st.lists(lengths, min_size=1, max_size=4))))
+
+
+@settings(max_examples=100)
+@given(layout=packed(), window=st.one_of(st.none(), st.integers(1, 20)), block=st.integers(1, 6), padding=st.integers(0, 9))
+def test_blocks_are_those_of_the_mask_row_by_row(layout: PackedLayout, window: int | None, block: int, padding: int) -> None:
+    num_rows = layout.num_rows + padding
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "BLOCK", block)
+        some_QL, all_QL = flex.visible_blocks(layout, num_rows, window)
+        size = -(-num_rows // block) * block
+    mask = torch.eye(size, dtype=torch.bool)
+    mask[: layout.num_rows, : layout.num_rows] = full_mask(layout, window)
+    tiles = mask.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+    assert some_QL.tolist() == tiles.any(dim=3).any(dim=1).tolist()
+    assert not (torch.from_numpy(all_QL) & ~tiles.all(dim=3).all(dim=1)).any(), "a block that is taken whole hides nothing"
+
+
+def test_most_of_a_long_prompt_is_taken_whole() -> None:
+    some_QL, all_QL = flex.visible_blocks(layout_of((2048, 256, 256)), 2560, None)
+    assert all_QL.sum() == sum(range(16)) + 4 * 16 + 2  # all but the diagonal
+    assert (some_QL & ~all_QL).sum() == 20
+
+
+def test_rows_are_padded_to_whole_blocks_with_rows_that_see_themselves() -> None:
+    assert [flex.padded_rows(size) for size in (1, 128, 257, 16_000)] == [256, 256, 384, 16_000]
+    tensors = inputs(256, width=16)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = flex.attend(*tensors, SMALL, 0.3)
+    torch.testing.assert_close(found[0, :, -1], tensors[2][0, :, -1].repeat_interleave(2, 0))
+
+
+def test_nothing_of_a_prompt_is_copied() -> None:
+    """Of all tensors that a layer makes none is longer than the row."""
+    tensors = inputs(LONG.num_rows, width=16)
+    lengths = []
+
+    class Lengths(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.ndim == 4 and result.shape[-1] == 16:
+                lengths.append(result.shape[2])
+            return result
+
+    with torch.no_grad(), Lengths():
+        attention._by_piece(*tensors, layout_of((5, 3, 4), (280, 8)), 0.3, None)
+    assert lengths
+    assert max(lengths) <= LONG.num_rows
+
+
+# --- variable-length flash attention -----------------------------------------------------------------------------------------------------
 
 
 def flash(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
-    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """What torch documents of `varlen_attn`: every sequence by itself, causality and window counted from the last key backwards."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
@@ -52,60 +128,191 @@ def flash(
     return torch.cat(outputs)
 
 
+def flash_of_torch_2_11(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+    return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """The same before it knew of grouped heads."""
+    assert query.shape[1] == key.shape[1]
+    return flash(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale or 1.0, window_size=window_size)
+
+
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("kv", [4, 2])
-def test_every_segment_is_a_sequence_of_flash_attention(kv: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
-    tensors = inputs(NUM_TOKENS, kv=kv)
-    found = kernels.varlen(*tensors, SMALL, 0.3, window)
-    torch.testing.assert_close(found, written_out(*tensors, full_mask(SMALL, window), 0.3))
+@pytest.mark.parametrize("kernel", [flash, flash_of_torch_2_11])
+def test_every_segment_is_a_sequence_of_flash_attention(
+    kernel: Callable[..., Tensor], kv: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    tensors = inputs(SMALL.num_rows, kv=kv)
+    expected = written_out(*[tensor.requires_grad_() for tensor in tensors], full_mask(SMALL, window), 0.3)
+    found = varlen.attend(*tensors, SMALL, 0.3, window).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(expected)
+    for left, right in zip(torch.autograd.grad(found, tensors, direction), torch.autograd.grad(expected, tensors, direction), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+# --- scaled-dot-product attention --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(layout=packed(), window=st.one_of(st.none(), st.integers(1, 20)), block=st.integers(1, 30))
+def test_calls_by_group_and_by_segment_are_the_same(layout: PackedLayout, window: int | None, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_BLOCK", block)
+        tensors = [tensor.requires_grad_() for tensor in inputs(layout.num_rows)]
+        found = attention._by_piece(*tensors, layout, 0.3, window)
+    expected = written_out(*tensors, full_mask(layout, window), 0.3)
+    torch.testing.assert_close(found, expected)
+    for left, right in zip(torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+# --- whole models ------------------------------------------------------------------------------------------------------------------------
+
+
+def values(step: Callable[[], StepResult], model: nn.Module) -> list[Tensor]:
+    result = step()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(result.loss, parameters, allow_unused=True)
+    return [result.logp_N, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "dtype", "softcap", "sinks", "expected"),
+    "architecture", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "llama", "qwen3", "gemma3", "mistral"))]
+)
+def test_a_model_under_flex_attention_equals_the_padded_engine(architecture: str) -> None:
+    """Window, soft cap and sinks, each from a model that has them; the row is padded to a whole block."""
+    batch: PreferenceBatch = collate(random_groups(4, kinds=("pair", "four", "sft"), prompt=(10, 18), answer=(1, 14)))
+    attention.register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build_tiny_model(architecture)
+        expected = values(lambda: padded.step(model, batch, ORPO(1.0)), model)
+        with flex_trains_here(), attention_implementation(model, attention.NAME):
+            found = values(lambda: shared.step(model, batch, ORPO(1.0), kernel="flex"), model)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+    largest = max(float(gradient.norm()) for gradient in expected[1:])
+    for left, right in zip(found[1:], expected[1:], strict=True):
+        assert (left - right).norm() <= 1e-4 * right.norm() + 1e-6 * largest
+
+
+def test_the_start_compares_the_very_kernel_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that hides one prompt row too much is found, in whatever precision it trains."""
+    monkeypatch.setitem(kernels.KERNELS, "flex", kernels.Kernel(None, (torch.bfloat16,), True, True, ""))
+    model, rows = build_tiny_model("llama"), random_groups(2, prompt=(10, 16), answer=(6, 12))
+    compute = Compute(torch.bfloat16, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+
+    def choice() -> Any:
+        with flex_trains_here():
+            return choose(model, rows, ORPO(1.0), attention_kernel="flex", compute=compute)
+
+    engine = choice()
+    assert (engine.name, engine.kernel) == ("shared", "flex")
+    assert engine.reason.count("bfloat16") == engine.reason.count("float32") == 1
+    table = PackedLayout.table
+
+    def blind(layout: PackedLayout, num_rows: int) -> Any:
+        found = table(layout, num_rows).copy()
+        found[1] += 8 * (found[1] < found[2])
+        return found
+
+    monkeypatch.setattr(PackedLayout, "table", blind)
+    with pytest.raises(UserError, match=r"does not hold.*bfloat16"):
+        choice()
+
+
+# --- where they are refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "told"),
     [
-        ("", "meta", torch.bfloat16, None, None, None),
-        ("flex", "cpu", torch.bfloat16, None, None, None),
-        ("flex", "cuda", torch.float32, 0.7, None, "flex"),
-        ("flex", "cuda", torch.float32, None, torch.zeros(4), None),
-        ("varlen", "cuda", torch.bfloat16, None, None, "varlen"),
-        ("varlen", "cuda", torch.float32, None, None, None),
-        ("varlen", "cuda", torch.bfloat16, 0.7, None, None),
+        ("flex", "cpu", torch.float32, "on cpu"),
+        ("flex", "mps", torch.float32, "on mps"),
+        ("varlen", "cpu", torch.bfloat16, "on cpu"),
+        ("varlen", "cuda", torch.float32, "in float32"),
+        ("flex", "cuda", torch.float32, None),
+        ("varlen", "cuda", torch.bfloat16, None),
+        ("varlen", "cuda", torch.float16, None),
+        ("sdpa", "mps", torch.float32, None),
     ],
 )
-def test_what_a_kernel_cannot_do_stays_with_the_default(
-    name: str, device: str, dtype: torch.dtype, softcap: float | None, sinks: Any, expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_is_refused_where_it_cannot_train(name: str, device: str, dtype: torch.dtype, told: str | None) -> None:
+    if told is None:
+        assert kernels.resolve(name, torch.device(device), dtype) == name
+        return
+    with pytest.raises(UserError, match=told) as caught:
+        kernels.resolve(name, torch.device(device), dtype)
+    assert caught.value.where == "attention_kernel"
+    assert kernels.resolve("auto", torch.device(device) if device != "cuda" else CPU, dtype) == "sdpa", "the mend works"
+
+
+@pytest.mark.parametrize(("architecture", "told"), [("gemma2", "soft cap"), ("gpt_oss", "sinks")])
+def test_a_kernel_is_refused_for_a_model_that_needs_more(architecture: str, told: str) -> None:
+    model = build_tiny_model(architecture)
+    with pytest.raises(UserError, match=told):
+        kernels.suited("varlen", "varlen", model)
+    assert kernels.suited("auto", "varlen", model) == "sdpa"
+    assert kernels.suited("flex", "flex", model) == "flex"
+
+
+def test_auto_takes_what_was_measured_on_the_card_and_nothing_was_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.MEASURED == {}, "name the card and the results that a change of this rests on"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert kernels.resolve("auto", CUDA, torch.bfloat16) == "sdpa"
+    monkeypatch.setattr(kernels, "MEASURED", {"H100": "varlen"})
+    assert kernels.resolve("auto", CUDA, torch.bfloat16) == "varlen"
+    assert kernels.resolve("auto", CUDA, torch.float32) == "sdpa"
+    assert kernels.resolve("auto", CPU, torch.bfloat16) == "sdpa"
+
+
+# --- compiling ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_new_lengths_windows_and_layouts_compile_nothing_anew() -> None:
+    """What Dynamo traces, without the code behind it: one graph, whatever the lengths that follow."""
+    torch._dynamo.reset()
+    attend = flex._compiled("eager")
+    counts = []
+    for lengths, window in [((60, 70), None), ((200, 99, 31), None), ((7, 5), 4), ((400, 3), 100), ((600, 20, 300), None), ((128,), 2)]:
+        layout = layout_of(lengths, (5, 2))
+        num_rows = flex.padded_rows(layout.num_rows)
+        query, key, value = (tensor.float() for tensor in inputs(num_rows, width=16))
+        with torch.no_grad():
+            found = attend(query, key, value, block_mask=flex.block_mask(layout, num_rows, window, CPU), enable_gqa=True, scale=0.3)
+        mask = torch.eye(num_rows, dtype=torch.bool)
+        mask[: layout.num_rows, : layout.num_rows] = full_mask(layout, window)
+        torch.testing.assert_close(found.transpose(1, 2), written_out(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-4)
+        counts.append(kernels.num_compiled_graphs())
+    assert counts[0] > 0
+    assert len(set(counts)) == 1, counts
+
+
+# --- as a user asks for one --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["train"], ["check", "--quick"]])
+def test_the_command_line_refuses_it_before_anything_is_read(
+    command: list[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    class Query:
-        """As much of a tensor as the choice looks at."""
+    from orpo.cli import main
 
-    monkeypatch.setenv(kernels.VARIABLE, name)
-    query: Any = Query()
-    query.device, query.dtype = torch.device(device), dtype
-    assert kernels.kernel_for(query, softcap, sinks) == expected
-
-
-def test_an_unknown_kernel_is_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, "flash3")
-    with pytest.raises(UserError, match="flash3") as caught:
-        choose(nn.Linear(1, 1), [], lambda *_: {}, requested="auto")
-    assert "flex or varlen" in str(caught.value)
+    monkeypatch.chdir(tmp_path)
+    keys = ["--model_name_or_path", "nothing", "--dataset_name", "nothing.jsonl", "--use_cpu", "true", "--attention_kernel", "flex"]
+    assert main([*command, *keys]) == 2
+    told = "".join(capfd.readouterr())
+    assert "attention_kernel: 'flex' trains on cuda alone, and this run is on cpu" in told
+    assert "attention_kernel: auto" in told
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize(("name", "dtype", "tolerance"), [("flex", torch.float32, 1e-3), ("varlen", torch.bfloat16, 6e-2)])
-def test_a_kernel_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.VARIABLE, name)
-    layout = layout_of((150, 3, 140), (5, 2))
-    leaves64 = [tensor.requires_grad_() for tensor in inputs(layout.segments[-1].end, width=64)]
-    leaves = [leaf.detach().to("cuda", dtype).requires_grad_() for leaf in leaves64]
-    found, _ = shared_attention_forward(nn.Module(), *leaves, None, sliding_window=window, shared_layout=layout)
-    expected = written_out(*leaves64, full_mask(layout, window), 64**-0.5)
-    direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    expected.backward(direction)
-    found.backward(direction.to("cuda", dtype))
-    torch.testing.assert_close(found.cpu().double(), expected, rtol=tolerance, atol=tolerance)
-    for leaf, leaf64 in zip(leaves, leaves64, strict=True):
-        assert (leaf.grad.cpu().double() - leaf64.grad).norm() <= tolerance * (1 + leaf64.grad.norm())
+def test_a_run_records_what_computed_its_attention(tmp_path: Any) -> None:
+    from trainerruns import make_trainer
+
+    trainer = make_trainer(tmp_path, random_groups(2))
+    assert trainer.engine.kernel == "sdpa"
+    with pytest.raises(UserError, match="'varlen' trains on cuda alone"):
+        make_trainer(tmp_path, random_groups(2), attention_kernel="varlen")
+    with pytest.raises(UserError, match="belongs to packed rows"):
+        make_trainer(tmp_path, random_groups(2), attention_kernel="flex", engine="padded")

@@ -129,9 +129,11 @@ def check_all(keys: list[str], report: CheckReport, *, is_quick: bool = False) -
 
 def _check_configuration(keys: list[str], report: CheckReport) -> tuple[RunConfig, ORPOConfig]:
     from orpo.run.config import given_facts, resolve
+    from orpo.training.setup import require_kernel
 
     config = resolve(None, keys)
     args = config.training_args()
+    require_kernel(args)
     if config["load_in_4bit"] or config["load_in_8bit"]:  # told with --quick as well, which loads nothing
         from orpo.models.quantized import require_bitsandbytes
 

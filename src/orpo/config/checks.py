@@ -177,6 +177,9 @@ def _cross_problems(values: dict[str, Any]) -> list[UserError]:
     elif get("fp16") and _device_kind(values) not in _LOSS_SCALING_DEVICES:
         what = f"torch scales no losses on {_device_kind(values)}"
         problems.append(UserError(what, where="fp16", mend="leave it out; the dtype is chosen by itself"))
+    if get("attention_kernel") not in (None, "auto", "sdpa") and get("engine") == "padded":
+        mend = "engine: auto, or leave attention_kernel out"
+        problems.append(UserError("belongs to packed rows, and the padded engine has none", where="attention_kernel", mend=mend))
     if get("trust_remote_code") and not is_pinned(values):
         problems.append(
             UserError(

@@ -7,7 +7,7 @@ sees it too. Without a layout (generation, the padded engine) the call is ordina
 Three ways to compute the same thing, chosen by what the call needs:
 
 - `_BlockAttention`: batched matrix products per block of queries, CPU; docs/performance.md says what it gains.
-- scaled-dot-product attention per segment: every device. On CUDA `orpo.engine.kernels` has two for the whole row, off by default.
+- scaled-dot-product attention, per short group or per segment: every device. `orpo.engine.kernels` has two for the whole row on CUDA.
 - plain mathematics per segment: soft caps and attention sinks, which the other two do not have.
 
 Shape suffixes: H query heads, K key heads, G query heads per key head, T packed tokens, S rows of a segment or block (in a block times
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo.engine.kernels import kernel_for, run_kernel
-from orpo.engine.layout import PackedLayout, Segment
+from orpo.engine.kernels import run_kernel
+from orpo.engine.layout import PackedLayout, Segment, sent
 
 NAME = "orpo_shared"
 LAYOUT_KEYWORD = "shared_layout"
@@ -77,20 +77,75 @@ def shared_attention_forward(
         # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they are float32, values bf16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if softcap is None and sinks_H is None and query.device.type in BLOCK_DEVICES:
+    if shared_layout.kernel != "sdpa":
+        return run_kernel(query, key, value, shared_layout, scale, sliding_window, softcap, sinks_H), None
+    if softcap is not None or sinks_H is not None:
+        return _by_segment(query, key, value, shared_layout, scale, sliding_window, softcap, sinks_H), None
+    if query.device.type in BLOCK_DEVICES:
         return _BlockAttention.apply(query, key, value, shared_layout, scale, sliding_window), None
-    if (kernel := kernel_for(query, softcap, sinks_H)) is not None:
-        return run_kernel(kernel, query, key, value, shared_layout, scale, sliding_window, softcap), None
+    return _by_piece(query, key, value, shared_layout, scale, sliding_window), None
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Plain mathematics, one segment after the other; (1, T, H, E)."""
     outputs_HSE = []
-    for segment in shared_layout.segments:
+    for segment in layout.segments:
         query_HSE = query[:, :, segment.start : segment.end]
-        key_KLE, value_KLE = _visible(key, segment), _visible(value, segment)
-        mask_SL = visibility(shared_layout, segment, sliding_window, query.device)
-        if softcap is None and sinks_H is None:
-            outputs_HSE.append(_sdpa(query_HSE, key_KLE, value_KLE, mask_SL, scale))
-        else:
-            outputs_HSE.append(_plain(query_HSE, key_KLE, value_KLE, mask_SL, scale, softcap, sinks_H))
-    return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous(), None
+        mask_SL = visibility(layout, segment, window, query.device)
+        outputs_HSE.append(_plain(query_HSE, _visible(key, segment), _visible(value, segment), mask_SL, scale, softcap, sinks_H))
+    return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous()
+
+
+def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None) -> Tensor:
+    """Scaled-dot-product attention, a call for each short group and for each segment of a long one; (1, T, H, E)."""
+    outputs_HSE = []
+    for group in _groups(layout.segments):
+        start, end = group[0].start, group[-1].end
+        if end - start <= QUERY_BLOCK:  # a few wasted scores cost less than more calls, and nothing of the prompt is copied
+            mask = _group_mask(layout, group, window, query.device)
+            outputs_HSE.append(_sdpa(*(tensor[:, :, start:end] for tensor in (query, key, value)), mask, scale))
+            continue
+        for segment in group:
+            query_HSE = query[:, :, segment.start : segment.end]
+            is_causal = segment.num_prefix == 0 and (window is None or window >= segment.end - segment.start)
+            # Without a mask of its own a GPU takes flash attention.
+            mask_SL = None if is_causal else visibility(layout, segment, window, query.device)
+            outputs_HSE.append(_sdpa(query_HSE, _visible(key, segment), _visible(value, segment), mask_SL, scale))
+    return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous()
+
+
+def _groups(segments: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
+    """Each prompt with its answers."""
+    firsts = [index for index, segment in enumerate(segments) if segment.num_prefix == 0] + [len(segments)]
+    for first, last in itertools.pairwise(firsts):
+        yield segments[first:last]
+
+
+def _group_mask(layout: PackedLayout, group: tuple[Segment, ...], window: int | None, device: torch.device) -> Tensor:
+    """Which rows of its group each row may use: bool, shape (S, S)."""
+    cache_key = ("group", group[0].start, window, device)
+    if cache_key not in layout.cache:
+        start_S, prefix_start_S, prefix_end_S, position_S = _table(layout, device)[:, group[0].start : group[-1].end, None].unbind(0)
+        rows = torch.arange(group[0].start, group[-1].end, device=device)
+        visible_SS = ((rows >= start_S) & (rows <= rows[:, None])) | ((rows >= prefix_start_S) & (rows < prefix_end_S))
+        layout.cache[cache_key] = visible_SS if window is None else visible_SS & (position_S - position_S.T < window)
+    return layout.cache[cache_key]  # type: ignore[return-value]
+
+
+def _table(layout: PackedLayout, device: torch.device) -> Tensor:
+    cache_key = ("table", device)
+    if cache_key not in layout.cache:
+        layout.cache[cache_key] = sent(layout.table(layout.num_rows), device)
+    return layout.cache[cache_key]  # type: ignore[return-value]
 
 
 def _ordinary(
@@ -138,12 +193,15 @@ def _visible(tensor: Tensor, segment: Segment) -> Tensor:
     own = tensor[:, :, segment.start : segment.end]
     if segment.num_prefix == 0:
         return own
+    if segment.prefix_end == segment.start:  # side by side: nothing to copy
+        return tensor[:, :, segment.prefix_start : segment.end]
     return torch.cat([tensor[:, :, segment.prefix_start : segment.prefix_end], own], dim=2)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask_SL: Tensor, scale: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask_SL: Tensor | None, scale: float) -> Tensor:
+    """With a mask, or causal without one."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SL, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SL, is_causal=mask_SL is None, scale=scale, enable_gqa=grouped)
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks_H: Tensor | None) -> Tensor:
@@ -276,13 +334,12 @@ def plan(layout: PackedLayout, window: int | None, groups: int, dtype: torch.dty
 
 def _cuts(segments: tuple[Segment, ...]) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
     """(first query row, end row, key ranges) of each block."""
-    firsts = [index for index, segment in enumerate(segments) if segment.num_prefix == 0] + [len(segments)]
-    for first, last in itertools.pairwise(firsts):
-        start, end = segments[first].start, segments[last - 1].end
+    for group in _groups(segments):
+        start, end = group[0].start, group[-1].end
         if end - start <= QUERY_BLOCK:
             yield start, end, ((start, end),)
             continue
-        for segment in segments[first:last]:
+        for segment in group:
             is_adjacent = segment.num_prefix == 0 or segment.prefix_end == segment.start
             for block_start in range(segment.start, segment.end, QUERY_BLOCK):
                 block_end = min(block_start + QUERY_BLOCK, segment.end)

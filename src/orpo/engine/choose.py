@@ -2,14 +2,15 @@
 
 Packing a prompt once is exact for attention that goes through transformers' interface, and wrong without a sound for state-space or
 linear-attention layers and for custom code. So the first rows of a run go through both engines, and log-probabilities and gradients are
-compared before anything is trained.
+compared before anything is trained: in the precision of the weights, whose rounding hides least, and in the precision and with the
+attention kernel that will train.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
-from orpo.engine.kernels import wanted_kernel
+from orpo.engine.kernels import KERNELS, resolve, suited
 from orpo.engine.layout import PreferenceBatch, StepResult, collate
 from orpo.engine.router import Router, router_of
 from orpo.errors import UserError
@@ -47,18 +48,29 @@ class Engine:
         reason: why, in words for the log and run.json.
         budget_bytes: most memory of vocabulary-sized tensors (shared engine).
         router: what is asked of a mixture of experts.
+        kernel: what computes attention (shared engine).
     """
 
     name: str
     reason: str
     budget_bytes: int = shared.DEFAULT_BUDGET_BYTES
     router: Router | None = None
+    kernel: str = "sdpa"
 
     def step(self, model: nn.Module, batch: PreferenceBatch, objective: Objective, *, gradient_scale: Tensor | None = None) -> StepResult:
         """One micro-batch: loss with a graph to the model; `gradient_scale` is what it will be multiplied by (fp16)."""
         if self.name == "shared":
-            return shared.step(model, batch, objective, budget_bytes=self.budget_bytes, router=self.router, gradient_scale=gradient_scale)
+            options = {"budget_bytes": self.budget_bytes, "router": self.router, "gradient_scale": gradient_scale, "kernel": self.kernel}
+            return shared.step(model, batch, objective, **options)
         return padded.step(model, batch, objective, router=self.router)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """How a run computes: in what precision, and the context that its steps are made in."""
+
+    dtype: torch.dtype
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +112,8 @@ def choose(
     nll_scope: str = "sequence",
     budget_bytes: int = shared.DEFAULT_BUDGET_BYTES,
     router_coef: float | None = None,
+    attention_kernel: str = "auto",
+    compute: Compute | None = None,
 ) -> Engine:
     """Choose the engine and leave the model ready for it.
 
@@ -110,33 +124,50 @@ def choose(
         requested: "auto", "shared" or "padded".
         budget_bytes: for the shared engine.
         router_coef: weight of a router's auxiliary loss; None: what the model's configuration asks for.
+        attention_kernel: "auto" or one of `orpo.engine.kernels.KERNELS`.
+        compute: of the run; None: as the weights are.
 
     Raises:
-        UserError: "shared" was asked for and does not hold for this model, or an attention kernel that there is not.
+        UserError: the shared engine or a kernel was asked for and does not hold for this model.
     """
-    wanted_kernel()  # a wrong name is the user's to mend, not a reason to fall back
     core = shared.unwrap(model)
     router = router_of(core, router_coef)
+    compute = Compute(_precision(model)) if compute is None else compute
+    kernel = suited(attention_kernel, resolve(attention_kernel, next(model.parameters()).device, compute.dtype), core)
     if requested == "padded":
         return Engine("padded", "asked for", router=router)
     before = _attention_of(core)
     problem = _obstacle(core)
     if problem is None:
         try:
-            agreement = compare(model, rows_for_check(groups), objective, nll_scope, budget_bytes, router)
-            problem = str(agreement) if not agreement.holds else _hidden_window(core, groups, agreement)
+            rows = rows_for_check(groups)
+            agreements = [compare(model, rows, objective, nll_scope, budget_bytes, router, **how) for how in _ways(model, kernel, compute)]
+            problem = next((str(agreement) for agreement in agreements if not agreement.holds), None)
+            problem = problem or _hidden_window(core, groups, agreements[0])
             if problem is None:
                 core.set_attn_implementation(attention.NAME)
-                logger.info("shared engine: %s", agreement)
-                return Engine("shared", f"agrees with the padded engine: {agreement}", budget_bytes, router)
+                told = "; ".join(map(str, agreements))
+                logger.info("shared engine: %s", told)
+                return Engine("shared", f"agrees with the padded engine: {told}", budget_bytes, router, kernel)
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
         core.set_attn_implementation(before)
     name = type(core).__name__
-    if requested == "shared":
-        raise UserError(f"the shared engine does not hold for {name}: {problem}", where="engine", mend="use engine: auto or padded")
+    if requested == "shared" or attention_kernel != "auto":
+        where, mend = ("engine", "use engine: auto or padded") if requested == "shared" else ("attention_kernel", "attention_kernel: auto")
+        raise UserError(f"the shared engine does not hold for {name}: {problem}", where=where, mend=mend)
     logger.warning("%s falls back to the padded engine, which is slower and needs more memory: %s", name, problem)
     return Engine("padded", f"the shared engine does not hold for {name}: {problem}", router=router)
+
+
+def _ways(model: nn.Module, kernel: str, compute: Compute) -> list[dict[str, Any]]:
+    """What is compared: the weights' own precision, and where it is another one, that of the run."""
+    own = _precision(model)
+    dtypes = KERNELS[kernel].dtypes
+    ways: list[dict[str, Any]] = [{"kernel": kernel if dtypes is None or own in dtypes else "sdpa"}]
+    if compute.dtype != own:
+        ways.append({"kernel": kernel, "compute": compute})
+    return ways
 
 
 def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
@@ -158,6 +189,9 @@ def compare(
     nll_scope: str = "sequence",
     budget_bytes: int = 2**28,
     router: Router | None = None,
+    *,
+    kernel: str = "sdpa",
+    compute: Compute | None = None,
 ) -> Agreement:
     """Run rows through both engines. Leaves no gradient behind, and the model's attention as it was.
 
@@ -166,23 +200,24 @@ def compare(
     """
     core = shared.unwrap(model)
     parameters = _sampled_parameters(model)
+    compute = Compute(_precision(model)) if compute is None else compute
     batch = collate(groups, nll_scope).to(next(model.parameters()).device)
     attention.register()
     is_training = model.training
     model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
     try:
-        with torch.enable_grad():  # the caller may be an evaluation
-            expected = _values(padded.step(model, batch, objective, router=router), parameters)
+        with torch.enable_grad(), compute.context():  # the caller may be an evaluation
+            expected = _values(padded.step(model, batch, objective, router=router), parameters, _scale(model, compute))
             with attention_implementation(core, attention.NAME):
-                found = _values(shared.step(model, batch, objective, budget_bytes=budget_bytes, router=router), parameters)
+                options = {"budget_bytes": budget_bytes, "router": router, "kernel": kernel, "gradient_scale": _scale(model, compute)}
+                found = _values(shared.step(model, batch, objective, **options), parameters, options["gradient_scale"])
                 if _has_dropout(model):
                     _run_with_dropout(model, batch, objective, budget_bytes)
     finally:
         model.train(is_training)
-    dtype = _precision(model)
     difference_N = (found[0] - expected[0]).abs()
-    logp_difference = float(difference_N.max() if dtype == torch.float32 else difference_N.mean())
-    return Agreement(logp_difference, _gradient_difference(found[1:], expected[1:]), dtype, frozenset(batch.layout.windows))
+    logp_difference = float(difference_N.max() if compute.dtype == torch.float32 else difference_N.mean())
+    return Agreement(logp_difference, _gradient_difference(found[1:], expected[1:]), compute.dtype, frozenset(batch.layout.windows))
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -266,10 +301,16 @@ def _sampled_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [trainable[index] for index in sorted(picks)]
 
 
-def _values(result: StepResult, parameters: list[nn.Parameter]) -> list[Tensor]:
+def _values(result: StepResult, parameters: list[nn.Parameter], scale: Tensor | None) -> list[Tensor]:
     """Token log-probabilities, then gradients."""
     if not parameters:
         return [result.logp_N]
-    gradients = torch.autograd.grad(result.loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(result.loss if scale is None else result.loss * scale, parameters, allow_unused=True)
     zeros = [torch.zeros_like(parameter) for parameter in parameters]
-    return [result.logp_N, *(zero if gradient is None else gradient for gradient, zero in zip(gradients, zeros, strict=True))]
+    found = [zero if gradient is None else gradient for gradient, zero in zip(gradients, zeros, strict=True)]
+    return [result.logp_N, *(gradient.float() if scale is None else gradient.float() / scale for gradient in found)]
+
+
+def _scale(model: nn.Module, compute: Compute) -> Tensor | None:
+    """In fp16 small gradients would be 0 in both engines."""
+    return torch.tensor(2.0**12, device=next(model.parameters()).device) if compute.dtype == torch.float16 else None

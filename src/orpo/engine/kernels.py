@@ -1,135 +1,137 @@
-"""FlexAttention and variable-length flash attention for packed rows on CUDA: written, and off until they have been run there.
+"""The kernels for attention over a packed row: what each can do, what is known of it, and which one a run takes.
 
-Both take the whole packed row in one call where the default takes one call per segment. `ORPO_ATTENTION_KERNEL=flex` or `=varlen` turns one
-on for tensors on a GPU; what a kernel cannot do (learned sinks; for `varlen` float32 and soft caps) stays with the default. The comparison
-of the engines at the start of a run is made in the weights' own precision: it covers `flex`, and `varlen` for bf16 weights only.
+`attention_kernel` of the configuration names one; `auto` takes what was measured to be the fastest on such a device, and where nothing was,
+`sdpa`. One that was asked for where it cannot train is refused at the start, never replaced in silence.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from orpo.engine import flex, varlen
 from orpo.engine.layout import PackedLayout
 from orpo.errors import UserError
 
-VARIABLE = "ORPO_ATTENTION_KERNEL"
-KERNELS = ("flex", "varlen")
+KEY = "attention_kernel"
+HALF = (torch.float16, torch.bfloat16)
 
 
-def wanted_kernel() -> str | None:
-    """The kernel that the environment asks for, or None.
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What a kernel can do.
+
+    Attributes:
+        trains_on: device types with forward and backward pass; None: all.
+        dtypes: of the computation; None: all.
+        has_softcap, has_sinks: whether it knows soft caps on the scores (Gemma 2) and learned sinks (gpt-oss).
+        proved: against attention written out in float64.
+    """
+
+    trains_on: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
+    has_softcap: bool
+    has_sinks: bool
+    proved: str
+
+
+KERNELS: dict[str, Kernel] = {
+    "sdpa": Kernel(None, None, True, True, "forward and backward on a CPU; the only one that has trained a model"),
+    "flex": Kernel(("cuda",), None, True, True, "forward on a CPU, backward through the operator's own arithmetic there; not run on a GPU"),
+    "varlen": Kernel(("cuda",), HALF, False, False, "what is handed to the kernel, on a CPU; the kernel itself was not run"),
+}
+MEASURED: dict[str, str] = {}
+"""Part of a GPU's name -> the kernel that was the fastest there, in `benchmarks/gpu.py`, and passed `make test-cuda`. Nothing was yet."""
+
+
+def resolve(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel of a run that computes in `dtype` on `device`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the one that was asked for cannot train there.
     """
-    name = os.environ.get(VARIABLE, "")
-    if name and name not in KERNELS:
-        raise UserError(f"{name!r} is no attention kernel", where=VARIABLE, expected=" or ".join(KERNELS), mend="or leave it unset")
-    return name or None
+    if requested != "auto":
+        _require(requested, device, dtype)
+        return requested
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((name for part, name in MEASURED.items() if part in card and _problem(name, device, dtype) is None), "sdpa")
 
 
-def kernel_for(query: Tensor, softcap: float | None, sinks_H: Tensor | None) -> str | None:
-    """The kernel to use for these tensors; None leaves them to the default."""
-    name = wanted_kernel() if query.device.type == "cuda" else None
-    if name is None or sinks_H is not None:
-        return None
-    if name == "varlen" and (softcap is not None or query.dtype not in (torch.float16, torch.bfloat16)):
-        return None
-    return name
+def suited(requested: str, name: str, model: nn.Module) -> str:
+    """The kernel for a model: `auto` steps back to `sdpa` from one that lacks what the model's attention has.
+
+    Raises:
+        UserError: the one that was asked for lacks it.
+    """
+    kernel = KERNELS[name]
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    lacks = []
+    if not kernel.has_softcap and getattr(text, "attn_logit_softcapping", None) is not None:
+        lacks.append("a soft cap on its attention scores")
+    if not kernel.has_sinks and any(hasattr(module, "sinks") for module in model.modules()):
+        lacks.append("attention sinks")
+    if not lacks:
+        return name
+    if requested == "auto":
+        return "sdpa"
+    raise _cannot(name, f"has not what {type(model).__name__} needs: {' and '.join(lacks)}")
+
+
+def _require(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    if (problem := _problem(name, device, dtype)) is not None:
+        raise _cannot(name, problem)
+
+
+def _problem(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    kernel = KERNELS[name]
+    if kernel.trains_on is not None and device.type not in kernel.trains_on:
+        return f"trains on {' and '.join(kernel.trains_on)} alone, and this run is on {device.type}"
+    if kernel.dtypes is not None and dtype not in kernel.dtypes:
+        names = " or ".join(_name_of(kind) for kind in kernel.dtypes)
+        return f"computes in {names} alone, and this run is in {_name_of(dtype)}"
+    return None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cannot(name: str, why: str) -> UserError:
+    return UserError(f"{name!r} {why}", where=KEY, mend=f"{KEY}: auto, which takes sdpa wherever no other was measured to be faster")
 
 
 def run_kernel(
-    name: str, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
-    """Attention of a packed row: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E)."""
-    if name == "flex":
-        return flex(query, key, value, layout, scale, window, softcap).transpose(1, 2).contiguous()
-    return varlen(query, key, value, layout, scale, window)
+    """Attention of a packed row by the kernel that its layout names: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E).
 
-
-def flex(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """One FlexAttention call, shape (1, H, T, E). On a CPU it has no backward pass."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    call: Any = _compiled_flex() if query.is_cuda else flex_attention
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
-
-    return call(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=_block_mask(layout, window, query.device),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)  # packed rows have a new length at every step
-
-
-def _block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    cache_key = ("flex", window, device)
-    if cache_key not in layout.cache:
-        rows = [(s.start, s.prefix_start, s.prefix_end, s.num_prefix) for s in layout.segments for _ in range(s.start, s.end)]
-        start_T, prefix_start_T, prefix_end_T, num_prefix_T = torch.tensor(rows, device=device).unbind(1)
-        position_T = torch.arange(len(rows), device=device) - start_T + num_prefix_T
-
-        def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            is_own = (key >= start_T[query]) & (key <= query)
-            is_prefix = (key >= prefix_start_T[query]) & (key < prefix_end_T[query])
-            visible = is_own | is_prefix
-            return visible if window is None else visible & (position_T[query] - position_T[key] < window)
-
-        layout.cache[cache_key] = create_block_mask(is_visible, None, None, len(rows), len(rows), device=str(device))
-    return layout.cache[cache_key]
-
-
-def varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None) -> Tensor:
-    """One flash call in which every segment is a sequence whose keys are its prefix and itself; shape (1, T, H, E).
-
-    Prompts are copied once per response, as keys and values only; causality is aligned to the last key, as flash attention has it.
+    Raises:
+        UserError: the kernel lacks what this call needs, which the model's configuration did not tell.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    rows_K, cumulative_q, cumulative_k, max_q, max_k = _sequences(layout, query.device)
-    output_THE: Any = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1).index_select(0, rows_K),
-        value[0].transpose(0, 1).index_select(0, rows_K),
-        cumulative_q,
-        cumulative_k,
-        max_q,
-        max_k,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output_THE[None]
+    kernel = KERNELS[layout.kernel]
+    if (softcap is not None and not kernel.has_softcap) or (sinks_H is not None and not kernel.has_sinks):
+        raise _cannot(layout.kernel, "has neither soft caps nor sinks, and this model's attention asks for them")
+    if layout.kernel == "flex":
+        output = flex.attend(query, key, value, layout, scale, window, softcap, sinks_H)
+    else:
+        output = varlen.attend(query, key, value, layout, scale, window)
+    return output.transpose(1, 2).contiguous()
 
 
-def _sequences(layout: PackedLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """(packed row of every key, cumulative lengths of queries and of keys, the longest of each)."""
-    cache_key = ("varlen", device)
-    if cache_key not in layout.cache:
-        rows = [torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)]) for s in layout.segments]
-        num_q, num_k = [s.end - s.start for s in layout.segments], [len(item) for item in rows]
-        cumulative = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (num_q, num_k)]
-        layout.cache[cache_key] = (torch.cat(rows).to(device), *cumulative, max(num_q), max(num_k))
-    return layout.cache[cache_key]  # type: ignore[return-value]
+def num_compiled_graphs() -> int:
+    """Graphs that torch has compiled in this process so far; 0 where nothing asked it to."""
+    import sys
+
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not loaded for this: it takes a second
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0

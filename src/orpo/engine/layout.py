@@ -41,10 +41,29 @@ class PackedLayout:
     """What attention needs to know of a packed row. Travels as a keyword argument of the model's forward."""
 
     segments: tuple[Segment, ...]
+    kernel: str = "sdpa"
+    """What computes it (`orpo.engine.kernels`)."""
     cache: dict[object, object] = field(default_factory=dict, repr=False)
     """Masks and plans, made once per micro-batch and shared by the layers."""
     windows: set[int | None] = field(default_factory=set, repr=False)
     """Sliding windows that attention was called with, for the check at the start of a run."""
+
+    @property
+    def num_rows(self) -> int:
+        """Packed rows, without what a kernel pads them with."""
+        return self.segments[-1].end
+
+    def table(self, num_rows: int) -> np.ndarray:
+        """(its segment's start, its prefix's start and end, its position) of every row, int32, shape (4, num_rows).
+
+        A row of padding, behind the last segment, is a segment of itself.
+        """
+        padding = np.arange(self.num_rows, num_rows)
+        columns = np.array([(s.start, s.prefix_start, s.prefix_end, s.num_prefix - s.start) for s in self.segments]).T
+        lengths = [s.end - s.start for s in self.segments]
+        table = np.concatenate([np.repeat(columns, lengths, axis=1), np.stack([padding, padding, padding, -padding])], axis=1)
+        table[3] += np.arange(num_rows)
+        return table.astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +254,12 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
         spans=tuple(builder.spans),
         token_weight=1.0 / builder.num_rows,
     )
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device; to a GPU it goes through pinned memory, so that nobody waits for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _long(arrays: list[np.ndarray]) -> Tensor:

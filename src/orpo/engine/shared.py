@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orpo.engine.attention import LAYOUT_KEYWORD
+from orpo.engine.flex import padded_rows
 from orpo.engine.head import HeadJob, LogitRule, head_loss
 from orpo.engine.layout import PreferenceBatch, StepResult
 from orpo.engine.router import Router, routing, with_routing
@@ -30,6 +32,7 @@ def step(
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     router: Router | None = None,
     gradient_scale: Tensor | None = None,
+    kernel: str = "sdpa",
 ) -> StepResult:
     """Loss with a graph to the model, and the token log-probabilities on the way.
 
@@ -40,16 +43,20 @@ def step(
         budget_bytes: most memory that vocabulary-sized tensors may take at once.
         router: what is asked of a mixture of experts.
         gradient_scale: what the loss will be multiplied by before its backward pass (fp16).
+        kernel: for attention, one of `orpo.engine.kernels.KERNELS`.
     """
     core = unwrap(model)
+    batch.layout.kernel = kernel
+    padding = padded_rows(batch.num_tokens) - batch.num_tokens if kernel == "flex" else 0
+    num_masked = batch.num_tokens + padding if router else 1
     job = HeadJob(batch, objective, budget_bytes, LogitRule.of(core.config.get_text_config()), gradient_scale)
     with _head_installed(core, job) as results:
         output = model(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
+            input_ids=F.pad(batch.input_ids_T, (0, padding))[None],  # the head never looks at padding
+            position_ids=F.pad(batch.position_ids_T, (0, padding))[None],
             # transformers returns a 4-d mask as it is; the packed attention reads the layout instead. Of a mixture of experts the model
             # takes it for one number per token, in a loss of its own that nobody reads.
-            attention_mask=torch.ones(1, 1, 1, batch.num_tokens if router else 1, dtype=torch.bool, device=batch.input_ids_T.device),
+            attention_mask=torch.ones(1, 1, 1, num_masked, dtype=torch.bool, device=batch.input_ids_T.device),
             use_cache=False,
             **{LAYOUT_KEYWORD: batch.layout},
             **({"output_router_logits": True} if router else {}),

@@ -34,6 +34,7 @@ from orpo.system.plugins import loaded_plugins
 from orpo.system.ranks import current_ranks
 from orpo.system.redact import redact, redact_text
 from orpo.training.guards import SignalGuard
+from orpo.training.setup import require_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -201,6 +202,7 @@ def _run_training(
     trainer_class: type[ORPOTrainer] | None,
 ) -> RunResult:
     args = config.training_args()
+    require_kernel(args)  # before rows and weights are read
     run_keys = {item.name: config[item.name] for item in dataclasses.fields(RunKeys)}  # the trainer's own are compared with its folder
     agree({**redact(run_keys), **{name: version for name, version in versions().items() if name != "platform"}})
     tell = tell if args.process_index == 0 else lambda line: None
@@ -356,6 +358,7 @@ class _Journal(TrainerCallback):
             "compute_dtype": self.args.compute_dtype,
             "engine": self.trainer.engine.name,
             "router": router_facts(self.trainer),
+            "attention_kernel": self.trainer.engine.kernel,
             "seed": self.args.seed,
             "objective": kind_of(self.trainer.training_objective).facts(self.trainer.training_objective, _NLL[self.args.nll_scope]),
             "plugins": [asdict(plugin) for plugin in loaded_plugins()],

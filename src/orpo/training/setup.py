@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -13,6 +14,7 @@ from orpo.config.checks import best_metric_problems
 from orpo.config.objectives import find
 from orpo.config.options import ORPOConfig
 from orpo.data.types import TokenGroup
+from orpo.engine.kernels import resolve
 from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import put_adapter
 from orpo.models.newtokens import positions_of, with_new_tokens
@@ -93,6 +95,15 @@ def refuse_arguments(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} is not supported: {reasons[name]}", where="ORPOTrainer", mend="leave it out")
+
+
+def require_kernel(args: ORPOConfig) -> None:
+    """The attention kernel that was asked for can train on this device, in this precision.
+
+    Raises:
+        UserError: it cannot.
+    """
+    resolve(args.attention_kernel, args.device, getattr(torch, args.compute_dtype))
 
 
 def use_one_gpu(args: ORPOConfig) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from orpo.checkpoint import current_ranks
 from orpo.config.optimizers import explain_optimizer
 from orpo.config.options import ORPOConfig
-from orpo.engine.choose import Engine, choose
+from orpo.engine.choose import Compute, Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
 from orpo.engine.parallel import is_sharded, norm_of, own_part, reshard, synchronised
@@ -50,6 +50,7 @@ from orpo.training.setup import (
     prepared_model,
     refuse_arguments,
     refuse_overrides,
+    require_kernel,
     require_reference,
     require_router_gradient,
     resolve_model,
@@ -121,6 +122,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         limit_kernel_cache()  # not in train(): who scores or generates with this trainer before it must not come first
         args.ensure_output_dir()
         use_one_gpu(args)
+        require_kernel(args)
         self._own_objective = objective
         self.training_objective = resolve_objective(args) if objective is None else objective
         check_best_metric(self, args, eval_dataset)
@@ -186,6 +188,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
                 nll_scope=self.args.nll_scope,
                 budget_bytes=self.args.logits_budget_mb * 2**20,
                 router_coef=self.args.router_aux_loss_coef,
+                attention_kernel=self.args.attention_kernel,
+                compute=Compute(self.compute_dtype, self._computing),
             )
             require_router_gradient(self.args, self._engine.router)
         return self._engine
