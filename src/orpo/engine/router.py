@@ -100,10 +100,8 @@ def routing(output: Any, router: Router, batch: PreferenceBatch, rows_T: Tensor 
         rows_T: where the batch's tokens lie in the router's rows, in packed order; None: they are those.
     """
     logits = [layer.reshape(-1, layer.shape[-1]) for layer in output.router_logits]
-    if rows_T is None:
-        logits = [layer[: batch.num_tokens] for layer in logits]  # without what an attention kernel pads the row with
-    else:
-        logits = [layer.index_select(0, rows_T) for layer in logits]
+    # Without what an attention kernel pads the row with.
+    logits = [layer[: batch.num_tokens] if rows_T is None else layer.index_select(0, rows_T) for layer in logits]
     if not router.coef or not torch.is_grad_enabled():
         logits = [layer.detach() for layer in logits]
     with torch.autocast(logits[0].device.type, enabled=False):
