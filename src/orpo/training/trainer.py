@@ -92,6 +92,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
 
     _tag_names = ("orpo",)
     control: TrainerControl
+    _grad_norm: float | None = None
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
     def __init__(
@@ -129,7 +130,6 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         self._peft_config = peft_config
         self._engine: Engine | None = None
         self._working: WorkingWeights | None = None
-        self._grad_norm: float | None = None
         loaded, own_tokenizer = resolve_model(model, args)
         tokenizer = resolve_tokenizer(processing_class, tokenizer, own_tokenizer, loaded)
         if train_dataset is None:
