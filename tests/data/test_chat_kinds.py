@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from chatcorpus import all_templates, corpus_tokenizer
 from chatgrid import CALL, TOLD, TOOLS, assistant, is_in, user
@@ -276,6 +277,21 @@ def test_a_default_system_prompt_may_speak_of_any_token() -> None:
     group = group_of(encoder, row("Hello", "<think>\nBecause.\n</think>\n\nYes.", "No."))
     assert "special_tokens_in_text" not in group.notes
     assert encoder.tokenizer.convert_tokens_to_ids("<think>") in group.response_ids[0]
+
+
+@pytest.mark.parametrize("policy", ["warn", "split"])
+@pytest.mark.parametrize("name", ["think_in_system", "think_switch", "chatml"])
+def test_reasoning_marks_that_are_special_tokens_are_no_roles(name: str, policy: str) -> None:
+    tokenizer = corpus_tokenizer(name)
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<think>", "</think>")])
+    assert tokenizer.added_tokens_decoder[tokenizer.convert_tokens_to_ids("<think>")].special
+    encoder = TemplateEncoder(tokenizer, special_tokens_in_text=policy)
+    group = group_of(encoder, row("Hello", "<think>\nBecause.\n</think>\n\nYes.", "No."))
+    assert "special_tokens_in_text" not in group.notes
+    marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert set(marks) <= {*group.prompt_ids.tolist(), *group.response_ids[0].tolist()}
+    opening = group_of(encoder, row("Hello", "Yes.<|im_end|>\n<|im_start|>system", "No."))
+    assert "special_tokens_in_text" in opening.notes
 
 
 @pytest.mark.parametrize("policy", ["warn", "split"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -466,6 +467,43 @@ def test_of_kto_rows_only_the_good_ones_become_sft_rows() -> None:
     preferences, dropped, _ = load_preferences(rows, sft_rows=True)
     assert [p.responses for p in preferences] == [("good",)]
     assert [d.reason for d in dropped] == ["unpaired"]
+
+
+LABELLED = [{"prompt": f"Q{n}?", "completion": f"{word} {n}", "label": word == "good"} for n in range(5) for word in ("good", "bad")]
+LONELY = {"prompt": "Q9?", "completion": "good 9", "label": True}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        LABELLED,
+        sorted(LABELLED, key=lambda row: row["label"]),
+        sorted(LABELLED, key=lambda row: row["completion"][-1:] + str(row["label"]), reverse=True),
+        random.Random(3).sample(LABELLED, len(LABELLED)),
+        LABELLED[::2] + LABELLED[1::2],
+    ],
+)
+def test_labelled_rows_are_paired_wherever_they_stand(rows: list[dict[str, Any]]) -> None:
+    preferences, dropped, shape = load_preferences([*rows, LONELY], column_map={"score": "label"})
+    found = [(p.prompt, *(p.responses[i] for i in p.pairs[0])) for p in preferences]
+    assert sorted(found) == [(f"Q{n}?", f"good {n}", f"bad {n}") for n in range(5)]
+    assert [d.reason for d in dropped] == ["unpaired"]
+    assert [p.where.row for p in preferences] == sorted(p.where.row for p in preferences), "in the order of each prompt's first row"
+    assert "rows of one prompt together" in str(shape)
+
+
+def test_labelled_rows_of_which_the_first_thousand_show_no_pair() -> None:
+    rows = [{"prompt": f"Q{n}?", "completion": word, "label": word == "good"} for word in ("good", "bad") for n in range(1200)]
+    with pytest.raises(DataError, match=r"0 of 1000 prompts of the first 1000 rows .*\n.*\n.*column_map: \{score: label\}"):
+        load_preferences(rows)
+    preferences, dropped, _ = load_preferences(rows, column_map={"score": "label"})
+    assert (len(preferences), len(dropped)) == (1200, 0)
+
+
+def test_rated_rows_that_follow_each_other_are_not_all_held() -> None:
+    rows = [{"prompt": f"Q{n}?", "response": f"{score} {n}", "score": score} for n in range(4) for score in (1, 5)]
+    assert "neighbouring rows of one prompt together" in str(detect_shape(rows))
+    assert "all rows of one prompt together" in str(detect_shape(rows[::2] + rows[1::2]))
 
 
 def test_the_shape_is_named_in_one_line() -> None:

@@ -196,6 +196,27 @@ def test_the_command(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureF
     assert "no model is named" in capsys.readouterr()[1]
 
 
+@pytest.mark.parametrize("weight", [None, 1])
+def test_every_source_is_shown(weight: int | None, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = []
+    for name, num in (("first", 2), ("second", 5)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps({"prompt": f"{name} {i}?", "chosen": "good", "rejected": "bad"}) for i in range(num)))
+        sources.append({"path": str(path)} | ({} if weight is None else {"weight": weight}))
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"model_name_or_path": str(model_folder), "dataset_name": sources}), encoding="utf-8")
+
+    def shown(*options: str) -> list[str]:
+        assert main(["preview", str(config), "--json", *options]) == 0
+        return [Path(row["place"]).name for row in json.loads(capsys.readouterr()[0])["rows"]]
+
+    assert shown("--num", "1") == ["first.jsonl:1", "second.jsonl:1"]
+    assert shown("--rows", "0,3") == ["first.jsonl:1", "second.jsonl:1", "second.jsonl:4"]
+    assert shown("--lines", "2") == ["first.jsonl:2", "second.jsonl:2"]
+    assert main(["preview", str(config), "--rows", "1,5"]) == EXIT_USER
+    assert "no row 5" in capsys.readouterr()[1]
+
+
 def test_the_command_with_a_configuration(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "Q?", "good": "good", "bad": "bad"}), encoding="utf-8")

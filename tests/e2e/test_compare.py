@@ -226,6 +226,32 @@ def test_a_sweep_widens_the_map_and_not_the_choice(
     assert facts["methods"]["orpo"]["options"] == {"learning_rate": 1e-6, "orpo_alpha": 0.1}, "others would have been better"
 
 
+def test_every_stage_prints_the_date_of_the_first_start(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a template that prints the second, rows of another start would be other rows."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ strftime_now('%H:%M:%S') }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (tmp_path / "clock.jinja").write_text(template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    dated = replace(config, values={**config.values, "chat_template": str(tmp_path / "clock.jinja"), "max_steps": 1})
+    dated = replace(dated, origins={**config.origins, "chat_template": "--chat_template", "max_steps": "--max_steps"})
+    done: list[str] = []
+
+    def run(command: list[str], log: Path) -> int:
+        begun = int(time.time())
+        while int(time.time()) == begun:
+            time.sleep(0.05)
+        done.append(Path(command[3]).parent.name)
+        return stage.main(command[3])
+
+    monkeypatch.setattr(process, "run_process", run)
+    options = CompareOptions(methods=("sft",), learning_rates=(1e-3,), num_points=0, output=str(tmp_path / "out"))
+    first = compare(dated, options, _quiet)
+    again = compare(dated, replace(options, methods=("sft", "orpo"), strengths={"orpo": (0.5,)}), _quiet)
+    assert [name.partition("-")[0] for name in done] == ["start", "sft", "orpo"]
+    assert first["data"]["date"] == again["data"]["date"] is not None
+    for path in (tmp_path / "out" / "runs").glob("*/run.json"):
+        assert json.loads(path.read_text())["data"]["template"]["date"] == first["data"]["date"]
+    assert sum(1 for _ in (tmp_path / "out" / "runs").glob("*/run.json")) == 2
+
+
 def test_other_rows_are_refused(config: RunConfig, finished: tuple[Path, dict[str, Any], list[str]]) -> None:
     options = CompareOptions(seeds=(1, 2), output=str(finished[0]), split=Split(max_train_rows=8))
     with pytest.raises(UserError, match="on other rows"):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +42,13 @@ class Command:
 
     def __init__(self, folder: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
         self.run = folder / "run"
-        self._options = {**options, "output_dir": str(self.run)}
+        self.options = {**options, "output_dir": str(self.run)}
         self._config, self._capsys = folder / "run.yaml", capsys
         self.text = ""
 
     def __call__(self, **change: Any) -> int:
         """The exit code; what was said is in `text`, in one line."""
-        self._config.write_text(yaml.safe_dump({**self._options, **change}))
+        self._config.write_text(yaml.safe_dump({**self.options, **change}))
         self._capsys.readouterr()
         code = main(["train", str(self._config)])
         self.text = " ".join(self._capsys.readouterr().err.split())
@@ -69,6 +74,56 @@ def advised(text: str) -> str:
     found = re.search(r"model_name_or_path: ([^ ,]+)", text)
     assert found is not None, text
     return found[1]
+
+
+# --- the date
+
+
+def to_the_second(folder: Path) -> str:
+    """A template under which the same rows are others a second later, unless the date of the first start is kept."""
+    head = "<|im_start|>{{ m.role }} {{ strftime_now('%H:%M:%S') }}\n{{ m.content }}<|im_end|>\n"
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant {{ strftime_now('%H:%M:%S') }}\n{% endif %}"
+    (folder / "clock.jinja").write_text("{% for m in messages %}" + head + "{% endfor %}" + asks)
+    return str(folder / "clock.jinja")
+
+
+def next_second() -> None:
+    begun = datetime.now().replace(microsecond=0)
+    while datetime.now().replace(microsecond=0) == begun:
+        time.sleep(0.05)
+
+
+def fingerprint(run: Path) -> Any:
+    data = (RunFolder(run).read() or {})["data"]
+    return data["template"]["date"], data["fingerprint"]
+
+
+def test_a_run_that_goes_on_prints_the_date_of_its_first_start(command: Command, tmp_path: Path) -> None:
+    given = {"chat_template": to_the_second(tmp_path)}
+    assert command(**given) == 0, command.text
+    before = fingerprint(command.run)
+    next_second()
+    assert command(max_steps=8, **given) == 0, command.text
+    assert "resuming from" in command.text
+    assert "the chat template's today is" in command.text
+    assert fingerprint(command.run) == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_prints_it_too(command: Command, tmp_path: Path) -> None:
+    given = {"chat_template": to_the_second(tmp_path), "max_steps": 100_000, "save_steps": 100_000}
+    words = [word for key, value in {**command.options, **given}.items() for word in (f"--{key}", str(value))]
+    with subprocess.Popen([sys.executable, "-m", "orpo", "train", *words], stderr=subprocess.DEVNULL) as process:
+        while not (command.run / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    before, step = fingerprint(command.run), (RunFolder(command.run).read() or {})["last_step"]
+    next_second()
+    assert command(**given | {"max_steps": step + 1}) == 0, command.text
+    assert "resuming from" in command.text
+    assert fingerprint(command.run) == before
 
 
 # --- more steps

@@ -11,9 +11,11 @@ import torch
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.data.settings import DataSettings
-from orpo.data.template import make_encoder
+from orpo.data.template import TemplateEncoder, make_encoder
 from orpo.data.types import TokenGroup, Where
 from orpo.errors import UserError
+from orpo.inference.generate import generate
+from orpo.inference.scores import choose_scoring_engine, score_groups
 from orpo.models.adapters import text_layers_only
 from orpo.models.export import export_adapter, export_merged
 from orpo.models.load import load_model
@@ -198,6 +200,22 @@ def test_a_token_without_a_row_is_named_and_the_mend_works(tmp_path: Path) -> No
             check_rows(model, tokenizer, *sets)
     model.resize_token_embeddings(mine + 1)
     check_rows(model, tokenizer, rows)
+
+
+def test_a_model_that_is_asked_names_it_too() -> None:
+    """Chat, evaluation and audit ask without a trainer that would have looked."""
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mine|>"]})
+    mine = tokenizer.convert_tokens_to_ids("<|mine|>")
+    model = build_tiny_model("llama", vocab_size=mine)
+    encoder = TemplateEncoder(tokenizer)
+    with pytest.raises(UserError, match=rf"(?s)the prompt: the token '<\|mine\|>' has id {mine}.*resize_token_embeddings\({mine + 1}\)"):
+        generate(model, tokenizer, encoder, ["Hello", "say <|mine|>"], max_new_tokens=2)
+    rows = [group([3, 4], [5]), group([3, 4], [mine])]
+    for ask in (score_groups, choose_scoring_engine):
+        with pytest.raises(UserError, match=rf"(?s)rows.jsonl:1: the token has id {mine}, the model's embeddings have {mine} rows"):
+            ask(model, rows)
+    assert len(generate(model, tokenizer, encoder, ["Hello"], max_new_tokens=2)) == len(score_groups(model, rows[:1])) == 1
 
 
 @pytest.mark.parametrize(("architecture", "has_scaling"), [("gpt2", False), ("llama", False), ("llama", True)])

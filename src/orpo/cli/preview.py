@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nll_scope", "--nll-scope", choices=("sequence", "response"), help="what counts in the next-token loss")
     parser.add_argument("--rows", metavar="LIST", help="rows to show, counted from 0, such as 0,5,10-12 (default: the first)")
     parser.add_argument("--lines", metavar="LIST", help="the same by line of the file, counted from 1, as errors and audits name them")
-    parser.add_argument("--num", type=int, default=3, help="how many rows to show where none are named (default 3)")
+    parser.add_argument("--num", type=int, default=3, help="how many rows of each source to show where none are named (default 3)")
     parser.add_argument("--ids", action="store_true", help="show each segment's token ids below it")
     parser.add_argument("--html", metavar="FILE", help="write a page with ids on hover")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, with every token's id, text, role and terms")
@@ -86,31 +86,40 @@ def read_numbers(text: str | None, where: str) -> set[int] | None:
 
 
 def _items(data: DataInput, rows: set[int] | None, lines: set[int] | None, num: int) -> Iterator[Preference | Dropped]:
-    """The rows asked for, in order; reading stops at the last of them.
+    """The rows asked for, of each source in turn; each is read to the last of them.
 
     Raises:
-        UserError: a row asked for is not there.
+        UserError: no source has a row that was asked for.
     """
-    from orpo.run.data import open_run_rows
+    from orpo.data.reading.sources import as_sources
+    from orpo.run.data import read_rows
 
-    items = open_run_rows(data.config, data.settings).train
-    if rows is None and lines is None:
-        yield from islice(items, num)
-        return
+    if (evaluation := data.config.eval_source()) is not None:
+        read_rows(data.settings, *evaluation)  # a split that is not there is told, as by every command
     missing_rows, missing_lines = set(rows or ()), set(lines or ())
-    for item in items:
-        if item.where.row in missing_rows or item.where.line in missing_lines:
-            missing_rows.discard(item.where.row)
-            missing_lines.discard(item.where.line or 0)
-            yield item
-        if not missing_rows and not missing_lines:
-            return
+    for source in as_sources(data.source, split=data.config["dataset_train_split"], column_map=data.settings.column_map):
+        items = read_rows(data.settings, source)
+        if rows is None and lines is None:
+            yield from islice(items, num)
+            continue
+        wanted_rows, wanted_lines = set(rows or ()), set(lines or ())
+        for item in items if wanted_rows or wanted_lines else ():
+            if item.where.row in wanted_rows or item.where.line in wanted_lines:
+                for wanted, number in ((wanted_rows, item.where.row), (wanted_lines, item.where.line)):
+                    wanted.discard(number)
+                missing_rows.discard(item.where.row)
+                missing_lines.discard(item.where.line or 0)
+                yield item
+            if not wanted_rows and not wanted_lines:
+                break
     missing = [f"row {number}" for number in sorted(missing_rows)] + [f"line {number}" for number in sorted(missing_lines)]
+    if not missing:
+        return
     raise UserError(
         f"no {missing[0]}",
         where="--rows" if missing_rows else "--lines",
         expected="rows that the data has",
-        mend="rows are counted from 0, lines of the file from 1",
+        mend="rows are counted from 0, lines of the file from 1, in each source anew",
     )
 
 

@@ -131,8 +131,10 @@ class _Comparison:
     def __init__(self, folder: Path, config: RunConfig, options: CompareOptions, tell: Tell) -> None:
         self.folder, self.config, self.options, self.tell = folder, config, options, tell
         self.methods = find_methods(options.methods)
-        self.data: ComparisonData = load_comparison_data(config, config.training_args(), options.split, tell)
-        self.fingerprint = self.data.to_dict()["fingerprint"]
+        date = ((self._read() or {}).get("data") or {}).get("date")  # of the first start, or the rows would be others tomorrow
+        self.data: ComparisonData = load_comparison_data(config, config.training_args(), options.split, tell, date=date)
+        self.data_facts = self.data.to_dict()
+        self.fingerprint = self.data_facts["fingerprint"]
         self.facts: dict[str, Any] = {}
         self.trials: dict[str, list[tuple[dict[str, float], _MethodRun]]] = {}
         self.runs: dict[str, list[_MethodRun]] = {}
@@ -165,9 +167,7 @@ class _Comparison:
 
     def _begin(self) -> None:
         args = self.config.training_args()
-        data = self.data.to_dict()
-        old = self._read()
-        if old and old.get("data", {}).get("fingerprint") != data["fingerprint"]:
+        if (old := self._read()) and old.get("data", {}).get("fingerprint") != self.fingerprint:
             raise UserError(
                 "holds a comparison on other rows", where=str(self.folder), mend="choose another --output, or remove the folder"
             )
@@ -183,7 +183,7 @@ class _Comparison:
             "compute_dtype": args.compute_dtype,
             "configuration": as_facts(self.config),
             "options": asdict(self.options),
-            "data": {"source": self.config["dataset_name"], **data},
+            "data": {"source": self.config["dataset_name"], **self.data_facts},
             "start": {
                 "model": start["model"],
                 "sha256": start["sha256"],
@@ -269,9 +269,11 @@ class _Comparison:
             # A curve for the first seed: evaluating along the way costs as much again as training on a few hundred pairs.
             num_points=self.options.num_points if not is_trial and seed == self.options.seeds[0] else 0,
             folder="",
+            date=self.data_facts["date"],
         )
         # A start that is another stage's goes by that stage's name, so that the folder may be moved.
         identity = {**asdict(spec), "start": Path(start).parent.name if number else start, "data": self.fingerprint}
+        del identity["date"]  # the fingerprint is of what it printed
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         settings = [f"{_short(key)}{value:g}" for key, value in options.items()]
         words = [method, *settings, f"seed{seed}", *(["trial"] if is_trial else [])]

@@ -56,17 +56,21 @@ class ComparisonData:
             "num_validation": len(self.validation),
             "num_test": len(self.test),
             "fingerprint": fingerprint([*self.train, *self.validation, *self.test]),
+            "date": self.run.encoder.describe().get("date"),
             "dropped": self.run.train_report.to_dict().get("dropped", {}),
         }
 
 
-def load_comparison_data(config: RunConfig, args: ORPOConfig, split: Split, tell: Tell) -> ComparisonData:
+def load_comparison_data(config: RunConfig, args: ORPOConfig, split: Split, tell: Tell, *, date: str | None = None) -> ComparisonData:
     """Read, tokenise and part the rows of a configuration.
+
+    Args:
+        date: what a template that asks for today gets, the same in every stage; None takes now.
 
     Raises:
         UserError: as `prepare_data`, or a part would be empty.
     """
-    run = prepare_data(config, args, tell)
+    run = prepare_data(config, args, tell, date=date)
     if run.held_out is None:
         train, test = split_by_prompt(run.train, split.test_fraction)
     else:

@@ -36,6 +36,7 @@ class StageSpec:
         is_trial: trains on `tune_rows`, without a curve.
         num_points: evaluations on the validation rows along the way.
         folder: where the stage's run goes.
+        date: what a template that asks for today gets; None where it asks for none.
     """
 
     configuration: dict[str, dict[str, Any]]
@@ -48,6 +49,7 @@ class StageSpec:
     is_trial: bool
     num_points: int
     folder: str
+    date: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> StageSpec:

@@ -41,7 +41,7 @@ def run_stage(spec: StageSpec) -> None:
         print(line, flush=True)
 
     config = spec.run_config()
-    data = load_comparison_data(config, config.training_args(), spec.split, tell)
+    data = load_comparison_data(config, config.training_args(), spec.split, tell, date=spec.date)
     if spec.method == "start":
         _measure_start(spec, config, data)
     else:

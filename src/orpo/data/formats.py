@@ -155,14 +155,25 @@ class Stream:
             for where, row in self._rows:
                 yield where, row, [row]
             return
-        for (is_row, _), items in itertools.groupby(self._rows, key=lambda item: _group_key(item[1], self.shape, column)):
-            found = list(items)
-            if is_row:
+        for is_prompt, found in self._by_prompt(column):
+            if is_prompt:
                 originals = [row for _, row in found]
                 yield found[0][0], merge_rated_rows([rename(row, self.shape.column_map) for row in originals], self.shape), originals
             else:
                 for where, row in found:
                     yield where, row, [row]
+
+    def _by_prompt(self, column: str) -> Iterator[tuple[bool, list[tuple[Where, Any]]]]:
+        """(whether they have a prompt, rows that belong together), in the order of each one's first row."""
+        if not self.shape.is_scattered:
+            for (is_prompt, _), items in itertools.groupby(self._rows, key=lambda item: _group_key(item[1], self.shape, column)):
+                yield is_prompt, list(items)
+            return
+        groups: dict[Any, list[tuple[Where, Any]]] = {}
+        for where, row in self._rows:
+            groups.setdefault(_group_key(row, self.shape, column), []).append((where, row))
+        for (is_prompt, _), rows in groups.items():
+            yield is_prompt, rows
 
 
 def _head(rows: Iterator[tuple[Where, Any]]) -> list[tuple[Where, Any]]:

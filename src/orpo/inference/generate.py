@@ -94,12 +94,12 @@ def generate(
         Answers in the order of the prompts.
 
     Raises:
-        UserError: an option is out of range.
+        UserError: an option is out of range, or a token of a prompt has no row of the model's embeddings.
     """
     from orpo.inference.decode import Job
 
     check_generation(max_new_tokens, temperature, top_p, batch_size)
-    ids = [encoder.prompt_ids(prompt) for prompt in prompts]
+    ids = _prompt_ids(model, tokenizer, encoder, prompts)
     limit = _context_tokens(model)
     found: dict[int, Answer] = {}
 
@@ -125,6 +125,15 @@ def generate(
             if progress is not None:
                 progress(len(found), len(ids))
     return [found[row] for row in range(len(ids))]
+
+
+def _prompt_ids(model: nn.Module, tokenizer: Any, encoder: TemplateEncoder, prompts: Sequence[Text]) -> list[np.ndarray]:
+    from orpo.engine.shared import unwrap
+    from orpo.models.newtokens import require_rows
+
+    ids = [encoder.prompt_ids(prompt) for prompt in prompts]
+    require_rows(unwrap(model), [int(one.max()) for one in ids if len(one)], where="the prompt", tokenizer=tokenizer)
+    return ids
 
 
 def check_generation(max_new_tokens: int, temperature: float, top_p: float, batch_size: int = 1) -> None:

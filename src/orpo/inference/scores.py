@@ -81,11 +81,16 @@ def score_tokens(
     compute_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> TokenScores:
-    """Log-probability of every token of every response; arguments as for `score_groups`."""
+    """Log-probability of every token of every response; arguments as for `score_groups`.
+
+    Raises:
+        UserError: a token has no row of the model's embeddings.
+    """
     from orpo.engine.packing import pack
 
     if not groups:
         return []
+    _require_rows(model, groups)
     found: list[tuple[np.ndarray, ...] | None] = [None] * len(groups)
     device = next(model.parameters()).device
     with _own_attention(model) as use_attention:
@@ -112,9 +117,21 @@ def choose_scoring_engine(model: nn.Module, groups: Sequence[TokenGroup], *, nll
     from orpo.engine.choose import choose
     from orpo.objective import SFT
 
+    _require_rows(model, groups)
     # In the weights' own dtype: bf16's rounding would drown what the check looks for.
     with _own_attention(model), inference(model):
         return choose(model, groups, SFT(), nll_scope=nll_scope)
+
+
+def _require_rows(model: nn.Module, groups: Sequence[TokenGroup]) -> None:
+    from orpo.engine.shared import unwrap
+    from orpo.models.newtokens import require_rows
+
+    def largest(group: TokenGroup) -> int:
+        return max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids) if len(ids))
+
+    worst = max(groups, key=largest)
+    require_rows(unwrap(model), [largest(worst)], where=str(worst.where))
 
 
 def _score_batch(

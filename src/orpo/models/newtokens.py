@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,6 +59,35 @@ def _is_named(name: str, peft_config: Any) -> bool:
     targets = getattr(peft_config, "target_modules", None)
     named = [*(peft_config.modules_to_save or ()), *(targets if isinstance(targets, list | tuple | set) else ())]
     return any(name == one or name.endswith(f".{one}") for one in named)
+
+
+def require_rows(model: Any, token_ids: Iterable[int], *, where: str, tokenizer: Any = None) -> None:
+    """Every token has a row of the embeddings; torch would say "index out of range".
+
+    Args:
+        model: whose embeddings; one that has none to show is not looked at.
+        token_ids: the tokens, or the largest of them.
+        where: what they belong to.
+        tokenizer: theirs, to name the token.
+
+    Raises:
+        UserError: one has none.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None or getattr(embeddings, "weight", None) is None:
+        return
+    num_rows, token_id = embeddings.weight.shape[0], max(token_ids, default=0)
+    if token_id < num_rows:
+        return
+    name = "" if tokenizer is None else f" {tokenizer.convert_ids_to_tokens(int(token_id))!r}"
+    size = token_id + 1 if tokenizer is None else len(tokenizer)
+    raise UserError(
+        f"the token{name} has id {token_id}, the model's embeddings have {num_rows} rows",
+        where=where,
+        expected="a tokenizer that belongs to the model",
+        mend="use the model's own tokenizer and chat template, or give the model rows for it first: "
+        f"model.resize_token_embeddings({size}), then model.save_pretrained(…)",
+    )
 
 
 def positions_of(config: Any) -> int | None:

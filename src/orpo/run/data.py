@@ -129,7 +129,7 @@ def kept_date(config: RunConfig) -> str | None:
     return RunFolder(config["output_dir"]).template_date() if config["output_dir"] else None
 
 
-def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell, *, rows_per_step: int | None = None) -> RunData:
+def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell, *, rows_per_step: int | None = None, date: str | None = None) -> RunData:
     """Read, judge and tokenise all rows. The model's tokenizer is loaded, its weights are not.
 
     Args:
@@ -147,8 +147,8 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell, *, rows_per_st
     prompts = _Prompts()
     rows = open_run_rows(config)
     train_rows, held_out_rows = prompts.watch(rows.train), None if rows.held_out is None else prompts.watch(rows.held_out)
-    encoder = load_encoder(config)
-    if date := kept_date(config):
+    encoder = load_encoder(config, date=date)
+    if date := date or kept_date(config):
         tell(f"date         the chat template's today is {date[:10]}, as at the run's first start")
     train, train_report = _tokenise(train_rows, encoder, "train rows", tell)
     held_out, held_out_report = None, None

@@ -17,7 +17,7 @@ from orpo.data.types import TokenGroup
 from orpo.engine.kernels import resolve
 from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import put_adapter
-from orpo.models.newtokens import positions_of, with_new_tokens
+from orpo.models.newtokens import positions_of, require_rows, with_new_tokens
 from orpo.objective import Objective, kind_of
 
 if TYPE_CHECKING:
@@ -287,21 +287,10 @@ def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
     Raises:
         UserError: a token beyond the embeddings, or a row beyond the positions of a model without rope scaling.
     """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    groups = _all_groups(*sets)
-    if embeddings is None or not groups:
+    if getattr(model, "get_input_embeddings", lambda: None)() is None or not (groups := _all_groups(*sets)):
         return
-    num_rows = embeddings.weight.shape[0]
     worst = max(groups, key=_largest_id)
-    token_id = _largest_id(worst)
-    if token_id >= num_rows:
-        raise UserError(
-            f"the token {tokenizer.convert_ids_to_tokens(int(token_id))!r} has id {token_id}, the model's embeddings have {num_rows} rows",
-            where=str(worst.where),
-            expected="a tokenizer that belongs to the model",
-            mend="use the model's own tokenizer and chat template, or give the model rows for it first: "
-            f"model.resize_token_embeddings({len(tokenizer)}), then model.save_pretrained(…)",
-        )
+    require_rows(model, [_largest_id(worst)], where=str(worst.where), tokenizer=tokenizer)
     _check_positions(model, groups)
 
 

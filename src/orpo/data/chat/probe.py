@@ -283,16 +283,22 @@ def _user_end(bare: str, header: str, tokens: re.Pattern[str]) -> str:
     return header[: found.end()] if found else ""
 
 
+_INSIDE_ANSWERS = re.compile(r"</?(think|thinking|reasoning|seed:think|tool_calls?)>|\[/?THINK\]|◁/?think▷")
+"""Marks that an answer may well contain, and that open no role; some tokenizers have them among their special tokens."""
+
+
 def _control_tokens(probe: _Probe, opening: str, others: str, header: str) -> set[str]:
-    """Tokens that may open or close a role: all special ones, and those that the template prints around turns.
+    """Tokens that may open or close a role: special ones, but for the marks of reasoning and calls, and those that the template prints
+    around turns.
 
     Of the opening only its first and last token: between them a default system prompt may speak of any token ("between <think> and
     </think>"). Of the header only its first: behind it stand think blocks and the like, which answers may well contain.
     """
     tokens = probe.tokens
     first = tokens.findall(opening)
+    special = {text for text in added_token_texts(probe.tokenizer, special_only=True) if not _INSIDE_ANSWERS.fullmatch(text)}
     return {
-        *added_token_texts(probe.tokenizer, special_only=True),
+        *special,
         *first[:1],
         *first[-1:],
         *tokens.findall(others),

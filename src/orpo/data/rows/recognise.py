@@ -7,6 +7,7 @@ was found, what would be needed and the nearest thing to it.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,8 @@ class Shape:
         reader: reads one row.
         used: the columns that the reader looks at; the others travel along with the row.
         column_map: our names to the source's, as given.
-        group_column: rows that follow each other with the same value here are one prompt's responses (HelpSteer).
+        group_column: rows with the same value here are one prompt's responses: those that follow each other (HelpSteer), or all.
+        is_scattered: all of them, wherever they stand; the source is then read to its end first.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Shape:
     group_column: str | None = None
     answer_column: str | None = None
     score_column: str | None = None
+    is_scattered: bool = False
     json_columns: frozenset[str] = frozenset()
     """Columns whose text is JSON: messages, or lists of texts."""
 
@@ -129,7 +132,7 @@ def detect_shape(
             expected=f"rows such as {PAIR_EXAMPLE}",
             mend="write one object per row",
         )
-    shape = _pair_shape(sample, sft_rows) or several_responses(sample, policy) or _rated_rows(sample, policy)
+    shape = _pair_shape(sample, sft_rows) or several_responses(sample, policy) or _rated_rows(sample, policy, mapping)
     if shape is None:
         refuse_second_answers(sample)
         shape = _sft_shape(sample) if sft_rows else None
@@ -249,8 +252,12 @@ def _pair_name(sample: Sample, prompt: PromptReader, chosen: str, transcripts: b
     return f"{names}/chosen/rejected ({kind})"
 
 
-def _rated_rows(sample: Sample, policy: PairPolicy) -> Found:
-    """One rated response per row, the rows of a prompt one after the other (HelpSteer)."""
+def _rated_rows(sample: Sample, policy: PairPolicy, mapping: Sequence[tuple[str, str]]) -> Found:
+    """One rated response per row: the rows of a prompt one after the other (HelpSteer), or wherever they stand.
+
+    Args:
+        mapping: the column map; a score that it names is one, even where no prompt of the sample comes twice.
+    """
     score, answer = sample.find(RATINGS), sample.find(ANSWERS[:5])
     if score is None or answer is None or sample.share(score, lambda value: isinstance(value, bool) or is_number(value)) < 0.5:
         return None
@@ -258,14 +265,17 @@ def _rated_rows(sample: Sample, policy: PairPolicy) -> Found:
     if len(prompt.columns) != 1:
         return None
     column = prompt.columns[0]
-    repeats = sum(a.get(column) == b.get(column) for a, b in zip(sample.rows, sample.rows[1:], strict=False))
-    if not repeats:
+    prompts = [repr(row.get(column)) for row in sample.rows if row.get(column) is not None]
+    if len(set(prompts)) == len(prompts) and "score" not in dict(mapping):
         return None
+    runs = [prompt for prompt, _ in itertools.groupby(prompts)]
+    is_scattered = len(runs) == len(prompts) or len(set(runs)) < len(runs)
     grouped = PromptReader((column,), prompt.system, prompt.tools)
     reader = GroupReader(grouped, judged.of_list("completions", None, lower_is_better=False), policy)
     used = [*columns_of(grouped), answer, score]
-    line = f"{prompt_line(grouped)}, response = {answer!r}, score = {score!r}, neighbouring rows of one prompt together"
-    return "one rated response per row", line + unused_line(sample, used), reader, used, column, answer, score
+    which = "all" if is_scattered else "neighbouring"
+    line = f"{prompt_line(grouped)}, response = {answer!r}, score = {score!r}, {which} rows of one prompt together"
+    return "one rated response per row", line + unused_line(sample, used), reader, used, column, answer, score, is_scattered
 
 
 def merge_rated_rows(rows: Sequence[Mapping[Any, Any]], shape: Shape) -> Mapping[Any, Any]:

@@ -187,32 +187,34 @@ def _near_column(sample: Sample, names: Sequence[str]) -> str | None:
     return near[0] if near else None
 
 
+_MANY_ROWS = 100
+"""Of a sample, which may then be the beginning of a larger file."""
+
+
 def _unpaired(sample: Sample, answer: str, label: str) -> DataError:
     """One answer per row and a verdict on it (KTO): what of that can be paired, and how."""
-    num_both, num_prompts, is_in_order = _pairable(sample, answer, label)
+    num_both, num_prompts = _pairable(sample, answer, label)
     mends = ["add a second answer to each prompt (for instance from another model)", "train the good rows alone with sft_rows: true"]
-    if num_both and sample.share(label, lambda value: isinstance(value, bool) or is_number(value)) == 1:
-        first = "" if is_in_order else "bring the rows of each prompt together (sort them by prompt), then "
-        mends.insert(0, f"{first}pair the answers of each prompt with column_map: {{score: {label}}}")
+    # Where all good answers come before all bad ones, the first rows show none that go together.
+    if (num_both or len(sample.rows) >= _MANY_ROWS) and sample.share(label, lambda value: isinstance(value, bool) or is_number(value)) == 1:
+        mends.insert(0, f"pair the answers of each prompt, wherever its rows stand, with column_map: {{score: {label}}}")
     return sample.error(
         f"unpaired rows (KTO): one answer per row with the verdict {label!r}, "
-        f"and {num_both} of {num_prompts} prompts with answers of both kinds",
+        f"and {num_both} of {num_prompts} prompts {f'of the first {len(sample.rows)} rows ' if num_both < num_prompts else ''}"
+        "with answers of both kinds",
         expected=f"two answers to the same prompt, the better one marked: {PAIR_EXAMPLE}",
         mend=", or ".join(mends),
     )
 
 
-def _pairable(sample: Sample, answer: str, label: str) -> tuple[int, int, bool]:
-    """(prompts of the sample with a good and a bad answer, prompts, whether the rows of each follow each other)."""
+def _pairable(sample: Sample, answer: str, label: str) -> tuple[int, int]:
+    """(prompts of the sample with a good and a bad answer, prompts)."""
     prompt = prompt_reader(sample, taken=(answer,))
     labels: dict[str, set[str]] = {}
-    order: list[str] = []
     for row in sample.rows:
         try:
             key = repr(prompt.read(row)) if prompt.columns else repr(shapes.read_sft(prompt, row, row.get(answer)).prompt)
         except BadRow:
             continue
         labels.setdefault(key, set()).add(repr(row.get(label)))
-        if not order or order[-1] != key:
-            order.append(key)
-    return sum(len(kinds) > 1 for kinds in labels.values()), len(labels), len(order) == len(labels)
+    return sum(len(kinds) > 1 for kinds in labels.values()), len(labels)
