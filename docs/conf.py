@@ -12,7 +12,7 @@ author = "the orpo authors"
 copyright = author
 version = release = VERSION
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "generated", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "_ext"]
 
 html_theme = "furo"

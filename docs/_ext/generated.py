@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orpo
+from orpo.system.callables import CallablePackage
 
 ROOT = Path(orpo.__file__).parent
 REPOSITORY = Path(__file__).parents[2]
@@ -27,6 +29,7 @@ def setup(app: Any) -> dict[str, Any]:
     """Sphinx calls this."""
     app.connect("source-read", lambda app, name, source: source.__setitem__(0, fill(source[0])))
     app.connect("env-before-read-docs", _reread)
+    app.connect("autodoc-process-docstring", _callable_package)
     return {"parallel_read_safe": True, "version": "1"}
 
 
@@ -35,6 +38,12 @@ def _reread(app: Any, env: Any, names: list[str]) -> None:
     for name in env.found_docs:
         if name not in names and _MARKER.search(Path(env.doc2path(name)).read_text(encoding="utf-8")):
             names.append(name)
+
+
+def _callable_package(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """A package that can be called is documented by what its call does, not by what is in it."""
+    if isinstance(found, CallablePackage):
+        lines[:] = (inspect.getdoc(found.called) or "").splitlines()
 
 
 def fill(text: str) -> str:

@@ -26,8 +26,17 @@ def _audit(source: Any, *, model: str | None = None, **options: Any) -> Audit:
         model: its tokenizer adds lengths in tokens, and what the template does to each row.
         options: fields of `AuditOptions`.
 
+    Returns:
+        What was found; `print` shows it line by line, a notebook as tables.
+
     Raises:
         UserError: the data or the tokenizer cannot be read, or a package of the extra `audit` is missing.
+
+    Example:
+        >>> from orpo import audit
+        >>> found = audit("pairs.jsonl")
+        >>> found.num_rows, found.num_pairs, found.is_clean
+        (12, 12, True)
     """
     if model is not None:
         from orpo.data.template import TemplateEncoder

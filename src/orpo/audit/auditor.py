@@ -43,6 +43,10 @@ class AuditOptions:
         score: mean log-probabilities of each group's responses, for surprising pairs with a model as it stands.
         fit_and_score: the same for held-out groups after training on others, for cross-fitting with `num_folds` folds.
         num_workers: processes.
+
+    Example:
+        >>> from orpo.audit import AuditOptions
+        >>> options = AuditOptions(evaluation="pairs.jsonl")
     """
 
     split: str | None = None
@@ -94,6 +98,13 @@ def run_audit(source: Any, options: AuditOptions | None = None) -> Audit:
     Raises:
         DataError: a source cannot be read at all (broken file, missing column, unpaired data, …).
         UserError: an optional package is missing.
+
+    Example: training data whose prompts are all in the evaluation data; `options` are those of `AuditOptions`.
+
+        >>> from orpo.audit import run_audit
+        >>> found = run_audit("pairs.jsonl", options)
+        >>> found.findings[0].code, found.findings[0].num_rows
+        ('evaluation_overlap', 12)
     """
     require_extras("datasketch", "sklearn")
     started = time.monotonic()

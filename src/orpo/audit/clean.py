@@ -56,6 +56,12 @@ def write_clean(audit: Audit, source: Any, options: AuditOptions, path: str | Pa
 
     Raises:
         UserError: the path is taken or does not end in .jsonl, an unknown code in `keep`, or the source changed since the audit.
+
+    Example: `found` and `options` are those of `run_audit`.
+
+        >>> from orpo.audit import write_clean
+        >>> write_clean(found, "pairs.jsonl", options, "clean.jsonl").num_written
+        0
     """
     path = Path(path)
     log_path = path.with_name(path.name + ".log.jsonl")

@@ -32,6 +32,15 @@ class Audit:
         findings: gravest first.
         lengths: percentiles of "prompt", "chosen", "rejected" in words and in characters.
         leaving: row index -> finding codes for which `write_clean` leaves the row out.
+
+    Example:
+        >>> from orpo import audit
+        >>> found = audit("pairs.jsonl")
+        >>> print(found)
+        pairs.jsonl: 12 rows, 12 usable, 12 pairs
+        ...
+        >>> sorted(found.to_dict())[:3]
+        ['chosen_longer', 'findings', 'format']
     """
 
     source: str

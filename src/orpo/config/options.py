@@ -58,6 +58,7 @@ class ORPOConfig(TrainingArguments):
         UserErrors: on creation, listing every value that cannot be right.
 
     Example:
+        >>> from orpo import ORPOConfig
         >>> config = ORPOConfig(orpo_alpha=0.2)
         >>> config.beta, config.orpo_beta, config.max_length
         (0.2, 1.0, 1024)

@@ -218,6 +218,15 @@ def stream_preferences(
     """Preferences and dropped rows one at a time, for sets larger than memory. Arguments and errors as for `load_preferences`.
 
     What is wrong with a whole source is raised at once, what is wrong further on in it when it is reached.
+
+    Example:
+        >>> from orpo.data.formats import stream_preferences
+        >>> rows = [
+        ...     {"question": "2 + 2?", "answers": ["4", "5"], "scores": [1, 0]},
+        ...     {"question": "3 + 3?", "answers": ["6", ""], "scores": [1, 0]},
+        ... ]
+        >>> [type(item).__name__ for item in stream_preferences(rows, column_map={"prompt": "question", "completions": "answers"})]
+        ['Preference', 'Dropped']
     """
     return _strictly(_mixed(_open_streams(source, split, column_map, pairs, sft_rows, streaming, max_row_bytes)), strict)
 
@@ -326,6 +335,14 @@ def load_preferences(
 
     Raises:
         DataError: the source is missing, damaged or not a preference data set, or nothing in it can be used.
+
+    Example:
+        >>> from orpo.data.formats import load_preferences
+        >>> preferences, dropped, shape = load_preferences("pairs.jsonl")
+        >>> len(preferences), len(dropped)
+        (12, 0)
+        >>> preferences[0].responses
+        ('A good answer to 0.', 'No. 0!')
     """
     streams = _open_streams(source, split, column_map, pairs, sft_rows, streaming, max_row_bytes)
     preferences: list[Preference] = []

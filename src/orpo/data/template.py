@@ -69,8 +69,11 @@ class TemplateEncoder:
         DataError: the template cannot be used, or runs too long; its message names the template and the option.
 
     Example:
-        >>> encoder = TemplateEncoder(tokenizer, max_length=1024)  # doctest: +SKIP
-        >>> group = encoder.encode(preference)  # doctest: +SKIP
+        >>> from orpo.data.template import TemplateEncoder
+        >>> encoder = TemplateEncoder(load_tokenizer("model"), max_length=1024)
+        >>> encoded = encoder.encode(preference)
+        >>> encoder.tokenizer.decode(encoded.response_ids[0])
+        '4.<|im_end|>'
     """
 
     def __init__(

@@ -80,6 +80,12 @@ class Preference:
 
     A plain row has two responses and the pair (0, 1). A row without pairs is an SFT-only row: its one response counts in the
     next-token loss alone.
+
+    Example:
+        >>> from orpo.data.types import Preference, Where
+        >>> preference = Preference("What is 2 + 2?", ("4.", "22."), pairs=((0, 1),), where=Where("sums.jsonl", row=0, line=1))
+        >>> print(preference.where)
+        sums.jsonl:1
     """
 
     prompt: Text
@@ -95,7 +101,14 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that cannot be trained on, and why."""
+    """A row that cannot be trained on, and why.
+
+    Example:
+        >>> from orpo.data.formats import stream_preferences
+        >>> (dropped,) = stream_preferences([{"prompt": "Yes?", "chosen": "Yes.", "rejected": "Yes."}])
+        >>> dropped.reason
+        'identical_answers'
+    """
 
     reason: str
     """One of `orpo.data.types.REASONS`."""
@@ -115,6 +128,20 @@ class TokenGroup:
         is_ended: per response, whether it carries its terminator.
         notes: codes of what was done to the row ("prompt_trimmed", "answer_cut", "special_tokens_in_text", "boundary_merge").
         reference_logp_sums: summed log-probability of each response under a frozen reference (DPO needs it), else None.
+
+    Example: a prompt of three tokens and two answers.
+
+        >>> import numpy as np
+        >>> from orpo.data.types import TokenGroup, Where
+        >>> group = TokenGroup(
+        ...     prompt_ids=np.array([5, 6, 7], dtype=np.int32),
+        ...     response_ids=(np.array([8, 2], dtype=np.int32), np.array([9, 10, 2], dtype=np.int32)),
+        ...     pairs=((0, 1),),
+        ...     is_ended=(True, True),
+        ...     where=Where("rows", 0),
+        ... )
+        >>> group.num_tokens, group.longest_tokens
+        (8, 6)
     """
 
     prompt_ids: np.ndarray

@@ -49,6 +49,11 @@ class Engine:
         budget_bytes: most memory of vocabulary-sized tensors (shared engine).
         router: what is asked of a mixture of experts.
         kernel: what computes attention (shared engine).
+
+    Example: `engine` is that of `choose`.
+
+        >>> engine.step(model, batch, ORPO()).loss.requires_grad
+        True
     """
 
     name: str
@@ -129,6 +134,13 @@ def choose(
 
     Raises:
         UserError: the shared engine or a kernel was asked for and does not hold for this model.
+
+    Example: `model` is that of `token_logps`, `group` that of `TokenGroup`.
+
+        >>> from orpo.engine.choose import choose
+        >>> engine = choose(model, [group], ORPO())
+        >>> engine.name
+        'shared'
     """
     core = shared.unwrap(model)
     router = router_of(core, router_coef)
@@ -195,8 +207,20 @@ def compare(
 ) -> Agreement:
     """Run rows through both engines. Leaves no gradient behind, and the model's attention as it was.
 
+    Args:
+        model: a causal language model, possibly wrapped (PEFT), on its device.
+        groups: rows of both engines, whole; `rows_for_check` cuts them.
+        objective, nll_scope, budget_bytes, router: as in `choose`.
+
     Raises:
         ValueError: dropout inside attention is on.
+
+    Example: `model` is that of `token_logps`, `group` that of `TokenGroup`.
+
+        >>> from orpo.engine.choose import compare
+        >>> agreement = compare(model, [group], ORPO())
+        >>> agreement.holds, agreement.logp_difference < 1e-5
+        (True, True)
     """
     core = shared.unwrap(model)
     parameters = _sampled_parameters(model)

@@ -88,6 +88,13 @@ class PreferenceBatch:
         index: for the objective.
         spans: per group.
         token_weight: what a packed token counts in the router's loss: 1 / packed tokens of the optimizer step, 0 in a filler.
+
+    Example: `batch` is that of `collate`.
+
+        >>> batch.num_tokens, batch.index.num_nll_tokens, batch.index.num_pairs
+        (8, 4.0, 1.0)
+        >>> batch.with_normalisers(num_nll_tokens=16, num_pairs=4).index.num_pairs  # of a step of four such micro-batches
+        4
     """
 
     groups: tuple[TokenGroup, ...]
@@ -223,8 +230,20 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
         groups: at least one.
         nll_scope: "sequence" counts prompt and chosen tokens in the next-token loss (paper, TRL), "response" the chosen ones only.
 
+    Returns:
+        The batch on the CPU; ids int64, weights float32.
+
     Raises:
         ValueError: no group, or one with an empty prompt or answer.
+
+    Example: `group` is that of `TokenGroup`. Eight packed tokens; all but the first of the prompt are predicted.
+
+        >>> from orpo.engine.layout import collate
+        >>> batch = collate([group])
+        >>> batch.input_ids_T.tolist(), batch.position_ids_T.tolist()
+        ([5, 6, 7, 8, 2, 9, 10, 2], [0, 1, 2, 3, 4, 3, 4, 5])
+        >>> batch.index.response_N.tolist()
+        [-1, -1, 0, 0, 1, 1, 1]
     """
     if not groups:
         raise ValueError("a batch needs at least one group")
@@ -288,6 +307,12 @@ class StepResult:
         logp_N: float32 token log-probabilities in the batch's order, detached.
         sums: float64, the names of `orpo.objective.METRICS`.
         router: of a mixture of experts; `loss` has its part with its coefficient already.
+
+    Example: `model` and `batch` are those of `padded.step`.
+
+        >>> result = padded.step(model, batch, ORPO())
+        >>> result.logp_N.shape, result.sums.dtype
+        (torch.Size([7]), torch.float64)
     """
 
     loss: Tensor

@@ -14,6 +14,11 @@ def pack(sizes: Sequence[int], *, num_ranks: int, max_rows: int, max_tokens: int
 
     Returns:
         Item indices per bin, fullest bins first, so that dealing them out in turn gives every rank like work.
+
+    Example:
+        >>> from orpo.engine.packing import pack
+        >>> pack([700, 300, 600, 200], num_ranks=1, max_rows=4, max_tokens=1024)
+        [[0, 3], [2, 1]]
     """
     order = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
     num_tokens = sum(min(size, max_tokens) for size in sizes)

@@ -25,6 +25,16 @@ def token_logps(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right
         model: a causal language model; called as `model(input_ids=, attention_mask=, position_ids=)`.
         batch: the micro-batch, on the model's device.
         pad_side: where the padding goes; changes no value.
+
+    Example: any causal language model of transformers; `batch` is that of `collate`.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from orpo.engine import padded
+        >>> shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape)).eval()
+        >>> logp_N = padded.token_logps(model, batch)
+        >>> logp_N.shape, bool((logp_N <= 0).all())
+        (torch.Size([7]), True)
     """
     return _forward(model, batch, pad_side)[0]
 
@@ -59,7 +69,22 @@ def _forward(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right", 
 
 
 def step(model: nn.Module, batch: PreferenceBatch, objective: Objective, *, router: Router | None = None) -> StepResult:
-    """Loss with a graph to the model, by autograd through the token log-probabilities."""
+    """Loss with a graph to the model, by autograd through the token log-probabilities.
+
+    Args:
+        model: a causal language model, on the batch's device, in any float dtype.
+        batch: the micro-batch.
+        objective: what the log-probabilities are for.
+        router: what is asked of a mixture of experts.
+
+    Example: `model` is that of `token_logps`, `batch` that of `collate`.
+
+        >>> from orpo.objective import ORPO
+        >>> result = padded.step(model, batch, ORPO(orpo_alpha=0.1))
+        >>> result.loss.backward()
+        >>> model.lm_head.weight.grad.shape
+        torch.Size([32, 16])
+    """
     logp_N, output, rows_T = _forward(model, batch, router=router)
     evaluation = evaluate(objective, logp_N, batch.index)
     # The objective's derivative is attached by a surrogate, so that both engines share one evaluation of the equations.

@@ -44,6 +44,19 @@ def step(
         router: what is asked of a mixture of experts.
         gradient_scale: what the loss will be multiplied by before its backward pass (fp16).
         kernel: for attention, one of `orpo.engine.kernels.KERNELS`.
+
+    Raises:
+        RuntimeError: the model does not call its output embedding.
+
+    Example: `Engine.step` calls it; see `orpo.engine.choose.choose`. By hand, the model must be told of the packed attention.
+
+        >>> from orpo.engine import attention, shared
+        >>> attention.register()
+        >>> model.set_attn_implementation(attention.NAME)
+        >>> packed = shared.step(model, batch, ORPO(orpo_alpha=0.1))
+        >>> torch.allclose(packed.loss, result.loss, atol=1e-5)
+        True
+        >>> model.set_attn_implementation("sdpa")
     """
     core = unwrap(model)
     batch.layout.kernel = kernel

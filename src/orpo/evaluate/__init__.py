@@ -8,7 +8,7 @@ from orpo.system.callables import make_callable
 
 
 def _evaluate(target: str, **options: Any) -> dict[str, dict[str, Any]]:
-    """Measure a run or model: `from orpo import evaluate; evaluate("runs/first")["pairs"]["result"]["margin"]`.
+    """Measure a run or model: `from orpo import evaluate; evaluate("runs/first")["pairs"]["result"]["model"]["margin"]`.
 
     Args:
         target: a run's folder, a model's, or a hub id.
@@ -19,6 +19,13 @@ def _evaluate(target: str, **options: Any) -> dict[str, dict[str, Any]]:
 
     Raises:
         UserError: the target or an option cannot be used, or a task that cannot be done.
+
+    Example: `has_before=False`, since "model" is no run that came from another model.
+
+        >>> from orpo import evaluate
+        >>> found = evaluate("model", tasks=("pairs",), data="pairs.jsonl", output="scores", has_before=False)
+        >>> found["pairs"]["result"]["model"]["num_pairs"]
+        12
     """
     from orpo.evaluate.options import EvalOptions
     from orpo.evaluate.suite import Evaluation

@@ -119,6 +119,10 @@ class EvalOptions:
         retry_malformed: ask again where a kept verdict could not be read.
         given: options of further tasks, by name.
         plugins: modules or files that bring tasks of their own.
+
+    Example:
+        >>> from orpo.evaluate.options import EvalOptions
+        >>> EvalOptions("model", tasks=("pairs",), data="pairs.jsonl").check()
     """
 
     target: str | None

@@ -107,6 +107,13 @@ def summarise(
 
     Raises:
         UserError: no group has a pair.
+
+    Example: `groups` and `scores` are those of `score_groups`.
+
+        >>> from orpo.evaluate.pairs import summarise
+        >>> summary = summarise(groups, scores)
+        >>> summary.num_pairs, 0 <= summary.accuracy.value <= 1
+        (12, True)
     """
     pairs = _pairs(groups, scores)
     columns = np.column_stack([_column(pairs, name) for name in _COLUMNS])
@@ -126,8 +133,19 @@ def paired_difference(
 ) -> PairDifference:
     """What changed between two models on the same groups; the interval is that of the change itself.
 
+    Args:
+        groups: the scored groups.
+        before, after: from `score_groups`, of two models, in the order of `groups`.
+        seed, num_bootstrap: of the intervals.
+
     Raises:
         UserError: no group has a pair.
+
+    Example: `groups` and `scores` are those of `score_groups`; a model against itself has not moved.
+
+        >>> from orpo.evaluate.pairs import paired_difference
+        >>> paired_difference(groups, scores, scores).margin.value
+        0.0
     """
     first, second = _pairs(groups, before), _pairs(groups, after)
     names = [field.name for field in fields(PairDifference)][2:]
@@ -153,6 +171,13 @@ def slice_pairs(
 
     Raises:
         UserError: no row has the column.
+
+    Example: `groups` and `scores` are those of `score_groups`.
+
+        >>> from orpo.evaluate.pairs import slice_pairs
+        >>> parts = slice_pairs(groups, scores, "length_difference")
+        >>> sum(part.num_pairs for part in parts.values())
+        12
     """
     labels = _length_labels(groups) if by == LENGTH_SLICE else _column_labels(groups, by)
     parts: dict[str, list[tuple[TokenGroup, np.ndarray]]] = {}

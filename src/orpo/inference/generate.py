@@ -44,6 +44,11 @@ class Answer:
         num_tokens: generated tokens, the terminator included.
         finish: "stop" (the model ended its turn), "length" (cut at `max_new_tokens`), or "prompt_too_long" for the model's context: then
             nothing was generated.
+
+    Example: `answer` is that of `generate`.
+
+        >>> sorted(answer.to_dict())
+        ['finish', 'num_tokens', 'text']
     """
 
     text: str
@@ -95,6 +100,12 @@ def generate(
 
     Raises:
         UserError: an option is out of range, or a token of a prompt has no row of the model's embeddings.
+
+    Example:
+        >>> from orpo.inference.generate import generate  # and model and tokenizer as of `score_groups`
+        >>> (answer,) = generate(model, tokenizer, TemplateEncoder(tokenizer), ["What is the weather like?"], max_new_tokens=4)
+        >>> answer.finish in ("stop", "length"), answer.num_tokens <= 4
+        (True, True)
     """
     from orpo.inference.decode import Job
 
@@ -108,15 +119,9 @@ def generate(
         if each is not None:
             each(row, answer)
 
-    todo = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
-    for row in list(todo):
-        if limit and len(ids[row]) >= limit:
-            keep(row, Answer("", 0, TOO_LONG))
-            todo.remove(row)
+    todo = _that_fit(ids, limit, lambda row: keep(row, Answer("", 0, TOO_LONG)))
     seeds = _stream_seeds(ids, seed, count_occurrences(ids) if occurrences is None else occurrences)
-    device = next(model.parameters()).device
-    noise = partial(_RowNoise, temperature=temperature, top_p=top_p, device=device) if temperature > 0 else None
-    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, noise, on_token)
+    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, _noise(model, temperature, top_p), on_token)
     with inference(model, compute_dtype), _plain_generation_config(model):
         max_tokens = _MAX_CACHE_BYTES // _token_bytes(model, compute_dtype)
         for rows in _batches(todo, [len(one) for one in ids], batch_size, max_tokens, max_new_tokens, limit):
@@ -125,6 +130,22 @@ def generate(
             if progress is not None:
                 progress(len(found), len(ids))
     return [found[row] for row in range(len(ids))]
+
+
+def _that_fit(ids: Sequence[np.ndarray], limit: int | None, too_long: Callable[[int], None]) -> list[int]:
+    """Rows that leave room for an answer, the longest first; `too_long` is told the others."""
+    todo = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+    for row in todo:
+        if limit and len(ids[row]) >= limit:
+            too_long(row)
+    return [row for row in todo if not limit or len(ids[row]) < limit]
+
+
+def _noise(model: nn.Module, temperature: float, top_p: float) -> Callable[[list[int]], _RowNoise] | None:
+    """What makes a batch's noise from its rows' seeds; None where the likeliest token is taken."""
+    if temperature == 0:
+        return None
+    return partial(_RowNoise, temperature=temperature, top_p=top_p, device=next(model.parameters()).device)
 
 
 def _prompt_ids(model: nn.Module, tokenizer: Any, encoder: TemplateEncoder, prompts: Sequence[Text]) -> list[np.ndarray]:

@@ -56,6 +56,19 @@ def score_groups(
 
     Returns:
         One float64 array of shape (R,) per group, in order, nats per token.
+
+    Example: preferences of a file, as ids, through a model.
+
+        >>> from orpo.data.formats import load_preferences
+        >>> from orpo.data.template import TemplateEncoder
+        >>> from orpo.evaluate.pairs import score_groups
+        >>> from orpo.models.load import load_model
+        >>> model, tokenizer, facts = load_model("model", device="cpu")
+        >>> preferences, _, _ = load_preferences("pairs.jsonl")
+        >>> groups = TemplateEncoder(tokenizer).encode_many(preferences)
+        >>> scores = score_groups(model, groups)
+        >>> len(scores), scores[0].shape, scores[0].dtype.name
+        (12, (2,), 'float64')
     """
     tokens = score_tokens(
         model,

@@ -148,9 +148,9 @@ def load_model(
 
     Example:
         >>> from orpo.models.load import load_model
-        >>> model, tokenizer, facts = load_model("smollm2-135m-instruct")  # doctest: +SKIP
-        >>> facts.num_parameters  # doctest: +SKIP
-        134515008
+        >>> model, tokenizer, facts = load_model("model", device="cpu")
+        >>> facts.kind, facts.dtype, model.training
+        ('folder', 'float32', False)
     """
     options = _checked_options(
         ModelOptions(
@@ -181,7 +181,16 @@ def load_model(
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, from the same places as `load_model`; a padding token is set where there is none."""
+    """The tokenizer alone, from the same places as `load_model`; a padding token is set where there is none.
+
+    Raises:
+        UserError: as of `load_model`.
+
+    Example:
+        >>> from orpo.models.load import load_tokenizer
+        >>> load_tokenizer("model").pad_token
+        '<|im_end|>'
+    """
     source = find_source(str(name_or_path))
     _check_remote_code(source, ModelOptions(revision=revision, trust_remote_code=trust_remote_code))
     if source.kind == "gguf":

@@ -28,6 +28,21 @@ class ResponseIndex:
             gradients are averaged over ranks, so it need not be whole.
         num_pairs: pairs of the whole optimizer step, likewise; below 1 where a step has fewer pairs than ranks.
         reference_logp_sum_R: float32; summed log-probabilities under a frozen reference, for DPO; else None.
+
+    Example: a prompt token, a chosen answer of two tokens, a rejected answer of one. The other examples of this page use it.
+
+        >>> import torch
+        >>> from orpo.objective import ResponseIndex
+        >>> index = ResponseIndex(
+        ...     response_N=torch.tensor([-1, 0, 0, 1]),
+        ...     nll_weight_N=torch.tensor([1.0, 1.0, 1.0, 0.0]),
+        ...     num_tokens_R=torch.tensor([2.0, 1.0]),
+        ...     chosen_B=torch.tensor([0]),
+        ...     rejected_B=torch.tensor([1]),
+        ...     num_nll_tokens=3,
+        ...     num_pairs=1,
+        ... )
+        >>> logp_N = torch.tensor([-0.9, -0.5, -0.7, -2.0])  # nats
     """
 
     response_N: Tensor
@@ -53,8 +68,9 @@ def log_odds(logp: Tensor) -> Tensor:
         `MAX_LOGP` count as `MAX_LOGP`, with gradient 0.
 
     Example:
-        >>> round(log_odds(torch.tensor(0.5).log()).item(), 6) == 0
-        True
+        >>> from orpo.objective import log_odds
+        >>> log_odds(torch.tensor([0.8]).log())  # odds 4: log 4
+        tensor([1.3863])
     """
     logp = logp if logp.dtype == torch.float64 else logp.float()
     # The clamp comes first: behind it no branch can see log(0), so no NaN can leak through an unselected one (trl's log1mexp does).
@@ -73,24 +89,64 @@ def log_odds_ratio(chosen_logp_B: Tensor, rejected_logp_B: Tensor) -> Tensor:
 
     Returns:
         float32, shape (B,). Finite, with a finite gradient, for every finite input.
+
+    Example:
+        >>> from orpo.objective import log_odds_ratio
+        >>> log_odds_ratio(torch.tensor([0.8]).log(), torch.tensor([0.5]).log())  # odds 4 over odds 1: log 4
+        tensor([1.3863])
     """
     return log_odds(chosen_logp_B) - log_odds(rejected_logp_B)
 
 
 def mean_logp(logp_N: Tensor, index: ResponseIndex) -> Tensor:
-    """Mean log-probability per token of each response, shape (R,)."""
+    """Mean log-probability per token of each response, shape (R,).
+
+    Args:
+        logp_N: log-probability of each predicted token, nats, float32 or float64.
+        index: which response each token belongs to.
+
+    Returns:
+        Nats per token, in the dtype of `logp_N`; tokens of the prompt count nowhere. Differentiable.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`.
+
+        >>> from orpo.objective import mean_logp
+        >>> mean_logp(logp_N, index)
+        tensor([-0.6000, -2.0000])
+    """
     return sum_logp(logp_N, index) / index.num_tokens_R.to(logp_N.dtype)
 
 
 def sum_logp(logp_N: Tensor, index: ResponseIndex) -> Tensor:
-    """Summed log-probability of each response, shape (R,). Prompt tokens (response -1) go to a spare slot that is cut off."""
+    """Summed log-probability of each response, shape (R,). Prompt tokens (response -1) go to a spare slot that is cut off.
+
+    Arguments as of `mean_logp`.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`.
+
+        >>> from orpo.objective import sum_logp
+        >>> sum_logp(logp_N, index)
+        tensor([-1.2000, -2.0000])
+    """
     num_responses = index.num_tokens_R.shape[0]
     slots = logp_N.new_zeros(num_responses + 1)
     return slots.index_add(0, index.response_N + 1, logp_N)[1:]
 
 
 def nll_term(logp_N: Tensor, index: ResponseIndex) -> Tensor:
-    """Next-token loss of the step that these tokens contribute: sum of counted tokens / counted tokens of the whole step."""
+    """Next-token loss of the step that these tokens contribute: sum of counted tokens / counted tokens of the whole step.
+
+    Source: ORPO (arXiv 2403.07691), equation 2, over prompt and chosen answer as its authors train it.
+
+    Returns:
+        A scalar in the dtype of `logp_N`, nats per token; 0 with a gradient of 0 where the step counts no token.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`; the rejected answer counts nothing, so (0.9 + 0.5 + 0.7) / 3.
+
+        >>> from orpo.objective import nll_term
+        >>> nll_term(logp_N, index)
+        tensor(0.7000)
+    """
     if index.num_nll_tokens == 0:
         return logp_N.sum() * 0.0
     return -(logp_N * index.nll_weight_N.to(logp_N.dtype)).sum() / index.num_nll_tokens

@@ -32,6 +32,13 @@ class ORPO:
     Source: ORPO (arXiv 2403.07691), equations 6 and 7; `orpo_alpha` is the paper's lambda, and `orpo_beta` = 1 its form.
 
     Relations: with `orpo_alpha` = 0 this is SFT. To first order around log OR = 0 the gradient scales with `orpo_alpha * orpo_beta`.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`.
+
+        >>> from orpo.objective import ORPO
+        >>> terms = ORPO(orpo_alpha=0.1)(logp_N, index)
+        >>> {name: round(term.item(), 4) for name, term in terms.items()}
+        {'nll': 0.7, 'preference': 0.0121}
     """
 
     orpo_alpha: float = option(
@@ -58,7 +65,14 @@ class ORPO:
 )
 @dataclass(frozen=True, slots=True)
 class SFT:
-    """The next-token loss alone: the baseline that ORPO adds its term to."""
+    """The next-token loss alone: the baseline that ORPO adds its term to.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`.
+
+        >>> from orpo.objective import SFT
+        >>> SFT()(logp_N, index)
+        {'nll': tensor(0.7000)}
+    """
 
     def __call__(self, logp_N: Tensor, index: ResponseIndex) -> Terms:
         return {"nll": nll_term(logp_N, index)}
@@ -80,6 +94,16 @@ class DPO:
     """Direct preference optimization with the sigmoid loss; needs `reference_logp_sum_R`.
 
     Source: DPO (arXiv 2305.18290), equation 7.
+
+    Raises:
+        ValueError: when called without the reference's log-probabilities.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`; with a reference that thinks the same, nothing is preferred: log 2.
+
+        >>> from dataclasses import replace
+        >>> from orpo.objective import DPO
+        >>> DPO(beta=0.1)(logp_N, replace(index, reference_logp_sum_R=torch.tensor([-1.2, -2.0])))
+        {'preference': tensor(0.6931)}
     """
 
     beta: float = option(0.1, help="Strength of the pull to the reference.", more_than=0)
@@ -110,6 +134,12 @@ class SimPO:
 
     Source: SimPO (arXiv 2405.14734), equation 6; `gamma` is the target reward margin. Unset it is half of beta: its authors tune the
     ratio of the two, in the neighbourhood of 0.5 (appendix on hyperparameters), so that another beta needs another gamma.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`; -log sigmoid(2 · (-0.6 + 2.0) - 1).
+
+        >>> from orpo.objective import SimPO
+        >>> SimPO(beta=2.0)(logp_N, index)
+        {'preference': tensor(0.1530)}
     """
 
     beta: float = option(2.0, help="Scale of the implicit reward.", more_than=0)

@@ -27,6 +27,11 @@ class Option:
         help: one line.
         lowest, is_lowest_allowed, highest: its range; None for no bound.
         mend: what to say to a value out of range.
+
+    Example:
+        >>> from orpo.objective import KINDS
+        >>> [(option.key, option.default) for option in KINDS["orpo"].options]
+        [('orpo_alpha', 0.1), ('orpo_beta', 1.0)]
     """
 
     key: str
@@ -57,6 +62,12 @@ class ObjectiveKind:
         needs_rejected: whether rejected answers take part; SFT is not made to pay for them.
         about: a clause for the model card.
         source: address of the paper.
+
+    Example:
+        >>> from orpo.objective import KINDS
+        >>> kind = KINDS["simpo"]
+        >>> kind.describe(kind.build({"simpo_beta": 4.0}))
+        'SimPO (simpo_beta 4)'
     """
 
     name: str
@@ -157,6 +168,15 @@ def option(
         help: one line for the list of options.
         at_least, more_than, at_most: its range; at most one of the first two.
         mend: what to say to a value out of range.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from orpo.objective import option
+        >>> @dataclass(frozen=True)
+        ... class Hinge:
+        ...     size: float = option(1.0, help="Margin that is asked for.", more_than=0)
+        >>> Hinge()
+        Hinge(size=1.0)
     """
     lowest = at_least if more_than is None else more_than
     metadata = {"help": help, "lowest": lowest, "is_lowest_allowed": more_than is None, "highest": at_most, "mend": mend}
@@ -180,6 +200,8 @@ def register(name: str, **about: Any) -> Callable[[_Class], _Class]:
         UserError: the name is taken or malformed, or the class is none that can be configured.
 
     Example:
+        >>> import torch.nn.functional as F
+        >>> from orpo.objective import KINDS, mean_logp, option, register
         >>> @register("margin", strength="size")
         ... @dataclass(frozen=True)
         ... class Margin:
@@ -222,7 +244,13 @@ def _check_kind(kind: ObjectiveKind) -> None:
 
 
 def kind_of(objective: Objective) -> ObjectiveKind:
-    """What is registered for an objective, or for a class that it extends; of any other only the name is known."""
+    """What is registered for an objective, or for a class that it extends; of any other only the name is known.
+
+    Example:
+        >>> from orpo.objective import ORPO, kind_of
+        >>> kind_of(ORPO()).label
+        'ORPO'
+    """
     for cls in type(objective).__mro__:
         for kind in KINDS.values():
             if kind.cls is cls:

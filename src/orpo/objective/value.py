@@ -38,6 +38,12 @@ class ObjectiveValue:
         loss: float32 scalar; these tokens' part of the step's loss.
         grad_N: float32; derivative of `loss` with respect to each token log-probability.
         sums: float64, one value per name in `METRICS`.
+
+    Example: `value` is that of `evaluate`.
+
+        >>> from orpo.objective import METRICS
+        >>> dict(zip(METRICS, value.sums.tolist()))["accuracy_sum"]
+        1.0
     """
 
     loss: Tensor
@@ -49,6 +55,23 @@ def evaluate(objective: Objective, logp_N: Tensor, index: ResponseIndex) -> Obje
     """Loss, derivative and metrics of an objective at given token log-probabilities.
 
     Runs in float32 whatever the model's dtype (float64 input stays float64), on detached values: nothing here holds on to a model.
+
+    Args:
+        objective: `ORPO()`, or any function of the same form.
+        logp_N: log-probabilities of the predicted tokens, nats, shape (N,); any float dtype.
+        index: what they belong to.
+
+    Raises:
+        UserError: the objective returned something else than named scalars.
+
+    Example: `logp_N` and `index` are those of `ResponseIndex`. A step against it pushes the rejected answer down, the rest up.
+
+        >>> from orpo.objective import ORPO, evaluate
+        >>> value = evaluate(ORPO(orpo_alpha=0.1), logp_N, index)
+        >>> value.loss
+        tensor(0.7121)
+        >>> value.grad_N
+        tensor([-0.3333, -0.3460, -0.3460,  0.0132])
     """
     leaf_N = logp_N.detach().to(torch.float64 if logp_N.dtype == torch.float64 else torch.float32).requires_grad_()
     with torch.enable_grad():

@@ -32,6 +32,11 @@ class Report:
         page: the HTML file.
         card: the model card; None where none was written.
         notes: what is missing, damaged or unusual, in sentences.
+
+    Example: `report` is that of `write_report`.
+
+        >>> report.card is None
+        True
     """
 
     page: Path
@@ -56,8 +61,18 @@ def write_report(
         beside: folders of other runs, or of results of `orpo eval`, whose scores stand beside this one's in the same figures.
         with_card: write README.md of a run, unless somebody else has written one.
 
+    Returns:
+        Where they are, and what is missing, damaged or unusual; a notebook shows the run as a table with its curves.
+
     Raises:
         UserError: the folder is neither a run nor a comparison, plotly is missing, or a file cannot be written.
+
+    Example: the run of `ORPOTrainer`.
+
+        >>> from orpo.report import write_report
+        >>> report = write_report("runs/two-steps", output="page.html", with_card=False)
+        >>> report.page.name
+        'page.html'
     """
     from orpo.report.facts import find_folder, is_comparison, read_results, read_run
     from orpo.system.installing import pip_line

@@ -67,8 +67,20 @@ def preview(source: Any, model: str, *, num: int = 3, **keys: Any) -> Preview:
         num: how many rows.
         keys: keys of a run that decide how rows are read and tokenised: `chat_template`, `max_length`, `column_map`, `nll_scope`, …
 
+    Returns:
+        The rows, with the ids of training; `print` shows them line by line, a notebook in colours.
+
     Raises:
         UserError: the data or the tokenizer cannot be read, or an unknown key.
+
+    Example:
+        >>> from orpo import preview
+        >>> shown = preview("pairs.jsonl", "model", num=1)
+        >>> print(shown)
+        template tokenizer's chat template, answers end with '<|im_end|>', max_length 1024
+        ...
+        >>> [token.text for token in shown.rows[0].segments[2].tokens][-1]  # of the rejected answer
+        '<|im_end|>'
     """
     from orpo.data.formats import stream_preferences
     from orpo.data.preview import view_row

@@ -16,7 +16,16 @@ from orpo.models.adapters import lora_config, read_targets
 
 @dataclass
 class ScriptArguments:
-    """Which data a script loads."""
+    """Which data a script loads.
+
+    Example:
+        >>> from orpo import ORPOConfig, ScriptArguments
+        >>> from transformers import HfArgumentParser
+        >>> parser = HfArgumentParser((ScriptArguments, ORPOConfig))
+        >>> script_args, config = parser.parse_args_into_dataclasses(["--dataset_name", "pairs.jsonl", "--output_dir", "runs/one"])
+        >>> script_args.dataset_name
+        'pairs.jsonl'
+    """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or path of the data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
@@ -32,6 +41,11 @@ class ModelConfig:
 
     `model_revision` and `trust_remote_code` can be read here as in TRL, and are options of `ORPOConfig`: two classes of one parser cannot
     both declare a flag.
+
+    Example:
+        >>> from orpo import ModelConfig
+        >>> ModelConfig(model_name_or_path="model", use_peft=True).lora_r
+        16
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id, folder, GGUF file or smollm2-135m-instruct."})
@@ -65,7 +79,16 @@ class ModelConfig:
 
 
 def get_peft_config(model_args: ModelConfig) -> Any:
-    """The `peft.LoraConfig` for `ORPOTrainer(peft_config=…)`; None where all weights are trained."""
+    """The `peft.LoraConfig` for `ORPOTrainer(peft_config=…)`; None where all weights are trained.
+
+    Raises:
+        UserError: a value that no adapter can have.
+
+    Example:
+        >>> from orpo import ModelConfig, get_peft_config
+        >>> get_peft_config(ModelConfig(use_peft=True, lora_r=8)).r
+        8
+    """
     if not model_args.use_peft:
         return None
     targets = model_args.lora_target_modules
@@ -79,6 +102,11 @@ def get_quantization_config(model_args: ModelConfig) -> Any:
 
     Raises:
         UserError: bitsandbytes is not installed.
+
+    Example:
+        >>> from orpo import ModelConfig, get_quantization_config
+        >>> get_quantization_config(ModelConfig()) is None
+        True
     """
     from orpo.models.options import ModelOptions
     from orpo.models.quantized import quantization_arguments
@@ -88,7 +116,13 @@ def get_quantization_config(model_args: ModelConfig) -> Any:
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
-    """For `from_pretrained(device_map=…)` of a quantized model, which cannot be moved: this process's GPU; None without one."""
+    """For `from_pretrained(device_map=…)` of a quantized model, which cannot be moved: this process's GPU; None without one.
+
+    Example:
+        >>> from orpo import get_kbit_device_map
+        >>> get_kbit_device_map() in (None, {"": 0})
+        True
+    """
     import torch
     from accelerate import PartialState
 

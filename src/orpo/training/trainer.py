@@ -88,6 +88,16 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
 
     Raises:
         UserError: anything wrong with the model, the data or the options, before anything is trained.
+
+    Example: two steps on a file of pairs; a notebook shows `trainer` as a table with its curves.
+
+        >>> from orpo import ORPOConfig, ORPOTrainer
+        >>> config = ORPOConfig(output_dir="runs/two-steps", max_steps=2, learning_rate=1e-3, orpo_alpha=1.0, report_to="none")
+        >>> trainer = ORPOTrainer(model="model", args=config, train_dataset="pairs.jsonl")
+        >>> trainer.train().global_step
+        {...
+        2
+        >>> trainer.save_model("tuned")
     """
 
     _tag_names = ("orpo",)
