@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,13 +245,20 @@ def _for_a_trial(args: ORPOConfig, scratch: str) -> ORPOConfig:
     return trial
 
 
-def _checkpoint_activations(model: Any, args: ORPOConfig) -> None:
-    """As transformers does when training begins: its settings are looked at by the first backward pass alone."""
+def _checkpoint_activations(trainer: Any, args: ORPOConfig, stack: ExitStack) -> str:
+    """As when training begins: the settings are looked at by the first backward pass alone. Gives what is to be told."""
+    from orpo.training.recompute import AUTO
+
+    model = trainer.model
+    if args.gradient_checkpointing == AUTO:
+        num_layers = stack.enter_context(trainer.recomputing())
+        return f", {num_layers} layers computed again"
     if args.gradient_checkpointing:
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(kwargs or None, **own)
+    return ""
 
 
 def _try_optimizer(trainer: Any, args: ORPOConfig) -> None:
@@ -285,9 +293,10 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
         try:
             engine = trainer.engine.name
             start = time.perf_counter()
-            _checkpoint_activations(trainer.model, args)
             trainer.create_optimizer_and_scheduler(num_training_steps=2)
-            loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+            with ExitStack() as stack:
+                told = _checkpoint_activations(trainer, args, stack)
+                loss = trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
             norm = trainer._grad_norm  # before clipping; None where the weights are sharded
             _try_optimizer(trainer, args)
             seconds = time.perf_counter() - start
@@ -304,7 +313,7 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
     report.add(
         "step",
         OK,
-        f"loss {float(loss):.3f}, gradient norm {shown_norm}, {seconds:.1f} s for the {len(longest)} longest rows, {engine} engine, "
+        f"loss {float(loss):.3f}, gradient norm {shown_norm}, {seconds:.1f} s for the {len(longest)} longest rows, {engine} engine{told}, "
         f"peak of this process {human_bytes(peak) if peak else 'unknown'}",
         loss=float(loss),
         grad_norm=norm,

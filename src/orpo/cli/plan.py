@@ -79,11 +79,13 @@ def _tell_ranks(
     from orpo.system.console import print_json, report_console, say
     from orpo.training.hardware import plan_ranks
     from orpo.training.planning import make_plan, model_shape
+    from orpo.training.recompute import GIB, SHARE_OF_FREE_MEMORY
 
     dtype = args.compute_dtype if hardware.device is None else "float32" if args.bf16 is False else "bfloat16"
     args.bf16 = dtype == "bfloat16"
     if hardware.device is not None:
         args.max_tokens_per_microbatch = args.max_tokens_per_microbatch or CUDA_MICROBATCH_TOKENS
+        args.memory_budget_gib = args.memory_budget_gib or hardware.device.memory_bytes * SHARE_OF_FREE_MEMORY / GIB
     plan = make_plan(config, args, **lengths)
     shape = model_shape(config, dtype)
     ranks = plan_ranks(plan, shape, config, args, hardware, dtype=dtype, flops=flops)
@@ -118,6 +120,10 @@ def rank_lines(plan: Plan, ranks: Sequence[RankPlan], hardware: Hardware, dtype:
     lines.append(f"loading      {human_bytes(ranks[0].loading_bytes)} of host memory for each process on a machine")
     lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each")
     return lines
+
+
+def _budget_note(args: ORPOConfig) -> str:
+    return "" if args.memory_budget_gib is None else f", for a budget of {args.memory_budget_gib:g} GiB"
 
 
 def sample_lengths(config: RunConfig, args: ORPOConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -162,6 +168,8 @@ def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool)
     parts = {"weights": plan.weights_bytes, "gradients": plan.gradients_bytes, "optimizer": plan.optimizer_bytes}
     parts |= {"activations": plan.activations_bytes, "logits": plan.logits_bytes, "libraries": plan.runtime_bytes}
     lines += [f"  {part:<12}{human_bytes(num_bytes)}" for part, num_bytes in parts.items() if num_bytes]
+    if args.gradient_checkpointing == "auto":
+        lines.append(f"checkpointing  {plan.recomputed_layers} of {plan.num_layers} layers, in the backward pass{_budget_note(args)}")
     lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each, {human_bytes(disk_bytes)} of disk at most")
     if plan.seconds_per_step is None:
         return lines

@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[float, bool, float | None]] = {
     "max_prompt_length": (1, True, None),
     "router_aux_loss_coef": (0, True, None),
     "logits_budget_mb": (1, True, None),
+    "memory_budget_gib": (0, False, None),
     "max_tokens_per_microbatch": (1, True, None),
     "max_nonfinite_skips": (0, True, None),
     "loraplus_lr_ratio": (0, False, None),
@@ -224,6 +225,10 @@ def _checkpointing_problems(values: dict[str, Any]) -> list[UserError]:
     from transformers import PreTrainedModel
 
     problems = []
+    wanted = values.get("gradient_checkpointing")
+    if isinstance(wanted, str) and wanted != "auto":
+        mend = did_you_mean(wanted, ["auto"])
+        problems.append(UserError(f"found {found(wanted)}", where="gradient_checkpointing", expected="true, false or auto", mend=mend))
     for where in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         given = values.get(where)
         if isinstance(given, str):
@@ -238,7 +243,9 @@ def _checkpointing_problems(values: dict[str, Any]) -> list[UserError]:
         taken -= {"self", "function", "args", "kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}
         taken.add("preserve_rng_state")  # which torch takes among its keywords
         for key in given:
-            if key not in taken:
+            if wanted == "auto" and (key in ("every_n_layers", "offload") or (key == "use_reentrant" and given[key])):
+                problems.append(UserError(f"{key} does not go with gradient_checkpointing: auto", where=where, mend="leave it out"))
+            elif key not in taken:
                 expected = f"some of {', '.join(sorted(taken))}"
                 problems.append(UserError(f"unknown setting {key!r}", where=where, expected=expected, mend=did_you_mean(key, taken)))
     return problems

@@ -75,7 +75,12 @@ class ORPOConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps, or below 1 this share of the run."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log. Off: they are shown."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: rows are read once, into token groups."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory, slower, same result."})
+    gradient_checkpointing: bool | str = field(
+        default=False, metadata={"help": "Recompute activations: less memory, slower, same result. auto: of as few layers as fit."}
+    )
+    memory_budget_gib: float | None = field(
+        default=None, metadata={"help": "Memory that gradient_checkpointing: auto may fill, in GiB. Unset: most of what is free."}
+    )
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Unset: where the device is fast at it."})
 
     objective: str = field(default="orpo", metadata={"help": "What is optimised: orpo, sft, simpo, or one that a plugin brings."})
@@ -177,8 +182,10 @@ class ORPOConfig(TrainingArguments):
             # As transformers does for load_best_model_at_end; without one it would raise later.
             self.__dict__["metric_for_best_model"] = "loss"
         # transformers 5.2x renamed the field and warns about the old name, which is the one everybody's scripts use.
-        if getattr(self, "activation_checkpointing", False) is None:
-            self.activation_checkpointing = self.gradient_checkpointing
+        is_auto = self.gradient_checkpointing == "auto"
+        if is_auto or getattr(self, "activation_checkpointing", False) is None:
+            # By need it is done here (`orpo.training.recompute`), and transformers is not to do it as well.
+            self.activation_checkpointing = self.gradient_checkpointing = False if is_auto else self.gradient_checkpointing
         # TrainingArguments raises on bf16 without a GPU, and makes accelerate wrap the forward in autocast. The dtype is the engine's
         # business here, so it never sees the flags.
         self.bf16 = self.fp16 = False
@@ -195,7 +202,7 @@ class ORPOConfig(TrainingArguments):
         group.require_group(self.world_size)
         self.bf16, self.fp16 = bf16, fp16
         self.__dict__["use_cpu"] = use_cpu  # as the user has it: what a resumed run is compared with
-        self.gradient_checkpointing = bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
+        self.gradient_checkpointing = "auto" if is_auto else bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.
         self.output_dir = os.path.expanduser(output_dir) if output_dir is not None else None
 

@@ -71,6 +71,7 @@ _SWITCHES: list[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]
         lambda values: bool(values.get("gradient_checkpointing") or values.get("activation_checkpointing")),
         "without `gradient_checkpointing: true`",
     ),
+    (("memory_budget_gib",), _is("gradient_checkpointing", "auto"), "without `gradient_checkpointing: auto`"),
     (_OF_EVALUATIONS, lambda values: any(values.get(key) for key in _EVALUATION_ROWS), "without rows to evaluate on"),
     (("eval_delay",), lambda values: not _is("eval_strategy", "no")(values), "without `eval_strategy: steps` (or epoch)"),
     (_OF_THE_HUB, _is("push_to_hub", True), "without `push_to_hub: true`"),

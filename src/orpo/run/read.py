@@ -312,6 +312,8 @@ def _flag_words(hint: Any, following: Sequence[str]) -> list[str]:
     if any(item is list or typing.get_origin(item) is list for item in alternatives):
         is_before_file = len(words) > 1 and words[-1].endswith((".yaml", ".yml"))
         return words[:-1] if is_before_file else words
+    if bool in alternatives and words and words[0].endswith((".yaml", ".yml")):  # a switch that takes words too, before the file
+        return []
     return words[:1]
 
 

@@ -205,7 +205,8 @@ def _seconds(
         return None
     from orpo.training.planning import flops_per_weight
 
-    compute = plan.tokens_per_step * flops_per_weight(config, args) * shape.num_matmul / (peak * 0.5)
+    per_weight = flops_per_weight(config, args) + 2 * plan.recomputed_layers / max(plan.num_layers, 1)
+    compute = plan.tokens_per_step * per_weight * shape.num_matmul / (peak * 0.5)
     if hardware.device is None:
         return compute
     link = hardware.device.link_bytes_s if hardware.num_machines == 1 else hardware.device.network_bytes_s

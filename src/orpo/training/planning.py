@@ -19,6 +19,7 @@ from orpo.errors import UserError
 from orpo.models.adapters import ALL_LINEAR
 from orpo.models.newtokens import positions_of
 from orpo.run.config import read_model_config
+from orpo.training.recompute import AUTO, MemoryNeed, budget_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +99,8 @@ class Plan:
     final_weights_bytes: int
     num_steps: int | None
     seconds_per_step: float | None
+    num_layers: int = 0
+    recomputed_layers: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -157,32 +160,88 @@ def make_plan(
     num_steps: int | None = args.max_steps if args.max_steps > 0 else None
     if num_steps is None and num_rows is not None:
         num_steps = max(1, round(-(-num_rows // (rows_per_step * args.world_size)) * args.num_train_epochs))
-    flops_per_token = flops_per_weight(config, args) * shape.num_matmul
-    seconds = None if flops is None else tokens_per_step * flops_per_token / (flops * _MATMUL_SHARE)
     trained = shape.num_trainable
     weights, stored = _weight_bytes(config, shape, dtype)
-    activations = (
-        shape.layer_input_bytes_per_token + shape.one_layer_bytes_per_token
-        if args.gradient_checkpointing
-        else shape.activation_bytes_per_token
-    )
     optimizer = round(trained * _optimizer_bytes(args))
+    gradients = round(trained * _gradient_bytes(args))
+    logits, runtime = _logits_bytes(shape, args, microbatch), _CPU_RUNTIME_BYTES if args.device.type == "cpu" else 0
+    need = _need(shape, microbatch, fixed=weights + gradients + optimizer + logits + runtime)
+    recomputed = _recomputed_layers(need, args)
+    flops_per_token = (flops_per_weight(config, args) + 2 * recomputed / need.num_layers) * shape.num_matmul
+    seconds = None if flops is None else tokens_per_step * flops_per_token / (flops * _MATMUL_SHARE)
     return Plan(
         num_parameters=shape.num_parameters,
         num_trainable=trained,
         tokens_per_microbatch=microbatch,
         tokens_per_step=tokens_per_step,
         weights_bytes=round(weights),
-        gradients_bytes=round(trained * _gradient_bytes(args)),
+        gradients_bytes=gradients,
         optimizer_bytes=optimizer,
-        activations_bytes=round(activations * microbatch),
-        logits_bytes=min(args.logits_budget_mb * 2**20, microbatch * shape.vocab_size * _COMPUTE_BYTES[dtype]),
-        runtime_bytes=_CPU_RUNTIME_BYTES if args.device.type == "cpu" else 0,
+        activations_bytes=round(need.activations(recomputed)),
+        logits_bytes=logits,
+        runtime_bytes=runtime,
         checkpoint_bytes=round(stored) + (0 if args.save_only_model else optimizer),
         final_weights_bytes=round(stored),
         num_steps=num_steps,
         seconds_per_step=seconds,
+        num_layers=need.num_layers,
+        recomputed_layers=recomputed,
     )
+
+
+def _need(shape: ModelShape, microbatch_tokens: int, *, fixed: float) -> MemoryNeed:
+    outside = shape.activation_bytes_per_token - shape.num_layers * shape.one_layer_bytes_per_token
+    return MemoryNeed(
+        fixed,
+        outside=microbatch_tokens * outside,
+        layer=microbatch_tokens * shape.one_layer_bytes_per_token,
+        layer_input=microbatch_tokens * shape.layer_input_bytes_per_token / shape.num_layers,
+        num_layers=shape.num_layers,
+    )
+
+
+def _logits_bytes(shape: ModelShape, args: ORPOConfig, microbatch_tokens: int) -> int:
+    return min(args.logits_budget_mb * 2**20, microbatch_tokens * shape.vocab_size * _COMPUTE_BYTES[args.compute_dtype])
+
+
+def _recomputed_layers(need: MemoryNeed, args: ORPOConfig) -> int:
+    if args.gradient_checkpointing == AUTO:
+        # What a run would hold of its need before it starts is not held yet: the budget is that of a process that begins.
+        return need.fewest(budget_bytes(args))
+    return need.num_layers if args.gradient_checkpointing else 0
+
+
+def weigh_model(model: Any, args: ORPOConfig, microbatch_tokens: int) -> MemoryNeed:
+    """What a run of a loaded model needs of its device, by the layers that are computed again.
+
+    Args:
+        model: with its adapter, if it has one.
+        microbatch_tokens: packed tokens of the largest micro-batch.
+    """
+    import torch
+
+    from orpo.engine.shared import unwrap
+
+    core, dtype = unwrap(model), args.compute_dtype
+    weights = list(model.parameters())
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    # Of float32 weights a copy in the dtype of compute is made.
+    copies = sum(weight.numel() for weight in weights if weight.dtype == torch.float32) * (0 if dtype == "float32" else 2)
+    per_token, one_layer, layer_inputs = _activation_bytes(core.config, getattr(torch, dtype))
+    text = core.config.get_text_config()
+    shape = ModelShape(
+        num_parameters=sum(weight.numel() for weight in weights),
+        num_trainable=trained,
+        num_matmul=0,
+        vocab_size=int(text.vocab_size),
+        activation_bytes_per_token=per_token,
+        layer_input_bytes_per_token=layer_inputs,
+        one_layer_bytes_per_token=one_layer,
+        num_layers=int(text.num_hidden_layers),
+    )
+    fixed = sum(weight.numel() * weight.element_size() for weight in weights) + copies
+    fixed += trained * (_gradient_bytes(args) + _optimizer_bytes(args)) + _logits_bytes(shape, args, microbatch_tokens)
+    return _need(shape, microbatch_tokens, fixed=fixed + (_CPU_RUNTIME_BYTES if args.device.type == "cpu" else 0))
 
 
 def packed_lengths(groups: Sequence[TokenGroup], args: ORPOConfig) -> dict[str, Any]:
@@ -210,8 +269,9 @@ def packed_lengths(groups: Sequence[TokenGroup], args: ORPOConfig) -> dict[str, 
 
 
 def flops_per_weight(config: RunConfig, args: ORPOConfig) -> int:
-    """Operations per token and weight: 2 forward, 2 for the gradient of the input, 2 for that of a trained weight, 2 to recompute."""
-    return 2 + 2 + (0 if config["use_peft"] else 2) + (2 if args.gradient_checkpointing else 0)
+    """Operations per token and weight: 2 forward, 2 for the gradient of the input, 2 for that of a trained weight. Computing a layer again
+    takes 2 more."""
+    return 2 + 2 + (0 if config["use_peft"] else 2)
 
 
 def _optimizer_bytes(args: ORPOConfig) -> float:

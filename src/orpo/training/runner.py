@@ -359,6 +359,7 @@ class _Journal(TrainerCallback):
             "engine": self.trainer.engine.name,
             "router": router_facts(self.trainer),
             "attention_kernel": self.trainer.engine.kernel,
+            "recomputed_layers": self.trainer.recomputed_layers,
             "seed": self.args.seed,
             "objective": kind_of(self.trainer.training_objective).facts(self.trainer.training_objective, _NLL[self.args.nll_scope]),
             "plugins": [asdict(plugin) for plugin in loaded_plugins()],

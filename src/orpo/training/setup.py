@@ -245,8 +245,8 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         if peft_config is not None:
             peft_config = with_new_tokens(peft_config, model, tokenizer.convert_tokens_to_ids(list(encoder.new_tokens)))
     if peft_config is not None:
-        model = put_adapter(model, peft_config, use_gradient_checkpointing=args.gradient_checkpointing)
-    elif args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        model = put_adapter(model, peft_config, use_gradient_checkpointing=args.gradient_checkpointing is True)
+    elif args.gradient_checkpointing is True and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
     if args.disable_dropout:
         disable_dropout(model)

@@ -1,16 +1,21 @@
-"""The part of the trainer that spreads a model's weights over ranks, in place of accelerate's own FSDP."""
+"""The part of the trainer that fits a model into memory: its weights spread over ranks, in place of accelerate's own FSDP, and layers
+computed again."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from orpo.config.parallelism import Parallelism
 from orpo.engine.parallel import is_sharded, shard
 from orpo.system.allocator import return_freed_memory
+from orpo.system.ranks import Ranks
+from orpo.training.planning import packed_lengths, weigh_model
+from orpo.training.recompute import AUTO, fewest_layers, recomputed
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -25,6 +30,9 @@ class SpreadMixin(_Base):
     before_sharding: Callable[[], None] = staticmethod(lambda: None)
     """Called when the weights are whole for the last time."""
     load_whole_weights: Callable[[str | None], None]
+    ranks: Ranks
+    args: Any
+    recomputed_layers: int | None = None
 
     @property
     def _is_sharded(self) -> bool:
@@ -34,6 +42,14 @@ class SpreadMixin(_Base):
         """As in transformers, without accelerate's own FSDP."""
         with self.args.fsdp_hidden():
             super().create_accelerator_and_postprocess()
+
+    def recomputing(self) -> AbstractContextManager[int | None]:
+        """`gradient_checkpointing: auto`: as few layers computed again as fit, the same number on every rank."""
+        if self.args.gradient_checkpointing != AUTO:
+            return nullcontext()
+        need = weigh_model(self.model, self.args, packed_lengths(self.train_dataset, self.args)["largest_microbatch_tokens"])
+        count = self.ranks.max([fewest_layers(self.model, need, self.args)])[0]
+        return recomputed(self.model, count, self.args.gradient_checkpointing_kwargs)
 
     def spread_weights(self, checkpoint: str | None) -> None:
         """Spread the weights over the ranks, those of a checkpoint that has them whole too."""

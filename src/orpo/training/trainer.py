@@ -41,6 +41,7 @@ from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback,
 from orpo.training.loaders import LoaderMixin
 from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means, response_sums
 from orpo.training.outside import OutsideMixin
+from orpo.training.recompute import AUTO
 from orpo.training.saving import CheckpointMixin
 from orpo.training.scaling import ScalingMixin, step_on_host
 from orpo.training.search import SearchMixin
@@ -278,6 +279,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
                 (map_large_blocks if self._is_sharded else keep_freed_memory)()
                 if engine.name == "shared":
                     stack.enter_context(fused_modules(self.model))
+            self.recomputed_layers = stack.enter_context(self.recomputing())
             self.spread_weights(checkpoint)
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
@@ -293,6 +295,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         # The Trainer finds its optimizer step by counting batches against the accumulation; here every batch is a whole step. Its own
         # rotation would delete all but the best checkpoint at the end, and its evaluation at the start would be made again on resume.
         hidden = {"gradient_accumulation_steps": 1, "save_total_limit": None, **({"eval_on_start": False} if is_resumed else {})}
+        hidden |= {"gradient_checkpointing": False} if self.args.gradient_checkpointing == AUTO else {}
         self.hidden_args = {name: getattr(self.args, name) for name in hidden}
         for name, value in hidden.items():
             setattr(self.args, name, value)
