@@ -184,6 +184,27 @@ def test_rows_that_have_ended_leave_and_change_nothing(tiny_model_factory, token
     assert together == [generate(model, tokenizer, encoder, [prompt], **arguments)[0] for prompt in prompts]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "temperature"), [("llama", 1.0), ("gemma2", 1.0), ("gpt2", 0.8), ("mamba", 1.0), ("mistral", 0.0)]
+)
+def test_a_prompt_is_read_once_for_all_its_answers(tiny_model_factory, tokenizer, encoder, architecture, temperature):
+    """Prompts that come several times, of several lengths in one batch, are answered as each one alone, and read once."""
+    model = make_stopping(tiny_model_factory(architecture, vocab_size=384), encoder, 2.0)
+    read = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    arguments = {"max_new_tokens": 30, "temperature": temperature, "top_p": 0.9, "seed": 5}
+    prompts = [PROMPTS[2], *PROMPTS[:3] * 3, PROMPTS[0]]
+    together = generate(model, tokenizer, encoder, prompts, batch_size=20, **arguments)
+    longest = max(len(encoder.prompt_ids(prompt)) for prompt in prompts)
+    assert read[0] == (len(prompts) * longest if architecture == "mamba" else 3 * (longest - 1))
+    assert sum(read) < (len(prompts) if architecture == "mamba" else 3) * longest + len(prompts) * 30
+    seen: dict[str, int] = {}
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = generate(model, tokenizer, encoder, [prompt], occurrences=[seen.get(prompt, 0)], **arguments)
+        assert [answer] == alone
+        seen[prompt] = seen.get(prompt, 0) + 1
+
+
 def test_models_with_another_memory_are_decoded_plainly(tiny_model_factory, tokenizer, encoder):
     from orpo.inference.decode import roomy_cache
 

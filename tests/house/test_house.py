@@ -22,7 +22,7 @@ FLOORS = (
     {"report", "inference"},
     {"training"},
     {"evaluate"},
-    {"compare", "playground"},
+    {"compare", "onpolicy", "playground"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -61,25 +61,26 @@ class PartBars:
         if self._progress is not None:
             self._progress.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """A part has got so far."""
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """A part has got so far; `note` is a word on how fast, for a line."""
         now_s = self.clock()
         part = self._parts.get(what)
         if part is None:
             part = self._parts[what] = _Part(now_s, done, now_s)
             if self._progress is not None:
-                from rich.markup import escape
-
-                part.bar = self._progress.add_task(escape(what), total=total or None)
+                part.bar = self._progress.add_task("", total=total or None)
         if self._progress is not None:
-            self._progress.update(part.bar, completed=done, total=total or None)
+            from rich.markup import escape
+
+            self._progress.update(part.bar, completed=done, total=total or None, description=escape(f"{what}, {note}" if note else what))
             return
         is_new, part.is_told = not part.is_told, True
         if total and done == total:
             say(self.console, f"done         {what}: {total}")
         elif (is_new and total) or now_s - part.told_s >= LINE_EVERY_S:
             part.told_s = now_s
-            say(self.console, f"working      {what}: {f'{done} of {total}{self._left(part, done, total, now_s)}' if total else done}")
+            left = f"{done} of {total}{self._left(part, done, total, now_s)}" if total else str(done)
+            say(self.console, f"working      {what}: {left}{f', {note}' if note else ''}")
 
     @staticmethod
     def _left(part: _Part, done: int, total: int, now_s: float) -> str:

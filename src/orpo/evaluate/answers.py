@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from orpo.evaluate.cache import Cache
 from orpo.inference.generate import BATCH_SIZE, Answer, count_occurrences, generate
 from orpo.models.fingerprint import content_key
@@ -35,24 +37,26 @@ class Sampling:
 
 def answer_prompts(
     subject: Subject,
-    prompts: Sequence[Text],
+    prompts: Sequence[Text | np.ndarray],
     sampling: Sampling,
     cache: Cache,
     *,
     batch_size: int = BATCH_SIZE,
     progress: Callable[[int, int], None] | None = None,
+    told: Callable[[Answer], None] | None = None,
 ) -> list[Answer]:
     """An answer to every prompt; new ones are kept as soon as their batch is done.
 
     Args:
         subject: the model.
-        prompts: texts or messages.
+        prompts: texts, messages, or ids that the subject's encoder has made.
         sampling: how to generate.
         cache: of answers.
         batch_size: prompts at a time; no part of the key, since it changes no answer beyond rounding.
         progress: called with (answers, prompts).
+        told: called with every answer that was not known, as soon as it is kept.
     """
-    ids = [subject.encoder.prompt_ids(prompt) for prompt in prompts]
+    ids = [prompt if isinstance(prompt, np.ndarray) else subject.encoder.prompt_ids(prompt) for prompt in prompts]
     occurrences = count_occurrences(ids) if sampling.temperature else [0] * len(ids)
     settings = sampling.to_dict() | {"dtype": _name(subject.compute_dtype)}
     keys = [
@@ -63,6 +67,8 @@ def answer_prompts(
 
     def each(number: int, answer: Answer) -> None:
         cache.put(keys[todo[number]], answer.to_dict())
+        if told is not None:
+            told(answer)
 
     num_known = len(prompts) - len(todo)
     if todo:
@@ -70,7 +76,7 @@ def answer_prompts(
             subject.model,
             subject.tokenizer,
             subject.encoder,
-            [prompts[row] for row in todo],
+            [ids[row] for row in todo],
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

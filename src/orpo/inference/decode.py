@@ -1,9 +1,9 @@
 """Continuing a batch of prompts with transformers' `generate`, without what makes that slow.
 
-Two things cost most where batches are long and answers end at different times: `DynamicCache` copies all keys and values at every token
-(on a CPU the largest part of a step), and finished answers are computed on until the last one ends. Here keys and values are written into
-room that is set aside, and finished rows leave. Both change no token: attention sees the same keys, and rows do not see each other.
-docs/evaluation.md says what it gains.
+Three things cost most where batches are long and answers end at different times: `DynamicCache` copies all keys and values at every token
+(on a CPU the largest part of a step), finished answers are computed on until the last one ends, and a prompt that is answered several times
+is read as often. Here keys and values are written into room that is set aside, finished rows leave, and equal prompts of a batch are read
+once. None of it changes a token: attention sees the same keys, and rows do not see each other. docs/evaluation.md says what it gains.
 
 Shape suffixes: B rows, K key heads, L tokens so far, E head width.
 """
@@ -23,6 +23,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 GROWTH = 1.5
 """Room is made for so many times the tokens that are there."""
 MIN_ROOM_TOKENS = 64
+MIN_SHARED_TOKENS = 8
+"""Shorter prompts are not worth a pass of their own."""
 LEAVING_SHARE = 8
 """Finished rows leave when they are one in so many: each time costs a copy of some rows and a new start of `generate`."""
 
@@ -54,6 +56,7 @@ class Job:
         room = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - width)
         noise = None if self.noise is None else self.noise(seeds)
         cache = roomy_cache(self.model)
+        self._read_once(prompts, ids, mask, cache)
         rows = list(range(len(prompts)))
         found: dict[int, list[int]] = {}
         while rows:
@@ -82,6 +85,32 @@ class Job:
             input_ids[row, width - len(ids) :] = torch.from_numpy(ids.astype(np.int64))
             mask[row, width - len(ids) :] = 1
         return input_ids.to(device), mask.to(device)
+
+    def _read_once(self, prompts: list[np.ndarray], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> None:
+        """Where prompts are there several times: fill the cache with each of them once, and hand its keys and values to all its rows.
+
+        The last token is left for `generate`, which needs one to go on from.
+        """
+        numbers: dict[bytes, int] = {}
+        row_of = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
+        if cache is None or len(numbers) == len(prompts) or ids.shape[1] < MIN_SHARED_TOKENS:
+            return
+        first = torch.tensor([row_of.index(number) for number in range(len(numbers))], device=ids.device)
+        # One token more, which nobody keeps: so positions and masks are those that `generate` makes for this model.
+        self.model.generate(
+            input_ids=ids[first, :-1],
+            attention_mask=mask[first, :-1],
+            generation_config=GenerationConfig(
+                max_new_tokens=1, do_sample=False, eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True
+            ),
+            past_key_values=cache,
+        )
+        rows = torch.tensor(row_of, device=ids.device)
+        for layer in cache.layers:
+            if isinstance(layer, RoomyLayer):
+                layer.spread(rows)
+            else:
+                layer.batch_select_indices(rows)
 
     def _stretch(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, room: int, noise: Any, width: int) -> Tensor:
         """Go on until enough rows have ended, all of them have, or there is no more room."""
@@ -167,12 +196,19 @@ class RoomyLayer(DynamicLayer):
         self._rooms = [room[: len(indices)] for room in self._rooms]
         self.keys, self.values = (room[:, :, :end] for room in self._rooms)
 
+    def spread(self, rows: Tensor) -> None:
+        """Make rows anew out of those that are there: row `i` becomes a copy of `rows[i]`."""
+        end = self.get_seq_length()
+        num_tokens = max(int(end * GROWTH), end + MIN_ROOM_TOKENS)
+        self._rooms = [_moved(filled, num_tokens, rows) for filled in (self.keys, self.values)]
+        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
 
-def _moved(filled_BKLE: Tensor, num_tokens: int) -> Tensor:
-    """A larger buffer that begins with what is there."""
-    rows, heads, length, width = filled_BKLE.shape
-    room = filled_BKLE.new_empty(rows, heads, num_tokens, width)
-    room[:, :, :length] = filled_BKLE
+
+def _moved(filled_BKLE: Tensor, num_tokens: int, rows: Tensor | None = None) -> Tensor:
+    """A larger buffer that begins with what is there, of all rows or of those that are named."""
+    num_rows, heads, length, width = filled_BKLE.shape
+    room = filled_BKLE.new_empty(num_rows if rows is None else len(rows), heads, num_tokens, width)
+    room[:, :, :length] = filled_BKLE if rows is None else filled_BKLE[rows]
     return room
 
 

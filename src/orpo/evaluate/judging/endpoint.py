@@ -77,7 +77,7 @@ class _Round:
                 self.fatal = self.fatal or error
                 self.stopped.set()
             elif not self.stopped.is_set():
-                logger.warning("a question stays without a judgement: %s", error.what)
+                logger.warning("a question stays without a reply: %s", error.what)
                 self.done(number, None)
 
 
@@ -96,6 +96,7 @@ class EndpointJudge:
         timeout_s: for a whole reply, and for any pause within it.
         num_retries: further attempts for a question.
         first_wait_s, longest_wait_s: pauses double from the first to the longest.
+        role: what it is in messages, and the first word of its options' names: one that answers in place of judging is another.
     """
 
     url: str
@@ -109,14 +110,17 @@ class EndpointJudge:
     num_retries: int = 5
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
+    role: str = "judge"
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{redact_text(self.url)!r} is no address of a judge", where="judge_url", expected="http://… or https://…")
+            raise UserError(
+                f"{redact_text(self.url)!r} is no address of a {self.role}", where=f"{self.role}_url", expected="http://… or https://…"
+            )
         is_near = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if self.api_key and parts.scheme == "http" and not is_near:
-            logger.warning("the judge's key goes to %s without encryption (http)", parts.hostname)
+            logger.warning("the %s's key goes to %s without encryption (http)", self.role, parts.hostname)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ class EndpointJudge:
             try:
                 round_.answered(number, self.reply(conversations[number], max_tokens, round_.stopped))
             except _Refused as error:
-                logger.warning("the judge refused a question, which is left out: %s", error)
+                logger.warning("the %s refused a question, which is left out: %s", self.role, error)
                 round_.answered(number, None)
             except JudgeUnavailable as error:
                 round_.failed(number, error)
@@ -170,14 +174,14 @@ class EndpointJudge:
             if attempt == self.num_retries or stopped.is_set():
                 break
             pause = min(self.longest_wait_s, last.wait_s if last.wait_s is not None else wait_s * random.uniform(0.75, 1.25))
-            logger.info("the judge failed (%s); next attempt in %.1f s", last, pause)
+            logger.info("the %s failed (%s); next attempt in %.1f s", self.role, last, pause)
             if stopped.wait(pause):
                 break
             wait_s *= 2
         raise JudgeUnavailable(
-            f"the judge at {self.shown_url} does not answer: {last} ({attempt + 1} attempts)",
-            where="judge_url",
-            mend="all replies so far are kept; run the same command again when the judge is back",
+            f"the {self.role} at {self.shown_url} does not answer: {last} ({attempt + 1} attempts)",
+            where=f"{self.role}_url",
+            mend=f"all replies so far are kept; run the same command again when the {self.role} is back",
         )
 
     @property
@@ -241,8 +245,8 @@ class EndpointJudge:
             detail = ""
         message = f"HTTP {error.code} {error.reason}" + (f": {detail}" if detail else "")
         if error.code in _FATAL or 300 <= error.code < 400:
-            mend = {401: "check the key", 403: "check the key", 404: "check --judge_url and --judge_model"}.get(error.code)
-            fatal = JudgeUnavailable(f"the judge at {self.shown_url} cannot be asked: {message}", where="judge_url", mend=mend)
+            mend = {401: "check the key", 403: "check the key", 404: f"check --{self.role}_url and --{self.role}_model"}.get(error.code)
+            fatal = JudgeUnavailable(f"the {self.role} at {self.shown_url} cannot be asked: {message}", where=f"{self.role}_url", mend=mend)
             fatal.is_final = True
             return fatal
         if error.code in _REFUSALS:

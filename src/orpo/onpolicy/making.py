@@ -1,0 +1,318 @@
+"""The course of `orpo pairs`: prompts read, answers sampled and scored, pairs chosen, written, looked at. Each step has its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo.errors import UserError
+from orpo.evaluate.cache import Cache
+from orpo.inference.ready import Loading
+from orpo.models.fingerprint import content_key
+from orpo.onpolicy.answering import OWN, AskedGroup, Attempt, Progress, Tell, draw_from_endpoint, draw_locally
+from orpo.onpolicy.asked import AskedPrompts, read_asked
+from orpo.onpolicy.choice import LEFT_OUT, Rated, choose_pairs_of
+from orpo.onpolicy.lookback import audit_lines, look_back
+from orpo.onpolicy.options import OnPolicyOptions
+from orpo.onpolicy.scorers import Scoring, score_all
+from orpo.system.files import write_atomically
+from orpo.system.machine import versions
+from orpo.system.redact import redact
+
+if TYPE_CHECKING:
+    from orpo.evaluate.judging.endpoint import EndpointJudge
+
+FORMAT = 1
+WORK_SUFFIX = ".work"
+RESULT_FILE, CANDIDATES_FILE = "result.json", "candidates.jsonl"
+
+
+@dataclass(frozen=True)
+class PairsJob:
+    """What to make pairs of, and where they go.
+
+    Attributes:
+        prompts: any source of rows.
+        models: runs or models of this machine.
+        endpoint: one more that answers.
+        output: the file of pairs; what was sampled lies beside it in `NAME.work`.
+    """
+
+    prompts: Any
+    models: tuple[str, ...]
+    output: Path
+    options: OnPolicyOptions
+    endpoint: EndpointJudge | None = None
+    split: str | None = None
+    column_map: Mapping[str, str] | None = None
+    limit: int | None = None
+    loading: Loading = field(default_factory=Loading)
+    has_audit: bool = True
+
+    @property
+    def work(self) -> Path:
+        """Caches, all candidates, and what came of them."""
+        return self.output.with_name(self.output.name + WORK_SUFFIX)
+
+
+def make_pairs(task: PairsJob, tell: Tell, progress: Progress) -> dict[str, Any]:
+    """Make the pairs, or find that they are made.
+
+    Returns:
+        What `result.json` holds, and `is_already_made`.
+
+    Raises:
+        UserError: anything wrong with prompts, models, scorers or files, or no pair at all. What was sampled and scored is kept.
+    """
+    from orpo.checkpoint import RunLock
+
+    _check(task)
+    asked = read_asked(task.prompts, split=task.split, column_map=task.column_map, limit=task.limit)
+    identity = _identity(task, asked)
+    if (made := _made(task, identity)) is not None:
+        return {**made, "is_already_made": True}
+    task.output.parent.mkdir(parents=True, exist_ok=True)
+    with RunLock(task.work):
+        for line in [f"prompts      {len(asked.prompts)}: {'; '.join(asked.shapes)}", *_reason_lines(asked.reasons)]:
+            tell(line)
+        scorers = task.options.scorers(task.models[0] if task.models else None, task.loading)
+        for scorer in scorers:
+            scorer.check(asked.prompts)
+        groups = [AskedGroup(one) for one in asked.prompts]
+        num_missing = _sample(task, groups, tell, progress)
+        scoring = score_all(scorers, task.options.weights or {}, groups, Cache(task.work / "cache" / "scores.jsonl"), progress)
+        return {**_choose(task, asked, groups, scoring, num_missing, identity, tell), "is_already_made": False}
+
+
+def _check(task: PairsJob) -> None:
+    task.options.check("")
+    if not task.models and task.endpoint is None and not task.options.keep_answers:
+        raise UserError(
+            "nobody is asked for answers", where="--model", mend="--model RUN|MODEL, or --endpoint_url URL --endpoint_model NAME"
+        )
+    if task.output.suffix != ".jsonl":
+        raise UserError(f"found {str(task.output)!r}", where="--out", expected="a file *.jsonl")
+    if task.output.exists() and not (task.work / RESULT_FILE).is_file():
+        raise UserError(
+            "is there already, and was not made by this command", where=str(task.output), mend="choose another --out, or move it away"
+        )
+
+
+def _identity(task: PairsJob, asked: AskedPrompts) -> str:
+    """Hash of everything that decides the result, as far as it is known without loading a model."""
+    scorers = task.options.scorers("", task.loading)
+    verifiers = [scorer.verifier.identity for scorer in scorers if hasattr(scorer, "verifier")]
+    rows = hashlib.sha256(
+        "\n".join([f"{one.key}{one.answers}{json.dumps(one.row, default=str)}" for one in asked.prompts]).encode("utf-8", "replace")
+    )
+    return content_key(
+        format=FORMAT,
+        prompts=rows.hexdigest(),
+        models=[[name, _stamp(name)] for name in task.models],
+        endpoint=None if task.endpoint is None else [task.endpoint.url, task.endpoint.identity],
+        options={key: value for key, value in task.options.to_dict().items() if key != "batch_size"},
+        verifiers=verifiers,
+        loading=str(task.loading),
+    )
+
+
+def _stamp(name: str) -> list[list[Any]]:
+    """Sizes and times of a model's files, where it is a folder: another model of the same name has others."""
+    path = Path(name).expanduser()
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if "checkpoint-" not in str(file)]
+
+
+def _made(task: PairsJob, identity: str) -> dict[str, Any] | None:
+    try:
+        facts: dict[str, Any] = json.loads((task.work / RESULT_FILE).read_text(encoding="utf-8"))
+        data = task.output.read_bytes()
+    except (OSError, ValueError):
+        return None
+    is_same = facts.get("identity") == identity and facts.get("sha256") == hashlib.sha256(data).hexdigest()
+    return facts if is_same and not facts.get("num_missing") else None
+
+
+def _sample(task: PairsJob, groups: list[AskedGroup], tell: Tell, progress: Progress) -> int:
+    """Answers of everybody who is asked; how many an endpoint did not give."""
+    cache = Cache(task.work / "cache" / "answers.jsonl")
+    if task.options.keep_answers:
+        for group in groups:
+            group.attempts += [Attempt(text, OWN) for text in group.asked.answers]
+    for name in task.models:
+        draw_locally(name, groups, task.options.draws, cache, task.loading, tell, progress)
+    if task.endpoint is None:
+        return 0
+    num_missing = draw_from_endpoint(task.endpoint, groups, task.options.draws, cache, progress)
+    if num_missing:
+        tell(f"warning      {num_missing} answers of {task.endpoint.model} did not come; the same command asks for them again")
+    return num_missing
+
+
+def _choose(
+    task: PairsJob,
+    asked: AskedPrompts,
+    groups: list[AskedGroup],
+    scoring: Scoring,
+    num_missing: int,
+    identity: str,
+    tell: Tell,
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    left_out: Counter[str] = Counter()
+    num_covered = 0
+    for group, parts, totals in zip(groups, scoring.parts, scoring.totals, strict=True):
+        if group.problem is not None and not group.attempts:
+            left_out["prompt_unusable"] += 1
+            continue
+        rated = [Rated(one.text, total, one.is_cut) for one, total in zip(group.attempts, totals, strict=True)]
+        pairs, reasons = choose_pairs_of(rated, task.options.rule)
+        left_out += reasons
+        num_covered += bool(pairs)
+        rows += [_row(task, group, parts, totals, pair) for pair in pairs]
+    _write_candidates(task, groups, scoring)
+    for line in _scoring_lines(scoring, left_out):
+        tell(line)
+    if not rows:
+        raise UserError(_nothing(groups, left_out, scoring), where=str(task.prompts), mend=_advice(left_out, task.options))
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    write_atomically(task.output, data)
+    return _finish(task, asked, groups, scoring, rows, left_out, num_covered, num_missing, identity, data, tell)
+
+
+def _finish(
+    task: PairsJob,
+    asked: AskedPrompts,
+    groups: list[AskedGroup],
+    scoring: Scoring,
+    rows: list[dict[str, Any]],
+    left_out: Counter[str],
+    num_covered: int,
+    num_missing: int,
+    identity: str,
+    data: bytes,
+    tell: Tell,
+) -> dict[str, Any]:
+    texts = [(_text(row["chosen"]), _text(row["rejected"])) for row in rows]
+    scored = [
+        list(zip([one.text for one in group.attempts], totals, strict=True)) for group, totals in zip(groups, scoring.totals, strict=True)
+    ]
+    back = look_back(texts, scored, num_covered)
+    tell(f"pairs        {len(rows)}: {task.output}")
+    for line in back.lines():
+        tell(line)
+    lines, audit = audit_lines(task.output) if task.has_audit else ([], None)
+    for line in lines:
+        tell(line)
+    known = [total for totals in scoring.totals for total in totals if total is not None]
+    facts = {
+        "format": FORMAT,
+        "identity": identity,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "output": task.output.name,
+        "num_prompts": len(asked.prompts),
+        "rows_without_prompt": dict(asked.reasons),
+        "num_answers": sum(len(group.attempts) for group in groups),
+        "num_missing": num_missing,
+        "num_pairs": len(rows),
+        "mean_score": sum(known) / len(known) if known else None,
+        "left_out": dict(left_out),
+        "scorer_failures": {name: dict(reasons.most_common(5)) for name, reasons in scoring.failures.items()},
+        "lengths": back.to_dict(),
+        "audit": audit,
+        "models": list(task.models) + ([task.endpoint.model] if task.endpoint else []),
+        "options": task.options.to_dict(),
+        "versions": versions(),
+    }
+    write_atomically(task.work / RESULT_FILE, (json.dumps(redact(facts), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    return facts
+
+
+def _row(
+    task: PairsJob, group: AskedGroup, parts: Sequence[Mapping[str, Any]], totals: Sequence[float | None], pair: tuple[int, int]
+) -> dict[str, Any]:
+    asked, options = group.asked, task.options
+    is_text = isinstance(asked.prompt, str)
+
+    def answer(place: int) -> Any:
+        text = group.attempts[place].text
+        return text if is_text else [{"role": "assistant", "content": text}]
+
+    chosen, rejected = pair
+    row: dict[str, Any] = {
+        "prompt": asked.prompt if is_text else list(asked.prompt),
+        "chosen": answer(chosen),
+        "rejected": answer(rejected),
+    }
+    if asked.tools:
+        row["tools"] = list(asked.tools)
+    if asked.variables:
+        row["chat_template_kwargs"] = asked.variables
+    for side, place in (("chosen", chosen), ("rejected", rejected)):
+        row |= {f"{side}_score": totals[place], f"{side}_parts": dict(parts[place]), f"{side}_by": group.attempts[place].by}
+    row["margin"] = float(totals[chosen] or 0.0) - float(totals[rejected] or 0.0)
+    return row | {"sampling": {**options.draws.sampling.to_dict(), "num_samples": options.num_samples}, "source": str(asked.where)}
+
+
+def _text(answer: Any) -> str:
+    return answer if isinstance(answer, str) else str(answer[0]["content"])
+
+
+def _write_candidates(task: PairsJob, groups: Sequence[AskedGroup], scoring: Scoring) -> None:
+    """All answers with their scores, for whoever wants to choose otherwise."""
+    lines = []
+    for group, parts, totals in zip(groups, scoring.parts, scoring.totals, strict=True):
+        answers = [
+            {"text": one.text, "by": one.by, "finish": one.finish, "score": total, "parts": dict(part)}
+            for one, part, total in zip(group.attempts, parts, totals, strict=True)
+        ]
+        facts = {"prompt": group.asked.prompt, "source": str(group.asked.where), "problem": group.problem, "candidates": answers}
+        lines.append(json.dumps(facts, ensure_ascii=False) + "\n")
+    write_atomically(task.work / CANDIDATES_FILE, "".join(lines).encode("utf-8", "replace"))
+
+
+def _reason_lines(reasons: Mapping[str, int]) -> list[str]:
+    return [f"             {count} rows gave no prompt: {reason}" for reason, count in reasons.items()]
+
+
+def _scoring_lines(scoring: Scoring, left_out: Mapping[str, int]) -> list[str]:
+    known = [total for totals in scoring.totals for total in totals if total is not None]
+    lines = [f"scored       {len(known)} answers, mean {sum(known) / len(known):.3f}"] if known else []
+    for name, reasons in scoring.failures.items():
+        reason, count = reasons.most_common(1)[0]
+        lines.append(f"warning      {name} gave no score to {sum(reasons.values())} answers; most often ({count}): {reason}")
+    return lines + [f"left out     {count} {LEFT_OUT[reason]}" for reason, count in sorted(left_out.items(), key=lambda item: -item[1])]
+
+
+def _nothing(groups: Sequence[AskedGroup], left_out: Mapping[str, int], scoring: Scoring) -> str:
+    num_answers = sum(len(group.attempts) for group in groups)
+    told = "; ".join(f"{count} {LEFT_OUT[reason]}" for reason, count in sorted(left_out.items(), key=lambda item: -item[1]))
+    failed = "; ".join(f"{name}: {reasons.most_common(1)[0][0]}" for name, reasons in scoring.failures.items())
+    return f"no pair came of {num_answers} answers to {len(groups)} prompts: {told or 'nothing was scored'}" + (
+        f" ({failed})" if failed else ""
+    )
+
+
+def _advice(left_out: Mapping[str, int], options: OnPolicyOptions) -> str:
+    kept = "answers and scores are kept, so that another choice costs nothing"
+    advice: dict[str, str] = {
+        "no_score": "mend the scorer",
+        "no_right": "take easier prompts, a stronger model beside yours (--model), or more samples (--num_samples)",
+        "no_wrong": "take harder prompts or a higher temperature",
+        "one_answer": "two answers make a pair: --num_samples 4, or a temperature above 0"
+        if options.num_samples < 2
+        else "raise --temperature",
+        "only_cut": "raise --max_new_tokens",
+        "tie": "a scorer that tells answers apart, or more samples (--num_samples)",
+        "margin": "lower --min_margin",
+        "lengths": "raise --max_length_ratio",
+        "prompt_unusable": "shorter prompts, or another --chat_template",
+    }
+    worst: Callable[[str], int] = lambda reason: left_out.get(reason, 0)  # noqa: E731
+    reason = max(advice, key=worst)
+    return f"{advice[reason]}; {kept}" if left_out.get(reason) else kept

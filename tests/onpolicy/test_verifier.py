@@ -1,0 +1,131 @@
+"""Hostile verifiers: whatever a call does, the others get their scores and nothing is left running."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo.errors import UserError
+from orpo.onpolicy.verifier import Verifier
+
+HOSTILE = """
+import os, signal, subprocess, sys, time, ctypes
+
+print("printed while it is imported")
+
+def check(prompt, answer, row):
+    if answer == "loop":
+        while True: pass
+    if answer == "sleep": time.sleep(1000)
+    if answer == "memory": return len(bytearray(10**12)) + len("x" * 10**11)
+    if answer == "memory2":
+        kept = []
+        while True: kept.append(bytearray(10**7))
+    if answer == "raise": raise KeyError("what")
+    if answer == "exit": sys.exit(3)
+    if answer == "_exit": os._exit(7)
+    if answer == "crash": ctypes.string_at(0)
+    if answer == "print":
+        print('{"score": 99}', flush=True); sys.stderr.write("noise" * 1000); os.write(1, b"more\\n")
+        return 1
+    if answer == "parent": os.kill(os.getppid(), signal.SIGKILL)
+    if answer == "stop": os.kill(os.getpid(), signal.SIGSTOP)
+    if answer == "text": return "yes"
+    if answer == "none": return None
+    if answer == "nan": return float("nan")
+    if answer == "deep": return check(prompt, answer, row)
+    if answer == "flood":
+        for descriptor in range(3, 64):
+            try: os.write(descriptor, b"rubbish")
+            except OSError: pass
+        return 1
+    if answer == "orphan":
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                open(row["file"], "w").write(str(os.getpid()))
+                time.sleep(1000)
+            os._exit(0)
+        time.sleep(0.3)
+        return 1
+    if answer == "row": return row["points"]
+    return answer == "good"
+"""
+
+FAILURES = {
+    "loop": "within", "sleep": "within", "memory": "MemoryError", "memory2": "MemoryError", "raise": "KeyError: 'what' at line 14",
+    "exit": "SystemExit", "_exit": "exit code 7", "crash": "signal 11", "stop": "within", "text": "gave a str", "none": "gave a NoneType",
+    "nan": "gave nan", "deep": "RecursionError", "parent": "ended the process", "flood": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    path = tmp_path / "checks.py"
+    path.write_text(HOSTILE)
+    return path
+
+
+def call(verifier: Verifier, answers: list[str], row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    verifier.call(
+        [{"prompt": "p", "answer": answer, "row": row} for answer in answers], lambda n, outcome: found.update({answers[n]: outcome})
+    )
+    return found
+
+
+def test_hostile_calls_fail_alone(hostile: Path, tmp_path: Path) -> None:
+    orphan = tmp_path / "orphan"
+    answers = ["good", *FAILURES, "print", "bad", "row", "orphan", "good again"]
+    began_s = time.monotonic()
+    found = call(Verifier(f"{hostile}:check", time_s=2.0, memory_mib=200, num_workers=4), answers, {"points": 2.5, "file": str(orphan)})
+    assert time.monotonic() - began_s < 60
+    assert sorted(found) == sorted(answers)
+    for answer, words in FAILURES.items():
+        if words is not None:
+            assert words in found[answer].get("failed", ""), (answer, found[answer])
+    scores = {answer: found[answer].get("score") for answer in ("good", "bad", "print", "row", "orphan", "good again")}
+    assert scores == {"good": 1.0, "bad": 0.0, "print": 1.0, "row": 2.5, "orphan": 1.0, "good again": 0.0}
+    if Path("/proc/self/status").exists() and orphan.exists():
+        assert not Path(f"/proc/{orphan.read_text()}").exists(), "what a call has started outlives it"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("def other(prompt, answer): return 1", "check", "no function 'check' (found: other)"),
+        ("import no_such_module", "check", "ModuleNotFoundError"),
+        ("def check(prompt: return", "check", "SyntaxError"),
+        ("def check(answer): return 1", "check", "two arguments"),
+        ("import sys; sys.exit(0)", "check", "SystemExit"),
+        ("import os; os._exit(0)", "check", "ended the process"),
+        ("check = 3", "check", "no function"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_before_anything_is_sampled(tmp_path: Path, text: str, name: str, words: str) -> None:
+    (tmp_path / "checks.py").write_text(text)
+    with pytest.raises(UserError) as found:
+        Verifier(f"{tmp_path / 'checks.py'}:{name}").check()
+    assert words in str(found.value)
+
+
+@pytest.mark.parametrize("spec", ["checks.py", "checks:f", "checks.py:", ":f", "gone.py:f", "checks.py:a b"])
+def test_specs(spec: str) -> None:
+    with pytest.raises(UserError, match="verify"):
+        Verifier(spec)
+
+
+def test_a_file_may_import_its_neighbours_and_no_file_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "choice.py").write_text("POINTS = 7")
+    (tmp_path / "checks.py").write_text("import choice\ndef check(prompt, answer): return choice.POINTS")
+    assert call(Verifier(f"{tmp_path / 'checks.py'}:check"), ["a"], {}) == {"a": {"score": 7.0}}
+
+
+def test_texts_of_any_kind_arrive_as_they_are(tmp_path: Path) -> None:
+    texts = ["\u2028line", "\x00", "tab\t\r\n", "\U0001f600", "é" * 100_000, "\ud800"]
+    (tmp_path / "checks.py").write_text(f"TEXTS = {texts!r}\ndef check(prompt, answer): return TEXTS.index(answer)")
+    found = call(Verifier(f"{tmp_path / 'checks.py'}:check"), texts, {})
+    assert [found[text].get("score") for text in texts] == [0, 1, 2, 3, 4, 5], found
