@@ -51,7 +51,7 @@ def logged(trainer: ORPOTrainer, name: str = "loss") -> list[float]:
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all weights; of a sharded model all ranks call it."""
-    return {name: gathered(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+    return {name: gathered(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 def assert_same_trajectory(found: Sequence[float], expected: Sequence[float], *, largest: float = 1e-5, mean: float = 1e-6) -> None:

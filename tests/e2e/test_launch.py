@@ -414,9 +414,6 @@ def test_every_way_to_ask_for_fsdp_means_it(values: dict[str, Any], environ: dic
 @pytest.mark.parametrize(
     ("values", "environ", "where"),
     [
-        ({"deepspeed": "x.json"}, {}, "deepspeed"),
-        ({"parallelism": "zero2"}, {}, "parallelism"),
-        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED"),
         ({}, {"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM"),
         ({"fsdp_config": {"version": 2}}, {}, "fsdp_config"),
         ({"fsdp": "fullshard"}, {}, "fsdp"),

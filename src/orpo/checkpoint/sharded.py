@@ -27,8 +27,15 @@ def is_sharded_checkpoint(folder: Path | str) -> bool:
     return (Path(folder) / FOLDER / WEIGHTS).is_dir()
 
 
-def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, name: str, *, rank: int) -> None:
-    """Write what this rank holds of some tensors. A tensor that every rank has whole is rank 0's to write.
+def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, name: str, *, rank: int, writes_whole: bool | None = None) -> None:
+    """Write what this rank holds of some tensors.
+
+    Args:
+        tensors: by name.
+        folder: the checkpoint.
+        name: of the set of tensors.
+        rank: this process's.
+        writes_whole: whether tensors that are whole here are this rank's to write; by default they are rank 0's.
 
     Raises:
         CheckpointError: the file cannot be read again as it was written.
@@ -37,7 +44,7 @@ def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, name: str, *, 
 
     parts, offsets = {}, {}
     for key, tensor in tensors.items():
-        found = _own_part(tensor, rank)
+        found = _own_part(tensor, writes_whole=rank == 0 if writes_whole is None else writes_whole)
         if found is not None:
             parts[key], offsets[key] = found[0].detach().cpu().contiguous(), {"saved_offsets": found[1]}
     target = folder / FOLDER / name
@@ -47,12 +54,12 @@ def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, name: str, *, 
     _require_readable(path, parts)
 
 
-def _own_part(tensor: torch.Tensor, rank: int) -> tuple[torch.Tensor, list[int]] | None:
+def _own_part(tensor: torch.Tensor, *, writes_whole: bool) -> tuple[torch.Tensor, list[int]] | None:
     """(part, where it begins in the whole), or None where another rank writes it or there is nothing of it here."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(tensor, DTensor):
-        return (tensor, [0] * tensor.dim()) if rank == 0 else None
+        return (tensor, [0] * tensor.dim()) if writes_whole else None
     position = tensor.device_mesh.get_coordinate()
     copies = zip(tensor.placements, position or (), strict=True)
     if any(place.is_replicate() and index for place, index in copies) or not tensor.to_local().numel():
@@ -72,8 +79,14 @@ def _require_readable(path: Path, parts: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError("what was written is not what is in memory", where=str(path))
 
 
-def load_parts(tensors: dict[str, torch.Tensor], folder: Path, name: str) -> None:
+def load_parts(tensors: dict[str, torch.Tensor], folder: Path, name: str, *, is_all: bool = True) -> None:
     """Fill tensors, whole or in parts, from what any number of ranks has written. No rank waits for another.
+
+    Args:
+        tensors: by name; filled in place.
+        folder: the checkpoint.
+        name: of the set of tensors.
+        is_all: whether there must be no others.
 
     Raises:
         CheckpointError: something is missing, of another shape, or unreadable.
@@ -85,7 +98,8 @@ def load_parts(tensors: dict[str, torch.Tensor], folder: Path, name: str) -> Non
     try:
         reader = dcp.HuggingFaceStorageReader(str(source))
         sizes = {key: list(item.size) for key, item in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-        differing = [key for key, tensor in tensors.items() if sizes.get(key) != list(tensor.shape)] + sorted(sizes.keys() - tensors.keys())
+        differing = [key for key, tensor in tensors.items() if sizes.get(key) != list(tensor.shape)]
+        differing += sorted(sizes.keys() - tensors.keys()) if is_all else []
         if differing:
             raise CheckpointError(
                 f"holds another model: {len(differing)} tensors differ in name or shape, {differing[0]} among them", where=str(source)
@@ -145,7 +159,40 @@ def save_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path, *
     save_parts(tensors, folder, MOMENTS, rank=rank)
     if rank == 0:
         groups = [{**group, "params": [names[parameter] for parameter in group["params"]]} for group in inner.param_groups]
-        save_state({"groups": groups, "scalars": scalars, "dtypes": dtypes}, folder, OPTIMIZER)
+        save_optimizer_facts(groups, scalars, dtypes, folder)
+
+
+def save_optimizer_facts(
+    groups: list[dict[str, Any]], scalars: Mapping[str, dict[str, Any]], dtypes: Mapping[str, dict[str, torch.dtype]], folder: Path
+) -> None:
+    """Write what of an optimizer is the same on all ranks.
+
+    Args:
+        groups: torch's param groups, with names in place of weights.
+        scalars: of each weight, what is kept once for all of it.
+        dtypes: of each weight, the dtype of each tensor of its size that is kept (`MOMENTS`, as `weight.key`).
+        folder: the checkpoint.
+    """
+    save_state({"groups": groups, "scalars": scalars, "dtypes": dtypes}, folder, OPTIMIZER)
+
+
+def load_optimizer_facts(folder: Path | str, own: list[list[str]]) -> dict[str, Any]:
+    """What `save_optimizer_facts` wrote, or the same of a whole optimizer's state, whose tensors are then in `whole`.
+
+    Args:
+        folder: the checkpoint.
+        own: names of the weights of each param group.
+
+    Raises:
+        CheckpointError: unreadable, or of other weights.
+    """
+    saved = load_state(folder, OPTIMIZER)
+    if "groups" not in saved:
+        saved = _named(saved, own, where=str(folder))
+    if [group["params"] for group in saved["groups"]] != own:
+        mend = "resume with the model and adapter settings of the run, or start in a new folder"
+        raise CheckpointError("the optimizer state belongs to a model with other trainable weights", where=str(folder), mend=mend)
+    return saved
 
 
 def load_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path | str) -> None:
@@ -156,16 +203,11 @@ def load_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path | 
     """
     import torch
 
-    saved = load_state(folder, OPTIMIZER)
     inner = unwrapped(optimizer)
     named = dict(model.named_parameters())
     names = {parameter: name for name, parameter in named.items()}
     own = [[names[parameter] for parameter in group["params"]] for group in inner.param_groups]
-    if "groups" not in saved:
-        saved = _named(saved, own, where=str(folder))
-    if [group["params"] for group in saved["groups"]] != own:
-        mend = "resume with the model and adapter settings of the run, or start in a new folder"
-        raise CheckpointError("the optimizer state belongs to a model with other trainable weights", where=str(folder), mend=mend)
+    saved = load_optimizer_facts(folder, own)
     states: dict[str, dict[str, Any]] = {name: dict(scalars) for name, scalars in saved["scalars"].items()}
     parts: dict[str, torch.Tensor] = {}
     for name, kinds in saved["dtypes"].items():

@@ -224,14 +224,14 @@ class ORPOConfig(TrainingArguments):
 
     @contextmanager
     def fsdp_hidden(self) -> Iterator[None]:
-        """Neither transformers nor accelerate hears of FSDP while the context lasts: `orpo.engine.parallel` applies it, on any device."""
-        given: tuple[Any, Any] = (self.__dict__["fsdp"], self.__dict__["fsdp_config"])
-        self.fsdp = self.fsdp_config = None
+        """Neither transformers nor accelerate hears of FSDP or DeepSpeed while the context lasts: `orpo.engine` applies them."""
+        given: tuple[Any, ...] = tuple(self.__dict__[name] for name in ("fsdp", "fsdp_config", "deepspeed"))
+        self.fsdp = self.fsdp_config = self.deepspeed = None
         try:
             with accelerate_left_out():
                 yield
         finally:
-            self.fsdp, self.fsdp_config = given
+            self.fsdp, self.fsdp_config, self.deepspeed = given
 
     @property
     def microbatch_tokens(self) -> int:

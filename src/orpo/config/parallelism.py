@@ -9,9 +9,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orpo.config.zero import read_deepspeed, zero_obstacles
 from orpo.errors import UserError
 from orpo.system.place import read_place
 
@@ -35,7 +36,7 @@ _ACCELERATE_WANTS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
-_MASKED = ("ACCELERATE_USE_FSDP",)
+_MASKED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Parallelism:
         reshards: give a layer's weights back between forward and backward.
         offloads: keep shards in host memory.
         is_hybrid: shard inside each machine, copies between machines.
+        zero: DeepSpeed's configuration, as it is passed on; empty where it does nothing.
     """
 
     kind: str = "ddp"
@@ -57,6 +59,7 @@ class Parallelism:
     reshards: bool = True
     offloads: bool = False
     is_hybrid: bool = False
+    zero: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def is_sharded(self) -> bool:
@@ -87,16 +90,26 @@ def _read(values: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Parall
     if not isinstance(plain, str) or plain not in KINDS:  # which is told with the other choices
         return Parallelism(), []
     wanted, problems = _fsdp(values, environ)
-    zero_by = "deepspeed" if values.get("deepspeed") else "ACCELERATE_USE_DEEPSPEED" if is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ""
-    if zero_by or plain.startswith("zero"):
+    if zero_by := _zero_by(values, environ):
+        if wanted.is_sharded:
+            problems.append(UserError(f"asks for ZeRO, and {wanted.asked_by} for FSDP", where=zero_by, mend="leave one of the two out"))
+        settings, of_zero = read_deepspeed(values, environ, where=zero_by)
+        wanted, problems = Parallelism(f"zero{settings['zero_optimization']['stage']}", zero_by, zero=settings), problems + of_zero
+    if plain not in ("auto", wanted.kind):
+        what = {"ddp": "DDP", "fsdp2": "FSDP"}.get(wanted.kind, wanted.kind.replace("zero", "ZeRO-"))
         problems.append(
-            UserError("is not supported: DeepSpeed would step after every micro-batch", where=zero_by or "parallelism", mend=_MEND)
+            UserError(f"is {plain}, and another option asks for {what}", where="parallelism", mend=f"leave {wanted.asked_by} out")
         )
-    if plain == "auto":
-        return wanted, problems
-    if plain == "ddp" and wanted.is_sharded:
-        problems.append(UserError("is ddp, and another option asks for FSDP", where="parallelism", mend=f"leave {wanted.asked_by} out"))
-    return (wanted if wanted.kind == plain else Parallelism(plain, "parallelism")), problems
+    return wanted, problems
+
+
+def _zero_by(values: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """The option or variable that asks for ZeRO."""
+    if values.get("deepspeed"):
+        return "deepspeed"
+    if is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        return "ACCELERATE_USE_DEEPSPEED"
+    return "parallelism" if str(values.get("parallelism")).startswith("zero") else ""
 
 
 def _fsdp(values: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Parallelism, list[UserError]]:
@@ -200,7 +213,7 @@ def _obstacles(wanted: Parallelism, values: Mapping[str, Any], environ: Mapping[
     for name, reason in (("torch_compile", "it compiles the whole model"), ("fp16", "its scaler needs whole gradients")):
         if values.get(name):
             return [UserError(f"is not supported together with {wanted.kind}: {reason}", where=name, mend="leave it out")]
-    return []
+    return zero_obstacles(values, wanted.asked_by) if wanted.zero else []
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:
@@ -210,7 +223,7 @@ def is_on(environ: Mapping[str, str], name: str) -> bool:
 
 @contextmanager
 def accelerate_left_out() -> Iterator[None]:
-    """accelerate hears nothing of FSDP while the context lasts: it would apply it in its own way, or on a CPU not at all."""
+    """accelerate hears nothing of FSDP and DeepSpeed while the context lasts: it would apply it in its own way, or on a CPU not at all."""
     hidden = {name: os.environ.pop(name) for name in _MASKED if name in os.environ}
     try:
         yield

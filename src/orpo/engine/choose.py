@@ -194,6 +194,30 @@ def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
     ]
 
 
+def has_unused_weights(model: nn.Module, engine: Engine, groups: Sequence[TokenGroup], objective: Objective) -> bool:
+    """Whether some trainable weights take no part in the loss of the first rows, or may take none in that of others (experts)."""
+    if any("experts" in name and name[0] != "_" for name in vars(shared.unwrap(model).config.get_text_config())):
+        return True
+    batch = collate(rows_for_check(groups), "sequence").to(next(model.parameters()).device)
+    with torch.enable_grad():
+        reached = _leaves(engine.step(model, batch, objective).loss)
+    return any(weight.requires_grad and id(weight) not in reached for weight in model.parameters())
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Ids of the tensors that a backward pass would give gradients to."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(id(leaf))
+        waiting += [inner for inner, _ in node.next_functions]
+    return found
+
+
 def compare(
     model: nn.Module,
     groups: Sequence[TokenGroup],

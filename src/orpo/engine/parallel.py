@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orpo.engine.precision import total_norm
 from orpo.engine.shared import unwrap
+from orpo.engine.zero import is_under_zero, own_row, whole_weight
 from orpo.errors import UserError
 from orpo.system.group import on_all
 from orpo.system.ranks import all_reduce_sum, current_ranks
@@ -135,8 +136,8 @@ def _sharded_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been applied."""
-    return any(True for _ in _sharded_modules(model))
+    """Whether no rank has the weights, or what trains them, alone: `shard` or ZeRO has been applied."""
+    return any(True for _ in _sharded_modules(model)) or any(is_under_zero(weight) for weight in model.parameters())
 
 
 def require_sharded(model: nn.Module) -> None:
@@ -146,7 +147,7 @@ def require_sharded(model: nn.Module) -> None:
         RuntimeError: one is not.
     """
     whole = [name for name, parameter in model.named_parameters() if not is_shard(parameter)]
-    if whole or not is_sharded(model):
+    if whole:
         raise RuntimeError(f"FSDP2 was asked for and not applied to {len(whole)} weights, {', '.join(whole[:3])} among them")
 
 
@@ -158,12 +159,17 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in place."""
+    """What this rank holds of a tensor, in place; of a weight under ZeRO-3 as one row."""
+    if hasattr(tensor, "ds_tensor"):
+        return own_row(tensor)
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; all ranks call it."""
+    """The whole tensor, without a graph; all ranks call it."""
+    if is_under_zero(tensor):
+        return whole_weight(tensor)
+    tensor = tensor.detach()
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -203,10 +209,10 @@ def whole_state(model: Any, *, is_kept: bool) -> dict[str, Tensor]:
     is_adapted = getattr(model, "peft_config", None) is not None
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if is_adapted and name not in trained and "embed" not in name and "lm_head" not in name:
             continue
-        whole = gathered(tensor.detach())
+        whole = gathered(tensor)
         if is_kept:
             state[name] = whole.to("cpu", copy=True)
         del whole

@@ -102,7 +102,7 @@ def _head_installed(core: Any, job: HeadJob) -> Iterator[list[tuple[Tensor, Tens
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         results.append(head_loss(hidden_states[0], module, job))
-        return results[0][0].reshape(1, 1, 1)
+        return results[0][0].reshape(1, 1, 1).clone()  # not a view, of which FSDP2 warns at each start
 
     module.forward = forward
     try:

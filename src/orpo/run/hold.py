@@ -251,7 +251,8 @@ def run_as_facts(config: RunConfig) -> Any:
 def options_as_facts(args: ORPOConfig, **hidden: Any) -> Any:
     """The trainer's options as a checkpoint keeps them; `hidden` are those that have another value while it trains."""
     options = {**args.to_dict(), **hidden}
-    options.pop("fsdp_config", None)  # how weights are spread over ranks changes rounding alone
+    for name in ("fsdp_config", "deepspeed"):  # how weights are spread over ranks changes rounding alone
+        options.pop(name, None)
     return redact(json.loads(json.dumps(options, default=str)))
 
 

@@ -6,11 +6,13 @@ A saver writes as its run holds its weights, and reads what either has written. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from orpo.checkpoint import (
     Ranks,
@@ -21,7 +23,20 @@ from orpo.checkpoint import (
     save_scaler,
     save_scheduler,
 )
-from orpo.checkpoint.sharded import is_sharded_checkpoint, load_optimizer_parts, load_weights, save_optimizer_parts, save_weights
+from orpo.checkpoint.sharded import (
+    MOMENTS,
+    WEIGHTS,
+    is_sharded_checkpoint,
+    load_optimizer_facts,
+    load_optimizer_parts,
+    load_parts,
+    load_weights,
+    save_optimizer_facts,
+    save_optimizer_parts,
+    save_parts,
+    save_weights,
+    saved_weights,
+)
 from orpo.engine.parallel import is_sharded
 from orpo.engine.shared import unwrap
 from orpo.errors import CheckpointError
@@ -45,6 +60,9 @@ class StateSaver(ABC):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+
+    def prepare(self, ranks: Ranks, *, weights_only: bool) -> None:  # noqa: B027  (most have nothing to do)
+        """Bring together what has to be, before a save: inside it a rank that fails would leave the others waiting."""
 
     def save(self, folder: Path, ranks: Ranks, *, weights_only: bool) -> None:
         """Write this rank's files; names differ between ranks, and rank 0 writes what is the same on all."""
@@ -116,7 +134,7 @@ class SpreadState(StateSaver):
 
     def save_weights(self, folder: Path, ranks: Ranks) -> None:
         model: Any = self.trainer.model
-        save_weights(model, folder, rank=ranks.rank)
+        self.save_own_weights(folder, ranks)
         if not ranks.is_first:
             return
         adapters = getattr(model, "peft_config", None) or {}
@@ -125,6 +143,10 @@ class SpreadState(StateSaver):
         if not adapters:
             unwrap(model).config.save_pretrained(str(folder))
         self.trainer.processing_class.save_pretrained(str(folder))
+
+    def save_own_weights(self, folder: Path, ranks: Ranks) -> None:
+        """What of the weights this rank writes."""
+        save_weights(self.trainer.model, folder, rank=ranks.rank)
 
     def save_optimizer(self, folder: Path, ranks: Ranks) -> None:
         save_optimizer_parts(self.trainer.optimizer, self.trainer.model, folder, rank=ranks.rank)
@@ -145,3 +167,111 @@ class SpreadState(StateSaver):
 
     def load_optimizer(self, folder: Path) -> None:
         load_optimizer_parts(self.trainer.optimizer, self.trainer.model, folder)
+
+
+class ZeroState(SpreadState):
+    """DeepSpeed has parts that are no rectangles of a weight: each rank writes its share of the weights, whole."""
+
+    trainer: Any
+    _weights: dict[str, Tensor]
+    _moments: dict[str, Tensor]
+    _dtypes: dict[str, dict[str, torch.dtype]]
+
+    def prepare(self, ranks: Ranks, *, weights_only: bool) -> None:
+        zero, wanted = self.trainer.zero, saved_weights(self.trainer.model)
+        pairs = ((name, value) for name, value in zero.weights(set(wanted)))
+        self._weights = self._own_share(pairs, ranks)
+        if ranks.is_first:
+            buffers = wanted.keys() - dict(self.trainer.model.named_parameters()).keys()
+            self._weights |= {name: wanted[name] for name in buffers}
+        if weights_only:
+            return
+        self._dtypes = {name: {} for names in zero.group_names for name in names} if zero.scalars() else {}
+        self._moments = self._own_share(self._named_moments(), ranks)
+
+    def _named_moments(self) -> Iterator[tuple[str, Tensor]]:
+        for name, key, value in self.trainer.zero.moments():
+            self._dtypes[name][key] = value.dtype
+            yield f"{name}.{key}", value
+
+    @staticmethod
+    def _own_share(pairs: Iterator[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+        return {name: value.to("cpu", copy=True) for number, (name, value) in enumerate(pairs) if number % ranks.world_size == ranks.rank}
+
+    def save_own_weights(self, folder: Path, ranks: Ranks) -> None:
+        save_parts(self._weights, folder, WEIGHTS, rank=ranks.rank, writes_whole=True)
+        self._weights = {}
+
+    def save_optimizer(self, folder: Path, ranks: Ranks) -> None:
+        zero = self.trainer.zero
+        save_parts(self._moments, folder, MOMENTS, rank=ranks.rank, writes_whole=True)
+        self._moments = {}
+        if ranks.is_first:
+            groups = [{**group, "params": names} for group, names in zip(zero.groups, zero.group_names, strict=True)]
+            save_optimizer_facts(groups, {name: zero.scalars() for name in self._dtypes}, self._dtypes, folder)
+
+    def load_weights(self, folder: Path, load_whole: Load) -> None:
+        if self.trainer.zero is None:
+            StateSaver.load_weights(self, folder, load_whole)
+        elif is_sharded_checkpoint(folder):
+            # Before the model was spread they were put into it; at the end of a run they are those of the best step.
+            model, zero = self.trainer.model, self.trainer.zero
+            names = saved_weights(model).keys()
+            shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters() if name in names}
+            for some in _in_portions(shapes):
+                values = {name: torch.empty(shapes[name]) for name in some}
+                load_parts(values, folder, WEIGHTS, is_all=False)
+                zero.put_weights(values)
+
+    def load_optimizer(self, folder: Path) -> None:
+        zero, model = self.trainer.zero, self.trainer.model
+        saved = load_optimizer_facts(folder, zero.group_names)
+        for group, old in zip(zero.groups, saved["groups"], strict=True):
+            group.update({key: value for key, value in old.items() if key != "params"})
+        if not saved["scalars"]:
+            return
+        scalars, kinds = _one_of(saved["scalars"], folder), _one_of(saved["dtypes"], folder)
+        zero.begin_state(scalars, kinds)
+        shapes = {name: getattr(model.get_parameter(name), "ds_shape", model.get_parameter(name).shape) for name in saved["dtypes"]}
+        for some in _in_portions(shapes):
+            values = {f"{name}.{key}": torch.empty(shapes[name], dtype=dtype) for name in some for key, dtype in kinds.items()}
+            if "whole" in saved:
+                values = {name: saved["whole"][name] for name in values}
+            else:
+                load_parts(values, folder, MOMENTS, is_all=False)
+            for name in some:
+                for key in kinds:
+                    zero.put_moment(name, key, values[f"{name}.{key}"])
+
+
+_PORTION_BYTES = 2**30
+
+
+def _in_portions(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """Names of weights, so many at a time that a rank has room for them whole."""
+    some: list[str] = []
+    held = 0
+    for name, shape in shapes.items():
+        if some and held + 4 * shape.numel() > _PORTION_BYTES:
+            yield some
+            some, held = [], 0
+        some.append(name)
+        held += 4 * shape.numel()
+    if some:
+        yield some
+
+
+def _one_of(by_weight: Mapping[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What is the same for all weights, as ZeRO's optimizer keeps it.
+
+    Raises:
+        CheckpointError: it is not, as where some weights had no gradient in a step.
+    """
+    first, *others = by_weight.values()
+    if any(other != first for other in others):
+        raise CheckpointError(
+            "its optimizer has made different steps for different weights, which ZeRO cannot go on with",
+            where=str(folder),
+            mend="parallelism: fsdp2, or ddp",
+        )
+    return first

@@ -22,12 +22,13 @@ from transformers.trainer_utils import TrainOutput
 
 from orpo.checkpoint import checkpoint_name, load_rng, load_scaler, prune, publish, read_manifest, save_rng, verify
 from orpo.checkpoint.sharded import is_sharded_checkpoint
+from orpo.config.parallelism import Parallelism
 from orpo.data.dataset import fingerprint
 from orpo.engine.parallel import is_sharded, whole_state
 from orpo.run.hold import RunHold, options_as_facts
 from orpo.system.plugins import plugin_sha256
 from orpo.training.guards.callbacks import SignalCallback
-from orpo.training.savers import SpreadState, StateSaver, WholeState
+from orpo.training.savers import SpreadState, StateSaver, WholeState, ZeroState
 from orpo.training.schedule import require_same_rates
 from orpo.training.stopping import has_stopped_improving
 
@@ -49,7 +50,7 @@ class CheckpointMixin(_Base):
     hidden_args: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
     run_hold: RunHold | None = None
     """The folder, where somebody holds it for longer than the training takes."""
-    _is_sharded: bool
+    parallelism: Parallelism
     _facts: dict[str, Any] | None = None
     _signals: SignalCallback
     _is_evaluation_due = False
@@ -59,7 +60,8 @@ class CheckpointMixin(_Base):
     @functools.cached_property
     def saver(self) -> StateSaver:
         """How this run's weights and optimizer are saved; nobody else here asks whether they are spread."""
-        return (SpreadState if self._is_sharded else WholeState)(self)
+        kinds: dict[str, type[StateSaver]] = {"ddp": WholeState, "fsdp2": SpreadState}
+        return kinds.get(self.parallelism.kind, ZeroState)(self)
 
     # ---- save ----------------------------------------------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class CheckpointMixin(_Base):
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(run_dir / checkpoint_name(self.state.best_global_step))
         # Gathered before the save: inside it a rank that fails would leave the others in a collective of another kind.
+        self.saver.prepare(self.ranks, weights_only=self.args.save_only_model)
         write = functools.partial(self._write_checkpoint, sums=self.ranks.gather(self.sums.state()))
         folder = publish(run_dir, self.state.global_step, write, facts=self.facts(), ranks=self.ranks)
         if self.ranks.is_first:

@@ -9,9 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from orpo.config.parallelism import Parallelism
+from orpo.engine.choose import Engine, has_unused_weights
 from orpo.engine.parallel import is_sharded, shard
+from orpo.engine.zero import Zero
+from orpo.objective import Objective
 from orpo.system.allocator import return_freed_memory
 from orpo.system.ranks import Ranks
 from orpo.training.planning import packed_lengths, weigh_model
@@ -27,12 +31,16 @@ class SpreadMixin(_Base):
     """Spreading for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
     parallelism: Parallelism
+    optimizer: Any
+    training_objective: Objective
     before_sharding: Callable[[], None] = staticmethod(lambda: None)
     """Called when the weights are whole for the last time."""
     load_whole_weights: Callable[[str | None], None]
     ranks: Ranks
     args: Any
     recomputed_layers: int | None = None
+    zero: Zero | None = None
+    """What DeepSpeed holds, once it does."""
 
     @property
     def _is_sharded(self) -> bool:
@@ -57,6 +65,46 @@ class SpreadMixin(_Base):
             return
         self.load_whole_weights(checkpoint)
         self.before_sharding()
+        self._start_zero() if self.parallelism.zero else self._shard()
+        if self.args.device.type == "cpu":
+            return_freed_memory()  # the weights as they were whole
+        self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it
+
+    def begin_micro_batch(self, *, is_last: bool) -> None:
+        """Before the forward pass of a micro-batch of a step."""
+        if self.zero is not None:
+            self.zero.begin_micro_batch(is_last=is_last)
+
+    def called(self, model: nn.Module) -> Any:
+        """The model as a training step calls it."""
+        return model if self.zero is None else self.zero.engine
+
+    def spread_backward(self, loss: Tensor) -> None:
+        """Gradients of this rank's part of a step's loss, which is already divided by the whole step's counts, times the ranks."""
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:  # DDP and ZeRO take the mean over ranks; FSDP's shards are summed.
+            self.accelerator.backward(loss / self.args.world_size if self._is_sharded else loss)
+
+    def settle_ddp(self, engine: Engine) -> None:
+        """Turn off DDP's search for weights without a gradient, which walks the graph in every micro-batch, where there are none."""
+        wrapper = self.accelerator.ddp_handler
+        if self.args.world_size == 1 or self._is_sharded or self.args.ddp_find_unused_parameters is not None or wrapper is None:
+            return
+        if wrapper.find_unused_parameters:
+            wrapper.find_unused_parameters = has_unused_weights(self.model, engine, self.train_dataset, self.training_objective)
+
+    def _start_zero(self) -> None:
+        self.zero = Zero(
+            self.model,
+            self.create_optimizer(),
+            settings=self.parallelism.zero,
+            dtype=getattr(torch, self.args.compute_dtype),
+            max_grad_norm=self.args.max_grad_norm or 0.0,
+        )
+        self.optimizer = self.zero.optimizer
+
+    def _shard(self) -> None:
         wanted = self.parallelism
         per_replica = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if wanted.is_hybrid else 0
         shard(
@@ -67,6 +115,3 @@ class SpreadMixin(_Base):
             offloads=wanted.offloads,
             per_replica=per_replica,
         )
-        if self.args.device.type == "cpu":
-            return_freed_memory()  # the weights as they were whole
-        self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it

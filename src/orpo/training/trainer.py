@@ -281,6 +281,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
                     stack.enter_context(fused_modules(self.model))
             self.recomputed_layers = stack.enter_context(self.recomputing())
             self.spread_weights(checkpoint)
+            self.settle_ddp(engine)
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
             is_complete = checkpoint is not None and self.is_complete_at(checkpoint)
@@ -330,10 +331,12 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         logps: list[Tensor] = []
         last, scale = len(inputs.microbatches) - 1, self.loss_scale
         for number, microbatch in enumerate(inputs.microbatches):
+            self.begin_micro_batch(is_last=number == last)
             with synchronised(self.accelerator, model, is_last=number == last), self._computing():
-                result = self.engine.step(model, microbatch.to(self.args.device), self.training_objective, gradient_scale=scale)
-                # DDP takes the mean over ranks; shards are summed.
-                self.accelerator.backward(result.loss / self.args.world_size if self._is_sharded else result.loss)
+                result = self.engine.step(
+                    self.called(model), microbatch.to(self.args.device), self.training_objective, gradient_scale=scale
+                )
+                self.spread_backward(result.loss)
             loss += result.loss.detach()
             logps.append(result.logp_N)
             self.sums.add(result.sums, num_tokens=microbatch.num_tokens, end_logps=end_logps(microbatch, result.logp_N))
@@ -360,7 +363,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         """Total norm, clip, and the guard before any weight is touched."""
         self.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self._grad_norm = norm_of(gradients)
+        self._grad_norm = norm_of(gradients) if self.zero is None else self.zero.norm()
         is_overflow = self.is_overflow(self._grad_norm)
         if self.accelerator.scaler is not None:
             self.sums.add_skipped(is_overflow)
@@ -373,7 +376,9 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         )
         if not is_fine:
             model.zero_grad(set_to_none=True)
-        elif not is_overflow and 0 < self.args.max_grad_norm < self._grad_norm:
+            if self.zero is not None:
+                self.zero.drop()
+        elif self.zero is None and not is_overflow and 0 < self.args.max_grad_norm < self._grad_norm:
             self._scale_gradients(gradients, self.args.max_grad_norm / (self._grad_norm + 1e-6))
 
     def _scale_gradients(self, gradients: list[Tensor], scale: float) -> None:
@@ -399,7 +404,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
     def floating_point_ops(self, inputs: StepBatch) -> int:
         """6 floating-point operations per weight and packed token: forward, and twice that backward."""
         num_tokens = sum(batch.num_tokens for batch in inputs.microbatches)
-        return 6 * num_tokens * sum(parameter.numel() for parameter in self.model.parameters())
+        return 6 * num_tokens * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
 
     @property
     def _reward_scale(self) -> float | None:

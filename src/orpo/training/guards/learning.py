@@ -223,11 +223,12 @@ def weight_checksums(model: torch.nn.Module) -> dict[str, int]:
     """
     import torch
 
+    from orpo.engine.parallel import own_part  # imports torch, which this file does not
+
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = {}
     for name, parameter in model.named_parameters():
-        data = parameter.detach()
-        data = data.to_local() if hasattr(data, "to_local") else data
+        data = own_part(parameter).detach()
         if parameter.requires_grad and data.numel():
             sums[name] = data.contiguous().view(views[data.element_size()]).sum(dtype=torch.int64)
     return {name: int(value) for name, value in sums.items()}
