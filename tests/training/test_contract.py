@@ -219,7 +219,7 @@ def test_what_is_used_of_accelerate_is_there() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value)
     }
     used = _attributes(lambda value: isinstance(value, ast.Attribute) and value.attr == "accelerator")
-    assert {"backward", "unscale_gradients"} <= {node.attr for _, node in used}
+    assert {"backward", "scaler"} <= {node.attr for _, node in used}
     assert not [text for text, node in used if not hasattr(Accelerator, node.attr) and node.attr not in made]
     inspect.signature(Accelerator.backward).bind(None, None, scale_wrt_gas=False)
     inspect.signature(Accelerator.no_sync).bind(None, None)

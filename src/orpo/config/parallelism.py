@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orpo.config.zero import read_deepspeed, zero_obstacles
+from orpo.config.deepspeed import read_deepspeed, zero_obstacles
 from orpo.errors import UserError
 from orpo.system.place import read_place
 

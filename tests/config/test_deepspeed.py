@@ -21,7 +21,7 @@ OWN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if DeepSpeed were there; nothing here imports it."""
-    monkeypatch.setattr("orpo.config.zero.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr("orpo.config.deepspeed.find_spec", lambda name: ModuleSpec(name, None))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_does_not_go_with_zero_is_refused(values: dict[str, Any], where: st
 
 
 def test_without_deepspeed_its_absence_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orpo.config.zero.find_spec", lambda name: None)
+    monkeypatch.setattr("orpo.config.deepspeed.find_spec", lambda name: None)
     (problem,) = sharding_problems({"parallelism": "zero3"}, TWO)
     assert "deepspeed" in str(problem)
     assert "pip install" in str(problem.mend)
