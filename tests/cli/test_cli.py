@@ -176,6 +176,8 @@ class TestRecipes:
 
 
 class TestProgress:
+    now_s = 0.0
+
     def report(self, is_terminal: bool = False, width: int = 200):
         from io import StringIO
 
@@ -184,7 +186,8 @@ class TestProgress:
         from orpo.cli.progress import ProgressReport
 
         stream = StringIO()
-        return ProgressReport(Console(file=stream, force_terminal=is_terminal, width=width, highlight=False)), stream
+        console = Console(file=stream, force_terminal=is_terminal, width=width, highlight=False)
+        return ProgressReport(console, clock=lambda: self.now_s), stream
 
     def state(self, step: int) -> SimpleNamespace:
         return SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=10)
@@ -247,6 +250,27 @@ class TestProgress:
         assert line.startswith("step 1/10  ")
         assert line.endswith(" left")
 
+    @pytest.mark.parametrize("is_terminal", [False, True])
+    def test_a_log_is_never_silent_for_long(self, is_terminal: bool) -> None:
+        """Steps of eleven seconds that log nothing, then an evaluation of as slow micro-batches; a terminal has its bar."""
+        report, stream = self.report(is_terminal)
+        report.on_train_begin(None, self.state(0), None)
+        for step in range(1, 10):
+            self.now_s += 11
+            report.on_step_end(None, self.state(step), SimpleNamespace(should_log=False))
+        for _ in range(7):
+            self.now_s += 11
+            report.on_prediction_step(None, self.state(9), None)
+        report.on_evaluate(None, self.state(9), None)
+        report.close()
+        lines = stream.getvalue().splitlines()
+        if is_terminal:
+            assert not any(line.startswith(("step 4", "step 7")) for line in lines)
+            return
+        assert [line.partition("  ")[0] for line in lines] == ["step 1/10", "step 4/10", "step 7/10", "step 9", "step 9", "step 9"]
+        assert lines[1].endswith("1 min 06 s left")
+        assert lines[3].endswith("evaluating, 1 micro-batches done")
+
     def test_the_margin_is_in_nats_per_token_whatever_the_weight_of_its_term(self) -> None:
         from orpo.cli.progress import describe_log
 
@@ -261,11 +285,10 @@ class TestProgress:
         report.on_log(None, self.state(1), None, logs={"loss": float("nan"), "rewards/accuracies": float("nan")})
         assert "loss nan  acc nan" in stream.getvalue()
 
-    def test_time_left_counts_from_the_resumed_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_time_left_counts_from_the_resumed_step(self) -> None:
         report, _ = self.report()
-        now = iter([100.0, 110.0])
-        monkeypatch.setattr("orpo.cli.progress.time.monotonic", lambda: next(now))
         report.on_train_begin(None, self.state(5), None)
+        self.now_s += 10
         assert report.time_left(self.state(7)) == "15 s left"
 
     def test_other_processes_are_silent(self) -> None:

@@ -21,7 +21,7 @@ from orpo.cli import main
 from orpo.evaluate.judging.endpoint import EndpointJudge
 
 SOURCE = Path(__file__).parents[2] / "src"
-QUICK = ["--judge_retries", "1", "--judge_timeout", "5", "--judge_workers", "1"]
+QUICK = ["--judge_retries", "1", "--judge_workers", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,16 +33,30 @@ ENVIRONMENT = {
 
 
 class Exit(NamedTuple):
-    """How a process ended, and how long after the first of its group."""
+    """How a process ended."""
 
     status: int
-    after_s: float
 
 
 def send(pid: int, number: int) -> None:
     """Signal a job that may have ended by itself."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a job still runs; the zygote takes note of its end at once."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def await_text(pid: int, what: Callable[[], bool]) -> None:
+    """Wait until it is so, or the job has ended; a test that waits in vain is ended by its own limit."""
+    while not what() and is_alive(pid):
+        time.sleep(0.005)
 
 
 def marks(log: Path) -> list[str]:
@@ -104,7 +119,7 @@ class Zygote:
                 while_running(pids)
         finally:  # or the next command would read this one's exits
             exits = self._read()["exits"]
-        return [Exit(int(status), after_s) for _, status, after_s in sorted(exits)]
+        return [Exit(status) for _, status in sorted(exits)]
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from faults.forked import Exit, Finished, Zygote
-from faults.test_distributed import LEAVE_S, Pair
+from faults.test_distributed import Pair
 from orpo.checkpoint import verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -53,7 +53,6 @@ def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
     ends = pair.train(act=pair.signal_at(line, rank, signal.SIGKILL), slow_save_s=0.05 if line == "saving" else 0.0)
     assert ends[rank].status == -signal.SIGKILL
     assert ends[1 - rank].status == 1, pair.text()
-    assert ends[1 - rank].after_s < LEAVE_S
     assert "lost contact with another process" in pair.text(1 - rank)
     assert "Traceback" not in pair.text(1 - rank)
     assert pair.step() == (0 if line == "saving" else 3)
@@ -66,7 +65,6 @@ def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
 def test_an_exception_on_one_rank_is_told_once(rank: int, pair: ShardedPair) -> None:
     ends = pair.train(trouble="exception", trouble_rank=rank)
     assert [end.status for end in ends] == [1, 1], pair.text()
-    assert max(end.after_s for end in ends) < LEAVE_S
     assert pair.text(rank).count("Traceback") == 1
     assert f"stops because rank {rank} failed first: ArithmeticError: the trouble of this rank alone" in pair.text(1 - rank)
     assert pair.step() == 3
@@ -75,7 +73,6 @@ def test_an_exception_on_one_rank_is_told_once(rank: int, pair: ShardedPair) -> 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=SLOW)])
 def test_a_rank_that_cannot_save_stops_all_and_nothing_is_published(rank: int, pair: ShardedPair, uninterrupted: Finished) -> None:
     ends = pair.train(trouble="full disk", trouble_rank=rank)
-    assert max(end.after_s for end in ends) < LEAVE_S
     assert ends[rank].status == 2, pair.text()
     assert "no room for the checkpoint" in pair.text(rank)
     assert f"rank {rank} failed first" in pair.text(1 - rank)

@@ -187,22 +187,24 @@ def test_other_threads_leave_the_handlers_alone() -> None:
 
 
 def _signalled(body: str, numbers: list[int], **environment: str) -> tuple[int, str]:
-    """Exit code and stderr of a process that is sent signals, each after it has written a line."""
-    code = f"import time, os\nfrom orpo.training.guards.signals import SignalGuard\nwith SignalGuard() as guard, guard.hold():\n{body}"
+    """Exit code and stderr of a process that is sent signals, each after it has written a line; then its stdin is closed."""
+    code = f"import time, os, sys\nfrom orpo.training.guards.signals import SignalGuard\nwith SignalGuard() as guard, guard.hold():\n{body}"
     path = str(Path(orpo.__file__).parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
     assert process.stdout is not None
     for number in numbers:
         process.stdout.readline()
         process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate()
     return process.returncode, errors
 
 
-STUCK = "    for _ in range(400):\n        print('at work', flush=True)\n        time.sleep(0.05)\n"
+ONE_SEEN = "    print('at work', flush=True)\n    while not guard.pending:\n        time.sleep(0.01)\n    print('one seen', flush=True)\n"
+"""The first signal is seen before the second is sent: two of a kind that wait together are one."""
+STUCK = ONE_SEEN + "    while True:\n        time.sleep(0.01)\n"
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -214,7 +216,7 @@ def test_second_signal_leaves_at_once(second: int) -> None:
 
 
 def test_the_launchers_echo_of_a_signal_is_no_second_one() -> None:
-    code, errors = _signalled(STUCK.replace("400", "6") + "    print(guard.pending, flush=True)\n", [2, 2], TORCHELASTIC_RUN_ID="x")
+    code, errors = _signalled(ONE_SEEN + "    sys.stdin.read()\n", [2, 2], TORCHELASTIC_RUN_ID="x")
     assert "leaving at once" not in errors.splitlines()[-1]
     assert code == 1  # the hold ended by itself and raised SignalStop
     assert "SignalStop" in errors

@@ -5,7 +5,7 @@ It never computes anything itself: a fork of a process whose autograd threads ha
 Standard input: one JSON object per line, {"job": name, "logs": a path per rank, "port": n, "arguments": {...}}; a name is that of a
 function in faults.jobs, or module:function.
 Beside each log FILE.marks has one line per step, saved file and so on (faults.jobs.mark), and nothing else.
-Standard output: for each, {"pids": [...]} at once and, at the end of all, {"exits": [[rank, status, seconds since the first end], ...]};
+Standard output: for each, {"pids": [...]} at once and, at the end of all, {"exits": [[rank, status], ...]};
 a status is the exit code, or minus the signal's number.
 """
 
@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -48,12 +47,10 @@ def main() -> None:
         command = json.loads(line)
         ranks = {_fork(command, rank): rank for rank in range(len(command["logs"]))}
         print(json.dumps({"pids": list(ranks)}), flush=True)
-        exits: list[list[float]] = []
-        first_s = 0.0
+        exits: list[list[int]] = []
         while len(exits) < len(ranks):
             pid, status = os.wait()
-            first_s = first_s or time.monotonic()
-            exits.append([ranks[pid], os.waitstatus_to_exitcode(status), time.monotonic() - first_s])
+            exits.append([ranks[pid], os.waitstatus_to_exitcode(status)])
         print(json.dumps({"exits": exits}), flush=True)
     os._exit(0)  # taking everything that was imported apart takes seconds on a busy machine
 

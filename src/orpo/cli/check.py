@@ -286,6 +286,7 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
 
     longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
     held_out = sorted(data.held_out or [], key=lambda group: -group.num_tokens)[: args.per_device_eval_batch_size]
+    report.show(f"working      loads the model, compares the engines, makes one step of {len(longest)} rows")
     loaded = load_run_model(config, args, data)
     with tempfile.TemporaryDirectory(prefix="orpo-check-") as scratch:
         args = _for_a_trial(args, scratch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def make_observer(console: Console) -> Any:
     """What looks at the model before and after training, and keeps the outcome in the run's folder."""
+    from orpo.cli.bars import PartBars
     from orpo.evaluate.pairs import paired_difference, score_groups, summarise
     from orpo.inference.generate import generate
     from orpo.system.console import say
@@ -98,9 +100,12 @@ def make_observer(console: Console) -> Any:
 
         def look(self, trainer: ORPOTrainer, data: RunData, when: str) -> tuple[list[Any], list[str]]:
             say(console, f"{when:<12} {len(data.held_out or [])} held-out pairs, {len(data.prompts)} answers")
-            dtype = trainer.compute_dtype
-            scores = score_groups(trainer.model, data.held_out or [], engine=trainer.engine, compute_dtype=dtype)
-            answers = generate(trainer.model, data.tokenizer, data.encoder, data.prompts, max_new_tokens=ANSWER_TOKENS, compute_dtype=dtype)
+            how: dict[str, Any] = {"compute_dtype": trainer.compute_dtype}
+            with PartBars(console) as bars:
+                how["progress"] = partial(bars, f"{when}, pairs scored")
+                scores = score_groups(trainer.model, data.held_out or [], engine=trainer.engine, **how)
+                how["progress"] = partial(bars, f"{when}, answers")
+                answers = generate(trainer.model, data.tokenizer, data.encoder, data.prompts, max_new_tokens=ANSWER_TOKENS, **how)
             return scores, [answer.text.strip() for answer in answers]
 
         def before(self, trainer: ORPOTrainer, data: RunData) -> None:

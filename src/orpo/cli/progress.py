@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from orpo.system.console import human_seconds, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -28,6 +30,8 @@ _SHOWN = (
 _IN_BAR = ("loss", "acc", "margin", "tok/s")
 _BAR_CELLS = (10, 24)
 """Fewest and most cells of the bar itself."""
+QUIET_S = 30.0
+"""Without a terminal a step that logs nothing is told of where nothing was said for so long."""
 
 
 def describe_log(logs: dict[str, Any], prefix: str = "") -> str:
@@ -80,10 +84,17 @@ class _Line(ProgressColumn):
 
 
 class ProgressReport(TrainerCallback):
-    """Replaces transformers' bar. On the first process alone."""
+    """Replaces transformers' bar. On the first process alone.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Args:
+        console: where to.
+        clock: seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self._told_s = 0.0
+        self._num_evaluated = 0
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._started_s = 0.0
@@ -92,7 +103,8 @@ class ProgressReport(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._started_s, self._first_step = time.monotonic(), state.global_step
+        self._started_s = self._told_s = self.clock()
+        self._first_step = state.global_step
         if self.console.is_terminal:
             self._progress = Progress(_Line(self.console), console=self.console, transient=False)
             self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, left="", values=())
@@ -103,15 +115,28 @@ class ProgressReport(TrainerCallback):
         done = state.global_step - self._first_step
         if done <= 0 or state.global_step >= state.max_steps:
             return ""
-        seconds = (time.monotonic() - self._started_s) / done * (state.max_steps - state.global_step)
+        seconds = (self.clock() - self._started_s) / done * (state.max_steps - state.global_step)
         return f"{human_seconds(seconds)} left"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, left=self.time_left(state))
-        elif state.is_world_process_zero and state.global_step == self._first_step + 1 and not control.should_log:
-            # The first values may be long in coming: that it moves, and how fast, is worth a line in a log.
-            self._say(f"step {state.global_step}/{state.max_steps}  {self.time_left(state)}")
+        elif state.is_world_process_zero and not control.should_log and (state.global_step == self._first_step + 1 or self._is_quiet):
+            # The next values may be long in coming: that it moves, and how fast, is worth a line in a log.
+            self._say(f"step {state.global_step}/{state.max_steps}  {self.time_left(state)}".rstrip())
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self.clock() - self._told_s >= QUIET_S
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A micro-batch of an evaluation, of which there is no bar."""
+        self._num_evaluated += 1
+        if state.is_world_process_zero and self._is_quiet:
+            self._say(f"step {state.global_step}  evaluating, {self._num_evaluated} micro-batches done")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._num_evaluated = 0
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
@@ -145,4 +170,5 @@ class ProgressReport(TrainerCallback):
             self._progress = None
 
     def _say(self, line: str) -> None:
+        self._told_s = self.clock()
         say(self._progress.console if self._progress is not None else self.console, line)

@@ -37,6 +37,8 @@ NEGLIGIBLE_GRADIENT = 1e-4
 CHECK_PROMPT_TOKENS, CHECK_ANSWER_TOKENS = 96, 32
 """Rows for the check are cut to this: the padded engine makes logits for every position, and its memory would be the peak of the whole run.
 What is asked is whether this model's layers keep to the layout, which shows at any length; long rows are the tests' business."""
+_QUICK_PARAMETERS = 30_000_000
+"""Up to which the comparison is over before anybody asks what is being done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,8 @@ def choose(
     if problem is None:
         try:
             rows = rows_for_check(groups)
+            if sum(parameter.numel() for parameter in core.parameters()) > _QUICK_PARAMETERS:
+                logger.info("comparing    the two engines on the first %d rows", len(rows))
             agreements = [compare(model, rows, objective, nll_scope, budget_bytes, router, **how) for how in _ways(model, kernel, compute)]
             problem = next((str(agreement) for agreement in agreements if not agreement.holds), None)
             problem = problem or _hidden_window(core, groups, agreements[0])

@@ -250,6 +250,7 @@ def _train(
         tell(f"processes    {args.world_size}, {torch.distributed.get_backend()}, {args.spread.kind}")
     data = on_all(lambda: prepare_data(config, args, tell, rows_per_step=hold.rows_per_step(args))) if data is None else data
     agree_on_rows(data.train, data.held_out)
+    tell(f"loading      {config['model_name_or_path']}")
     loaded = on_all(lambda: load_run_model(config, args, data))
     tell(f"model        {describe_model(loaded)}")
     for note in loaded.facts.notes:
