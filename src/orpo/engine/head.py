@@ -25,6 +25,9 @@ ROWS_IN_CACHE = 16
 """Rows of float32 logits worked on at a time on a CPU: 16 rows of 49k entries stay in the cache through all passes."""
 
 
+ASKING_IS_FREE = ("cpu",)
+"""Devices that the host need not wait for."""
+
 VOCABULARY_BLOCK = 16_384
 """Rows of the head's gradient that a later chunk is added to at a time."""
 
@@ -117,8 +120,8 @@ class _FusedHead(torch.autograd.Function):
             grad = grad / ctx.gradient_scale  # type: ignore[attr-defined]
         d_hidden, d_weight, d_bias = ctx.grads  # type: ignore[attr-defined]
         ctx.grads = None  # type: ignore[attr-defined]
-        # The usual incoming gradient is 1; on a CPU asking is free, and a pass over the head's gradient is not.
-        if not (grad.device.type == "cpu" and grad.item() == 1.0):
+        # The usual incoming gradient is 1; where asking is free, a pass over the head's gradient is not.
+        if not (grad.device.type in ASKING_IS_FREE and grad.item() == 1.0):
             for tensor in (d_hidden, d_weight, d_bias):
                 if tensor is not None:
                     tensor.mul_(grad)

@@ -11,7 +11,7 @@ Shape suffixes: T packed tokens, N predicted tokens, R responses, B pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -114,10 +114,13 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         """The same batch with its tensors on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def pinned(self) -> PreferenceBatch:
+        """The same batch in memory that a GPU copies from by itself."""
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
 
+    def _with_tensors(self, move: Callable[[Tensor], Tensor]) -> PreferenceBatch:
         index = self.index
         reference_R = index.reference_logp_sum_R
         moved = replace(

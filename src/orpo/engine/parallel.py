@@ -179,14 +179,13 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def norm_of(gradients: Iterable[Tensor]) -> float:
+def norm_of(gradients: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all gradients of the whole model, the same on every rank; all ranks call it where they are in shards."""
     gradients = list(gradients)
     norm = total_norm([own_part(gradient) for gradient in gradients])
     if not any(is_shard(gradient) for gradient in gradients):
         return norm
-    square = torch.tensor(norm, dtype=torch.float64, device=own_part(gradients[0]).device).square() / _num_copies(gradients[0])
-    return float(all_reduce_sum(square).sqrt())
+    return all_reduce_sum(norm.double().square() / _num_copies(gradients[0])).sqrt()
 
 
 def _num_copies(gradient: Any) -> int:

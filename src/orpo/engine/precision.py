@@ -164,13 +164,13 @@ def _pieces(arrays: tuple[Tensor | None, ...], size: int) -> Iterator[list[Any]]
         yield [None if array is None else array[start : start + size] for array in flat]
 
 
-def total_norm(gradients: list[Tensor]) -> float:
-    """Euclidean norm of all gradients together, in float32 whatever their dtype."""
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, in float32 whatever their dtype; where they lie, so that nobody waits for it."""
     if not gradients:
-        return 0.0
+        return torch.zeros(())
     # The norm of the pieces' norms is the norm of all, and a few thousand numbers are all that is ever put side by side.
     pieces = (piece for gradient in gradients for piece in _norm_pieces(gradient))
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces])))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces]))
 
 
 def _norm_pieces(gradient: Tensor) -> tuple[Tensor, ...]:

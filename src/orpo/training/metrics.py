@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from orpo.engine.layout import sent
 from orpo.objective import METRICS
 
 if TYPE_CHECKING:
@@ -94,10 +96,9 @@ class MetricSums:
         self.values[len(METRICS) + 1] += 1 / self.world_size
         self.values[len(METRICS) + 3] += num_rows / self.world_size
 
-    def step_nll(self) -> float | None:
-        """Mean next-token loss of this rank's tokens in the newest step, nats; None where it had none."""
-        num_tokens, nll_sum = self._step[[METRICS.index("num_nll_tokens"), METRICS.index("nll_sum")]].tolist()
-        return nll_sum / num_tokens if num_tokens else None
+    def newest_nll(self) -> Tensor:
+        """Mean next-token loss of this rank's tokens in the newest step, nats, on the device; NaN where it had none."""
+        return self._step[METRICS.index("nll_sum")] / self._step[METRICS.index("num_nll_tokens")]
 
     def take(self, *, reward_scale: float | None, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
@@ -193,14 +194,16 @@ def means(totals: dict[str, float], *, reward_scale: float | None) -> dict[str, 
 
 def end_logps(batch: PreferenceBatch, logp_N: Tensor) -> Tensor:
     """Log-probabilities of the terminators of the chosen answers: when they fall, generated answers run on."""
-    response_N = batch.index.response_N
-    is_last_N = torch.ones_like(response_N, dtype=torch.bool)
-    is_last_N[:-1] = response_N[1:] != response_N[:-1]
-    is_ended_R = torch.tensor([ended for group in batch.groups for ended in group.is_ended])
-    is_chosen_R = torch.zeros_like(is_ended_R)
-    is_chosen_R[batch.index.chosen_B] = True
-    end_N = is_last_N & (response_N >= 0) & (is_ended_R & is_chosen_R)[response_N.clamp(min=0)]
-    return logp_N.detach()[end_N.to(logp_N.device)]
+    # Found on the host, from the groups: picking by a mask of the device would have the host wait for how many there are.
+    ends = []
+    for group, span in zip(batch.groups, batch.spans, strict=True):
+        chosen = {pair[0] for pair in group.pairs} if span.b[0] < span.b[1] else set()
+        end = span.n[1]
+        for number in reversed(range(len(group.response_ids))):
+            if number in chosen and group.is_ended[number]:
+                ends.append(end - 1)
+            end -= len(group.response_ids[number])
+    return logp_N.detach().index_select(0, sent(np.array(sorted(ends), dtype=np.int64), logp_N.device))
 
 
 def response_sums(inputs: StepBatch, logps: list[Tensor]) -> Iterator[float]:

@@ -48,6 +48,10 @@ class StepBatch:
     num_rows: int
     """Rows of the whole step."""
 
+    def pinned(self) -> StepBatch:
+        """The same step in memory that a GPU copies from by itself."""
+        return replace(self, microbatches=tuple(batch.pinned() for batch in self.microbatches))
+
     @property
     def groups(self) -> list[TokenGroup]:
         """This rank's rows, fillers included."""

@@ -26,7 +26,7 @@ from orpo.config.options import ORPOConfig
 from orpo.engine.choose import Compute, Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
-from orpo.engine.parallel import is_sharded, norm_of, own_part, reshard, synchronised
+from orpo.engine.parallel import is_sharded, reshard, synchronised
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
 from orpo.models.adapters import raise_rate_of_b
@@ -35,15 +35,17 @@ from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
 from orpo.run.folder import RunFolder
 from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, map_large_blocks, return_freed_memory
 from orpo.system.files import make_run_folder
-from orpo.system.ranks import all_reduce_sum
+from orpo.system.ranks import Ranks, all_reduce_sum
+from orpo.training.ahead import Ahead
+from orpo.training.gradients import GradientMixin
 from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
 from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback, SignalCallback
 from orpo.training.loaders import LoaderMixin
-from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means, response_sums
+from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means
 from orpo.training.outside import OutsideMixin
 from orpo.training.recompute import AUTO
 from orpo.training.saving import CheckpointMixin
-from orpo.training.scaling import ScalingMixin, step_on_host
+from orpo.training.scaling import step_on_host
 from orpo.training.search import SearchMixin
 from orpo.training.setup import (
     check_best_metric,
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, OutsideMixin, SearchMixin, Trainer):
+class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, OutsideMixin, SearchMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
     Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed. A subclass with a method that
@@ -103,7 +105,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
 
     _tag_names = ("orpo",)
     control: TrainerControl
-    _grad_norm: float | None = None
+    _ahead: Ahead | None = None
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
     def __init__(
@@ -182,8 +184,9 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         self.nonfinite = NonFiniteGuard(self.args.on_nonfinite, self.args.max_nonfinite_skips, ranks=self.ranks)
         self.learning = ProofOfLearning(kind=kind_of(self.training_objective))
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
-        self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=self.ranks)
-        self.add_callback(DivergenceCallback(self.divergence, self.sums.step_nll))
+        agreed = Ranks(self.ranks.rank, self.ranks.world_size)  # what it is given is that of all ranks already
+        self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=agreed)
+        self.add_callback(DivergenceCallback(self.divergence, lambda: None if self.told is None else self.told.nll))
 
     # ---- model and engine ----------------------------------------------------------------------------------------------------------
 
@@ -268,7 +271,10 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
             hold = stack.enter_context(self.held(resume_from_checkpoint))
             stack.enter_context(first_cause(self.args.output_dir, self.ranks))
             guard = stack.enter_context(SignalGuard(ranks=self.ranks))
-            self._signals = SignalCallback(guard, self.save_now)
+            self._signals = SignalCallback(guard, self.save_now, lambda: None if self.told is None else self.told.signum)
+            self.told = None
+            self._ahead = Ahead(is_pinned=self.args.device.type == "cuda" and self.args.dataloader_pin_memory)
+            stack.callback(self._ahead.close)
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             require_reference(self.training_objective, self.train_dataset, self.eval_dataset)
@@ -315,7 +321,9 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
     ) -> tuple[list[StepBatch], None]:
         """The next step; its counts are in it."""
-        return list(itertools.islice(epoch_iterator, num_batches)), None
+        if self._ahead is None:
+            return list(itertools.islice(epoch_iterator, num_batches)), None
+        return self._ahead.take(epoch_iterator, num_batches), None
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:
         """One whole optimizer step up to the gradients: every micro-batch forward and backward, then the norm, the clip, the guard.
@@ -330,12 +338,11 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
         loss = torch.zeros((), device=self.args.device)
         logps: list[Tensor] = []
         last, scale = len(inputs.microbatches) - 1, self.loss_scale
+        sent = [microbatch.to(self.args.device) for microbatch in inputs.microbatches]  # all at once: nobody waits for a copy
         for number, microbatch in enumerate(inputs.microbatches):
             self.begin_micro_batch(is_last=number == last)
             with synchronised(self.accelerator, model, is_last=number == last), self._computing():
-                result = self.engine.step(
-                    self.called(model), microbatch.to(self.args.device), self.training_objective, gradient_scale=scale
-                )
+                result = self.engine.step(self.called(model), sent[number], self.training_objective, gradient_scale=scale)
                 self.spread_backward(result.loss)
             loss += result.loss.detach()
             logps.append(result.logp_N)
@@ -350,50 +357,6 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, ScalingMixin, SpreadMixin, Outsi
             clear_device_cache()
         self.sums.stop()
         return loss
-
-    def _release_gradients(self) -> None:
-        """Hand the step's gradients over; an optimizer that does not know low-precision ones gets float32."""
-        self._working.release()  # type: ignore[union-attr]
-        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), MasterAdamW):
-            for parameter in self.model.parameters():
-                if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
-                    parameter.grad = parameter.grad.to(parameter.dtype)
-
-    def _finish_gradients(self, model: nn.Module, loss: Tensor, inputs: StepBatch, logps: list[Tensor]) -> None:
-        """Total norm, clip, and the guard before any weight is touched."""
-        self.unscale_gradients()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        self._grad_norm = norm_of(gradients) if self.zero is None else self.zero.norm()
-        is_overflow = self.is_overflow(self._grad_norm)
-        if self.accelerator.scaler is not None:
-            self.sums.add_skipped(is_overflow)
-        is_fine = self.nonfinite.check(
-            step=self.state.global_step + 1,
-            loss=loss,
-            grad_norm=0.0 if is_overflow else self._grad_norm,
-            groups=inputs.groups,
-            logp_sums=response_sums(inputs, logps),
-        )
-        if not is_fine:
-            model.zero_grad(set_to_none=True)
-            if self.zero is not None:
-                self.zero.drop()
-        elif self.zero is None and not is_overflow and 0 < self.args.max_grad_norm < self._grad_norm:
-            self._scale_gradients(gradients, self.args.max_grad_norm / (self._grad_norm + 1e-6))
-
-    def _scale_gradients(self, gradients: list[Tensor], scale: float) -> None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(optimizer, MasterAdamW):
-            optimizer.gradient_scale = scale  # in the same visit as the update
-        else:
-            torch._foreach_mul_([own_part(gradient) for gradient in gradients], scale)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Already done in the step; transformers would read and write every gradient once more."""
-        return super()._clip_grad_norm(model) if self._grad_norm is None else self._grad_norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(model, grad_norm) if self._grad_norm is None else self._grad_norm
 
     def compute_loss(self, model: nn.Module, inputs: StepBatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Loss of a step's micro-batches with a graph to the model, for callers of transformers' interface; training does not use it."""

@@ -19,19 +19,21 @@ class SignalCallback(TrainerCallback):
     """After each optimizer step: if any rank was told to stop, save once (through the Trainer's own save) and leave right after it.
 
     Signals during an evaluation are seen between its batches: the weights are those of the step before it, so `save_now` (if given) is
-    called and `SignalStop` raised from there. It gets the step and returns the folder.
+    called and `SignalStop` raised from there. It gets the step and returns the folder. Several ranks agree on a signal in the step itself,
+    where they ask each other anyway, and `agreed` tells what they found; where it tells nothing they are asked at the step's end.
 
     Attributes:
         is_evaluation_due: the step had an evaluation coming, which was put off to leave sooner; a resumed run has to make up for it.
     """
 
-    def __init__(self, guard: SignalGuard, save_now: Any = None) -> None:
-        self.guard, self.save_now = guard, save_now
+    def __init__(self, guard: SignalGuard, save_now: Any = None, agreed: Callable[[], int | None] = lambda: None) -> None:
+        self.guard, self.save_now, self.agreed = guard, save_now, agreed
         self.is_evaluation_due = False
         self._signum = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        self._signum = self.guard.agreed()
+        signum = None if self.guard.is_alone else self.agreed()  # alone it costs nothing to look once more
+        self._signum = self.guard.agreed() if signum is None else signum
         if self._signum:
             self.is_evaluation_due = control.should_evaluate
             control.should_save, control.should_evaluate = True, False

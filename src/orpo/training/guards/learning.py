@@ -231,4 +231,6 @@ def weight_checksums(model: torch.nn.Module) -> dict[str, int]:
         data = own_part(parameter).detach()
         if parameter.requires_grad and data.numel():
             sums[name] = data.contiguous().view(views[data.element_size()]).sum(dtype=torch.int64)
-    return {name: int(value) for name, value in sums.items()}
+    # All in one go: asked one by one, the host would wait for the device as often as there are tensors.
+    device = next(iter(sums.values())).device if sums else None
+    return dict(zip(sums, torch.stack([value.to(device) for value in sums.values()]).tolist(), strict=True)) if sums else {}

@@ -34,7 +34,14 @@ class NonFiniteGuard:
         self._ranks = ranks
 
     def check(
-        self, *, step: int, loss: Any, grad_norm: Any, groups: Sequence[TokenGroup] = (), logp_sums: Iterable[Any] | None = None
+        self,
+        *,
+        step: int,
+        loss: Any,
+        grad_norm: Any,
+        groups: Sequence[TokenGroup] = (),
+        logp_sums: Iterable[Any] | None = None,
+        is_bad_elsewhere: bool | None = None,
     ) -> bool:
         """Whether to do the optimizer step; every rank calls it after the backward pass and the reduction of gradients.
 
@@ -44,6 +51,8 @@ class NonFiniteGuard:
             grad_norm: total norm of the gradients, float or tensor; a NaN or infinity in any gradient shows in it.
             groups: this rank's groups in the step, to name rows.
             logp_sums: summed log-probability of each of the groups' responses, in order, if at hand, to name the bad ones.
+            is_bad_elsewhere: whether the loss of any rank is not finite, where the ranks have agreed on that already; the norm is that of
+                all ranks. None: they are asked here.
 
         Returns:
             True: do it. False: leave it out (policy "skip"): zero the gradients and go on.
@@ -53,7 +62,7 @@ class NonFiniteGuard:
         """
         values = {"loss": float(loss), "gradient norm": float(grad_norm)}
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not self._ranks.max([len(bad)])[0]:
+        if not (self._ranks.max([len(bad)])[0] if is_bad_elsewhere is None else bad or is_bad_elsewhere):
             return True
         found = " and ".join(f"the {name} is {value}" for name, value in bad.items())
         reports = self._ranks.gather(f"{found}; {_name_rows(groups, logp_sums)}" if bad else None)

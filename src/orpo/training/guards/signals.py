@@ -75,6 +75,11 @@ class SignalGuard:
         if self.pending:
             self.stop(self.pending)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process has to agree."""
+        return self._ranks.world_size == 1
+
     def agreed(self) -> int:
         """The signal that any rank has received, or 0. Every rank must call it at the same place; one small reduction."""
         return self._ranks.max([self.pending])[0]
