@@ -78,8 +78,8 @@ class GradientMixin(ScalingMixin):
         self.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         signum = 0 if self._signals is None else self._signals.guard.pending
-        norm = norm_of(gradients).to(loss.device) if self.zero is None else torch.as_tensor(self.zero.norm(), device=loss.device)
-        self.told = told = ask(loss, norm, self.sums.newest_nll(), signum=signum, ranks=self.ranks)
+        norm = norm_of(gradients) if self.zero is None else torch.tensor(self.zero.norm(), dtype=torch.float64)
+        self.told = told = ask(loss, norm.to(loss.device), self.sums.newest_nll(), signum=signum, ranks=self.ranks)
         self._grad_norm = told.grad_norm
         is_overflow = self.is_overflow(told.grad_norm)
         if self.accelerator.scaler is not None:
