@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
+import orpo
+from adapted import adapt
 from faults.forked import Zygote
 from orpo.errors import UserError
+from orpo.models.export import export_merged
+from orpo.models.load import load_model
 from orpo.run.config import resolve
 from orpo.training.hardware import RankPlan, parse_hardware, plan_ranks
-from orpo.training.planning import make_plan, model_shape
+from orpo.training.planning import frozen_bytes, make_plan, model_shape
+from tinymodels import build_tiny_model, build_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +83,38 @@ def test_the_plan_is_near_what_processes_here_hold(num_ranks: int, kind: str, mo
     print(f"\n{kind} on {num_ranks}: planned {planned / 2**20:.0f}, held {max(peaks) / 2**20:.0f} MiB")
     allowance = 60 * 2**20  # of the libraries' own, which come with the first step
     assert abs(max(peaks) - planned) <= 0.15 * planned + allowance
+
+
+@pytest.mark.parametrize("recipe", ["qlora-7b.yaml", "lora-7b.yaml"])
+def test_a_recipe_says_what_the_plan_says(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the recipe's head has the command; the model's shape stands in for the model, which is on the hub."""
+    from orpo.cli import main
+
+    Qwen2Config(
+        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        tie_word_embeddings=False, max_position_embeddings=32_768, architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    head = (Path(orpo.__file__).parent / "recipes" / recipe).read_text(encoding="utf-8")
+    command, said = re.search(r"`orpo (plan .*?)` says ([\d.]+) GiB", head).groups()
+    room_gb = float(re.search(r"with (\d+) GB", head)[1])
+    assert main([*command.split(), "--model_name_or_path", str(tmp_path)]) == 0
+    planned = re.search(r"ddp +([\d.]+) GiB a process", capsys.readouterr().out)[1]
+    assert planned == said
+    assert float(planned) * 2**30 < 0.95 * room_gb * 1e9
+
+
+@pytest.mark.parametrize("keys", [{"load_in_4bit": True}, {"load_in_4bit": True, "use_bnb_nested_quant": True}], ids=["plain", "nested"])
+def test_quantized_weights_are_counted_as_they_are_held(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Packed layers with their constants; the rest, which PEFT brings into float32."""
+    pytest.importorskip("bitsandbytes")
+    export_merged(build_tiny_model("qwen2", vocab_size=1024, hidden_size=256), build_tiny_tokenizer(), tmp_path / "model")
+    adapted = adapt(load_model(tmp_path / "model", device="cpu", **keys).model, r=8)
+    held = 0
+    for name, weight in adapted.named_parameters():
+        state = getattr(weight, "quant_state", None)
+        held += 0 if "lora_" in name else weight.numel() * weight.element_size()
+        for constants in (state, getattr(state, "state2", None)):
+            held += 0 if constants is None else constants.absmax.numel() * constants.absmax.element_size()
+    given = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": "demo", "lora_r": 8, **keys}
+    config = resolve(None, [word for key, value in given.items() for word in (f"--{key}", str(value))])
+    assert frozen_bytes(config, model_shape(config, "float32")) == pytest.approx(held, rel=0.005)

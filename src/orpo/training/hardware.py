@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
-from orpo.training.planning import ModelShape, Plan
+from orpo.training.planning import ModelShape, Plan, copy_bytes, frozen_bytes
 
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
@@ -147,13 +147,15 @@ def _plan_rank(
 ) -> RankPlan:
     ranks, width = hardware.num_ranks, 4 if dtype == "float32" else 2
     trained, total = shape.num_trainable, shape.num_parameters
-    frozen = total if config["use_peft"] else 0
-    stored = trained * 4 + frozen * _frozen_bytes(config)
+    is_adapter = bool(config["use_peft"])
+    stored = trained * 4 + (frozen_bytes(config, shape) if is_adapter else 0)
     optimizer = plan.optimizer_bytes
     parts = {"ddp": (1, 1, 1), "zero2": (1, ranks, ranks), "fsdp2": (ranks, ranks, ranks), "zero3": (ranks, ranks, ranks)}[kind]
     whole_weights = parts[0] == 1
     # A whole copy in 16 bits is kept by autocast until the backward pass is done.
-    copies = (total if frozen and _frozen_bytes(config) == 4 else trained) * width if width == 2 and whole_weights else 0
+    copies = 0.0
+    if width == 2 and whole_weights:
+        copies = trained * width + (copy_bytes(config, shape, width) if is_adapter else 0)
     microbatches = max(1, round(plan.tokens_per_step / max(plan.tokens_per_microbatch, 1)))
     share = (ranks - 1) / ranks
     sent = 2 * share * trained * 4
@@ -175,14 +177,6 @@ def _plan_rank(
         sent_bytes=round(sent),
         seconds_per_step=_seconds(plan, shape, config, args, hardware, flops, sent),
     )
-
-
-def _frozen_bytes(config: RunConfig) -> float:
-    if config["load_in_4bit"]:
-        return 0.57
-    if config["load_in_8bit"]:
-        return 1.06
-    return {"float32": 4.0}.get(config["dtype"] or "float32", 2.0)
 
 
 def _gathered(shape: ModelShape, trained: int, total: int, width: int, kind: str, ranks: int) -> float:

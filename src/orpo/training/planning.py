@@ -41,7 +41,7 @@ _OPTIMIZER_BYTES = {
 _ADAMW_BYTES = 8.0
 _STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _COMPUTE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_4BIT_BYTES, _8BIT_BYTES = 0.57, 1.06  # with the constants of their blocks
+_4BIT_BYTES, _NESTED_4BIT_BYTES, _8BIT_BYTES = 0.5625, 0.516, 1.06  # with the constants of their blocks
 _PROBE_TOKENS = 256
 _TYPICAL_ACTIVATIONS = 20
 """Numbers saved per token and layer, in widths of the model: 19 to 21 for the Llama family."""
@@ -68,6 +68,9 @@ class ModelShape:
         activation_bytes_per_token: saved for the backward pass, all layers, per packed token.
         layer_input_bytes_per_token: what is saved instead with gradient checkpointing.
         num_layers, layer_parameters: layers, and the weights of the largest.
+        num_quantizable: weights of the linear layers, which bitsandbytes packs; embeddings, norms, the output head and experts that are one
+            parameter stay as they are.
+        num_head: weights of the output head, which is multiplied in a copy of the dtype of compute.
     """
 
     num_parameters: int
@@ -79,6 +82,8 @@ class ModelShape:
     one_layer_bytes_per_token: float
     num_layers: int = 1
     layer_parameters: int = 0
+    num_quantizable: int = 0
+    num_head: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,18 +291,27 @@ def _gradient_bytes(args: ORPOConfig) -> float:
 
 def _weight_bytes(config: RunConfig, shape: ModelShape, dtype: str) -> tuple[float, float]:
     """(in memory, on disk) of the weights: float32 for trained ones, with a copy in the dtype of compute where that is lower."""
-    trained, frozen = shape.num_trainable, shape.num_parameters - (0 if config["use_peft"] else shape.num_trainable)
+    trained = shape.num_trainable
     working = 2.0 if dtype != "float32" else 0.0
     if not config["use_peft"]:
         return trained * (4.0 + working), trained * 4.0
-    if config["load_in_4bit"]:
-        per_frozen = _4BIT_BYTES
-    elif config["load_in_8bit"]:
-        per_frozen = _8BIT_BYTES
-    else:
-        per_frozen = _STORED_BYTES.get(config["dtype"] or "float32", 2.0)
-        per_frozen += working if per_frozen == 4.0 else 0.0
-    return frozen * per_frozen + trained * (4.0 + working), trained * 4.0
+    return frozen_bytes(config, shape) + copy_bytes(config, shape, working) + trained * (4.0 + working), trained * 4.0
+
+
+def frozen_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """What an adapter's base takes. What bitsandbytes does not pack is brought into float32 for the training, by PEFT."""
+    if config["load_in_4bit"] or config["load_in_8bit"]:
+        packed = _8BIT_BYTES if config["load_in_8bit"] else _NESTED_4BIT_BYTES if config["use_bnb_nested_quant"] else _4BIT_BYTES
+        return shape.num_quantizable * packed + (shape.num_parameters - shape.num_quantizable) * 4.0
+    return shape.num_parameters * _STORED_BYTES.get(config["dtype"] or "float32", 2.0)
+
+
+def copy_bytes(config: RunConfig, shape: ModelShape, working: float) -> float:
+    """Copies of an adapter's base in the dtype of compute, `working` bytes a weight: of all weights where they are float32, of the output
+    head alone where the others are packed."""
+    if config["load_in_4bit"] or config["load_in_8bit"]:
+        return shape.num_head * working
+    return shape.num_parameters * working if _STORED_BYTES.get(config["dtype"] or "float32", 2.0) == 4.0 else 0.0
 
 
 def model_shape(config: RunConfig, dtype: str) -> ModelShape:
@@ -307,6 +321,7 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
         UserError: its configuration cannot be read, or its architecture cannot be built from it.
     """
     import torch
+    from torch import nn
 
     from orpo.engine.parallel import decoder_layers
 
@@ -316,6 +331,8 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
     embeddings = model.get_input_embeddings().weight.numel()
     is_tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
     num_trainable = _num_adapter_weights(model, config) if config["use_peft"] else num_parameters
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if module is not head and (isinstance(module, nn.Linear) or _is_conv1d(module))]
     per_token, one_layer, layer_inputs = _activation_bytes(model_config, getattr(torch, dtype))
     return ModelShape(
         num_parameters=num_parameters,
@@ -327,6 +344,8 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
         one_layer_bytes_per_token=one_layer,
         num_layers=int(model_config.get_text_config().num_hidden_layers),
         layer_parameters=max((sum(weight.numel() for weight in layer.parameters()) for layer in decoder_layers(model)), default=0),
+        num_quantizable=sum(module.weight.numel() for module in linear),
+        num_head=0 if head is None else head.weight.numel(),
     )
 
 
@@ -414,7 +433,7 @@ def _num_adapter_weights(model: PreTrainedModel, config: RunConfig) -> int:
         last = name.rpartition(".")[2]
         if last in (config["lora_modules_to_save"] or ()):
             total += sum(parameter.numel() for parameter in module.parameters())
-        rows_columns = tuple(module.weight.shape) if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" else None
+        rows_columns = tuple(module.weight.shape) if isinstance(module, nn.Linear) or _is_conv1d(module) else None
         if targets in (None, ALL_LINEAR):
             is_meant = module is not head
         else:
@@ -422,3 +441,8 @@ def _num_adapter_weights(model: PreTrainedModel, config: RunConfig) -> int:
         if rows_columns is not None and is_meant:
             total += config["lora_r"] * sum(rows_columns)
     return total
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layers, whose weights stand the other way round."""
+    return type(module).__name__ == "Conv1D"
