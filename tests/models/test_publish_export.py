@@ -184,7 +184,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
     "modules to save": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "experts": {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]},
+    "experts": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "target_modules": ["q_proj"]},
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from orpo.inference.ready import Ready
+    from orpo.models.find import ModelSource
 
 NAME = "export"
 HELP = "write a run's weights as a merged model, an adapter, or a GGUF file, or publish them"
@@ -39,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_shard_size", default="5GB", help="most bytes of a file of weights; a larger model is cut (5GB)")
     parser.add_argument("--base", help="merge an adapter into this model: the full-precision weights of a quantized base")
     parser.add_argument("--dequantize", action="store_true", help="merge an adapter into the unpacked weights of its quantized base")
+    parser.add_argument("--also", action="append", metavar="ADAPTER[=WEIGHT]", help="merge this adapter of the same base too; repeatable")
+    parser.add_argument("--weight", type=float, help="of the first adapter beside those of --also (1)")
     parser.add_argument("--quantize", help="gguf: q8_0, or a type of llama-quantize such as q4_k_m")
     parser.add_argument("--converter", help="gguf: llama.cpp's convert_hf_to_gguf.py, or its folder; by default it is looked for")
     parser.add_argument("--system", help="gguf: system message for the Modelfile, which Ollama puts before every talk that has none")
@@ -58,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.system.process import quiet_libraries
 
     _check_flags(args)
+    others = _others(args)
     quiet_libraries()
     say(stderr_console(), f"loading      {args.model}")
     ready = make_ready(
@@ -68,12 +73,30 @@ def run(args: argparse.Namespace) -> int:
         adapter_base=args.base,
         is_dequantized=args.dequantize,
     )
+    if others:
+        from orpo.models.blend import blend
+
+        model = blend(ready.loaded.model, 1.0 if args.weight is None else args.weight, others)
+        ready = replace(ready, loaded=ready.loaded._replace(model=model))
     say(stderr_console(), f"exporting    {args.to}; what is written is loaded again and compared with the model")
     if args.to == "hub":
         return _to_hub(ready, args)
     target = export(ready, args)
     _tell(args, str(target), sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target])
     return 0
+
+
+def _others(args: argparse.Namespace) -> list[tuple[ModelSource, float]]:
+    """The adapters of --also with their weights, looked at before a model is loaded."""
+    from orpo.models.blend import Part, check_weight, find_parts
+
+    if not args.also:
+        return []
+    if args.weight is not None:
+        check_weight(args.weight, str(args.weight))
+    parts = [Part.parse(text) for text in args.also]
+    sources = find_parts(args.model, parts, is_base_given=bool(args.base))
+    return [(source, part.weight) for source, part in zip(sources[1:], parts, strict=True)]
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -88,6 +111,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "an adapter goes with the base it was trained on", where=f"--to {args.to}", mend="leave --base and --dequantize away"
         )
+    if args.also and is_adapter:
+        raise UserError("several adapters are one model only when they are merged", where="--also", mend="use --to merged, or --merge")
+    if args.weight is not None and not args.also:
+        raise UserError("is for several adapters", where="--weight", mend="name the others by --also, or leave --weight away")
     if args.to == "hub" and not args.repo_id and not args.dry_run:
         raise UserError("which repository?", where="--to hub", expected="--repo_id OWNER/NAME, or --dry_run to see the files")
     if args.to == "hub" and args.out is not None:

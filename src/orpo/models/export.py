@@ -87,7 +87,7 @@ def export_merged(
     from orpo.models.load import parse_dtype
 
     wanted = parse_dtype(dtype)
-    plain = _merged(model, is_in_place=is_in_place)  # compared before it is brought into another dtype: what that rounds is asked for
+    plain = merge_checked(model, is_in_place=is_in_place)  # compared before it is brought into another dtype: what that rounds is asked for
     if wanted is not None and plain.dtype != wanted:
         plain = (plain if plain is not model or is_in_place else copy.deepcopy(plain)).to(wanted)
     with _staged_folder(Path(folder), is_overwriting=is_overwriting) as staging:
@@ -165,7 +165,7 @@ def export_gguf(
     if path.exists() and not (is_overwriting and path.is_file()):
         raise UserError("something of this name is there already", where=str(path), mend="choose another name, or allow overwriting")
     write = _gguf_writer(model, tokenizer, dtype=dtype, quantized=quantize, converter=converter)
-    plain = _merged(model, is_in_place=is_in_place)
+    plain = merge_checked(model, is_in_place=is_in_place)
     stops = [*stop_token_ids, *_as_ids(getattr(plain.generation_config, "eos_token_id", None))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,12 @@ def export_gguf(
     return path
 
 
-def _merged(model: Any, *, is_in_place: bool) -> PreTrainedModel:
+def merge_checked(model: Any, *, is_in_place: bool) -> PreTrainedModel:
+    """The plain model, compared with the one that had the adapter; a model without one as it is.
+
+    Raises:
+        UserError: as `merge`, or it computes something else.
+    """
     if not is_adapted(model):
         return cast("PreTrainedModel", model)
     before = Probe.of(model)
