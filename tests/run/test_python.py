@@ -57,7 +57,7 @@ def test_an_audit_is_printed_and_shown(rows: Path, model: Path) -> None:
     assert found.num_rows == 12
     assert found.tokens is not None
     assert str(found).splitlines() == list(found.lines())
-    assert found._repr_html_().startswith("<pre>")
+    assert found._repr_html_().startswith("<p><b>")
 
 
 def test_a_preview_shows_the_ids_of_training_and_no_markup_of_the_data(model: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,7 +94,7 @@ class Audit:
             yield f"  {shape}"
         yield ""
         if not self.findings:
-            yield self._nothing_found()
+            yield self.nothing_found()
         for finding in self.findings:
             yield from self._finding_lines(finding, num_places)
         yield from self._length_lines()
@@ -120,9 +119,12 @@ class Audit:
         return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        from orpo.audit.inline_audit import audit_cell
 
-    def _nothing_found(self) -> str:
+        return audit_cell(self)
+
+    def nothing_found(self) -> str:
+        """What is said where there is no finding."""
         if not self.num_usable:
             return "No row can be trained on."
         if self.num_pairs >= MIN_PAIRS:
@@ -130,7 +132,12 @@ class Audit:
         return f"Nothing found in single rows. Shortcuts and scenarios were not looked for: that takes {MIN_PAIRS} pairs."
 
     @staticmethod
-    def _finding_lines(finding: Finding, num_places: int) -> Iterator[str]:
+    def places_of(finding: Finding, num_places: int) -> str:
+        """The first rows of a finding, their common file named once, and how many more there are."""
+        more = f", and {finding.num_rows - num_places} more" if finding.num_rows > num_places else ""
+        return f"{_short(finding.places[:num_places])}{more}"
+
+    def _finding_lines(self, finding: Finding, num_places: int) -> Iterator[str]:
         count = f"{finding.num_rows} ({100 * finding.share:.1f} %) " if finding.num_rows else ""
         yield f"[{finding.severity}] {finding.code}: {count}{finding.kind.title}"
         if finding.note:
@@ -138,8 +145,7 @@ class Audit:
         yield f"    why: {finding.kind.why}"
         yield f"    do:  {finding.kind.mend}"
         if finding.places:
-            more = f", and {finding.num_rows - num_places} more" if finding.num_rows > num_places else ""
-            yield f"    rows: {_short(finding.places[:num_places])}{more}"
+            yield f"    rows: {self.places_of(finding, num_places)}"
         yield ""
 
     def _length_lines(self) -> Iterator[str]:

@@ -8,7 +8,6 @@ Nothing is computed here: what `orpo train`, `orpo eval` and `orpo compare` have
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ class Report:
         page: the HTML file.
         card: the model card; None where none was written.
         notes: what is missing, damaged or unusual, in sentences.
+        cell: what a notebook shows above these: the run's curves and newest values, or a comparison's methods.
 
     Example: `report` is that of `write_report`.
 
@@ -42,12 +42,12 @@ class Report:
     page: Path
     card: Path | None
     notes: list[str] = field(default_factory=list)
+    cell: str = field(default="", repr=False)
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return (
-            f"<p>The page: <a href='{html.escape(self.page.as_posix(), quote=True)}'>{html.escape(str(self.page))}</a></p><ul>{notes}</ul>"
-        )
+        from orpo.report.inline_run import link
+
+        return self.cell + link(self.page, self.notes)
 
 
 def write_report(
@@ -75,6 +75,7 @@ def write_report(
         'page.html'
     """
     from orpo.report.facts import find_folder, is_comparison, read_results, read_run
+    from orpo.report.inline_run import comparison_cell, run_cell
     from orpo.system.installing import pip_line
     from orpo.webpage import require_plotly
 
@@ -90,18 +91,21 @@ def write_report(
         from orpo.report.comparison import comparison_page
         from orpo.report.facts import read_comparison
 
-        page = comparison_page(read_comparison(folder))
+        found = read_comparison(folder)
+        page = comparison_page(found)
+        cell = comparison_cell(found, page.lead[0])
     else:
         from orpo.report.runpage import run_page
 
         facts = read_run(folder)
         page = run_page(facts, others)
+        cell = run_cell(facts.logs, page.lead[0])
         if with_card and facts.run:
             from orpo.report.card import write_card
 
             card = write_card(facts)
     _write(target, page_text(page))
-    return Report(target, card, page.notes)
+    return Report(target, card, page.notes, cell)
 
 
 def page_text(page: Page) -> str:

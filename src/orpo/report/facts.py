@@ -36,6 +36,16 @@ class Logs:
     end: dict[str, Any] = field(default_factory=dict)
     num_not_finite: int = 0
 
+    def add(self, record: dict[str, Any]) -> None:
+        """One line, or one entry of a trainer's `state.log_history`."""
+        self.num_not_finite += sum(value in ("nan", "inf", "-inf") for value in record.values() if isinstance(value, str))
+        if "train_runtime" in record:
+            self.end = record
+        elif any(name.startswith("eval_") for name in record):
+            self.evaluation.append(record)
+        else:
+            self.training.append(record)
+
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a logged name; evaluations by their `eval_` names."""
         records = self.evaluation if name.startswith("eval_") else self.training
@@ -191,13 +201,7 @@ def read_logs(path: Path, notes: list[str], *, is_expected: bool = True) -> Logs
         if number(record.get("step")) is None:
             damaged.append(line_number)
             continue
-        logs.num_not_finite += sum(value in ("nan", "inf", "-inf") for value in record.values() if isinstance(value, str))
-        if "train_runtime" in record:
-            logs.end = record
-        elif any(name.startswith("eval_") for name in record):
-            logs.evaluation.append(record)
-        else:
-            logs.training.append(record)
+        logs.add(record)
     if damaged:
         named = ", ".join(map(str, damaged[:5])) + (" …" if len(damaged) > 5 else "")
         lines = "line is" if len(damaged) == 1 else "lines are"

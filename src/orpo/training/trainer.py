@@ -42,6 +42,7 @@ from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearnin
 from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback, SignalCallback
 from orpo.training.loaders import LoaderMixin
 from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means
+from orpo.training.notebook import NotebookMixin
 from orpo.training.outside import OutsideMixin
 from orpo.training.recompute import AUTO
 from orpo.training.saving import CheckpointMixin
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, OutsideMixin, SearchMixin, Trainer):
+class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, OutsideMixin, SearchMixin, NotebookMixin, Trainer):
     """Trains a causal language model from preference pairs with the ORPO objective, in one stage and without a reference model.
 
     Source: ORPO (arXiv 2403.07691). A script for TRL's trainer of the same name runs with its import changed. A subclass with a method that
@@ -169,24 +170,25 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             )
         check_rows(self.model, tokenizer, train_groups, eval_groups)
         self.tolerate_trackers()
+        self.use_live_table()
         self.ranks = current_ranks()
         self.sums = MetricSums(self.args.device, world_size=self.args.world_size)
         self.run_folder = RunFolder(self.args.output_dir)
         self.add_callback(EpochCallback(self))
         self._stand_guard()
-        if self.args.early_stopping_patience is not None:
-            self.add_callback(EarlyStopping())
         self.add_callback(MetricsCallback(self.run_folder.metrics))
         self.train_sampler = self._sampler(self.train_dataset, is_training=True)
 
     def _stand_guard(self) -> None:
-        """Guards against steps that are not finite, runs in which nothing learns, and runs whose weights are destroyed."""
+        """Guards against steps that are not finite, runs in which nothing learns or no longer does, and weights that are destroyed."""
         self.nonfinite = NonFiniteGuard(self.args.on_nonfinite, self.args.max_nonfinite_skips, ranks=self.ranks)
         self.learning = ProofOfLearning(kind=kind_of(self.training_objective))
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
         agreed = Ranks(self.ranks.rank, self.ranks.world_size)  # what it is given is that of all ranks already
         self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=agreed)
         self.add_callback(DivergenceCallback(self.divergence, lambda: None if self.told is None else self.told.nll))
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping())
 
     # ---- model and engine ----------------------------------------------------------------------------------------------------------
 
