@@ -237,3 +237,11 @@ def test_names_and_defaults_of_our_own_options_are_frozen() -> None:
 def test_report_to_may_be_null() -> None:
     """`report_to: null` and `--report_to none` both arrive as None; transformers would ask for a tracker of that name."""
     assert list(ORPOConfig(report_to=None).report_to) == []
+
+
+def test_the_logits_take_their_share_of_a_gpu_unless_someone_says_how_much() -> None:
+    from orpo.config.options import default_logits_bytes
+
+    assert [default_logits_bytes(memory * 2**30) // 2**20 for memory in (0, 8, 24, 80, 141)] == [256, 256, 614, 2048, 2048]
+    assert ORPOConfig(use_cpu=True).logits_budget_bytes == 256 * 2**20
+    assert ORPOConfig(logits_budget_mb=3).logits_budget_bytes == 3 * 2**20

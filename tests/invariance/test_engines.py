@@ -9,6 +9,7 @@ nearer than the other.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
-from orpo.engine import attention, head, padded, shared
+from orpo.engine import attention, logits, padded, shared
 from orpo.engine.attention import QUERY_BLOCK
 from orpo.engine.choose import attention_implementation
 from orpo.engine.layout import PreferenceBatch, StepResult, collate
@@ -175,10 +176,12 @@ def test_prompts_and_answers_longer_than_a_block_of_queries(architecture: str) -
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma3", "gpt2", "phi"])
 def test_the_way_for_devices_other_than_a_cpu(architecture: str, batch: PreferenceBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scaled-dot-product attention per segment, and logits worked on in one piece: what runs on a GPU, run here."""
+    """Scaled-dot-product attention, and the functions over the logits that are compiled there: what runs on a GPU, run here."""
     monkeypatch.setattr(attention, "BLOCK_DEVICES", ())
     monkeypatch.setattr(attention._BlockAttention, "apply", lambda *_: pytest.fail("blocks"))
-    monkeypatch.setattr(head, "ROWS_IN_CACHE", 10**6)
+    monkeypatch.setattr(logits, "FUSED_DEVICES", ("cpu",))
+    monkeypatch.setattr(logits, "_compiled", lambda function, rule: functools.partial(function, rule=rule))
+    monkeypatch.setattr(logits, "_written_log_softmax", lambda *_: pytest.fail("the written form"))
     model = build(architecture).train()
     assert_same(model, gradients(model, by_sharing, batch), gradients(model, by_padding, batch))
     checkpoint_activations(model)

@@ -30,6 +30,10 @@ from orpo.errors import UserError, UserErrors
 from orpo.system import group
 from orpo.system.plugins import load_plugins
 
+LOGITS_BYTES = (256 * 2**20, 2 * 2**30)
+"""Least and most for vocabulary-sized tensors where nobody says: on a CPU small chunks cost nothing, a GPU wants thousands of rows."""
+LOGITS_SHARE_OF_A_GPU = 1 / 40
+
 CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 2_048
 
 # Options in which the processes of one run may differ: what they say and where to, how each fetches its rows.
@@ -129,7 +133,9 @@ class ORPOConfig(TrainingArguments):
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of a mixture of experts' auxiliary loss. Unset: what its configuration asks for; 0: none."}
     )
-    logits_budget_mb: int = field(default=256, metadata={"help": "Most MiB that vocabulary-sized tensors may take at once."})
+    logits_budget_mb: int | None = field(
+        default=None, metadata={"help": "Most MiB that vocabulary-sized tensors may take at once. Unset: by the device's memory."}
+    )
     max_tokens_per_microbatch: int | None = field(
         default=None, metadata={"help": "Most packed tokens of a micro-batch; changes no result. Unset: by device."}
     )
@@ -240,6 +246,15 @@ class ORPOConfig(TrainingArguments):
             return self.max_tokens_per_microbatch
         return CUDA_MICROBATCH_TOKENS if self.device.type == "cuda" else CPU_MICROBATCH_TOKENS
 
+    @property
+    def logits_budget_bytes(self) -> int:
+        """Most bytes of vocabulary-sized tensors: `logits_budget_mb`, or what suits the device."""
+        if self.logits_budget_mb is not None:
+            return self.logits_budget_mb * 2**20
+        from orpo.system.machine import memory_facts
+
+        return default_logits_bytes((memory_facts(self.device)["total_bytes"] or 0) if self.device.type == "cuda" else 0)
+
     def ensure_output_dir(self) -> str:
         """The run's folder; a fresh name under `runs/`, the same on all ranks, where none was given. Creates nothing.
 
@@ -277,6 +292,11 @@ class ORPOConfig(TrainingArguments):
         """Every value that cannot be right, each with where, what was expected and the mend; empty if all is well."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return check_values(values, field_types())
+
+
+def default_logits_bytes(gpu_bytes: int) -> int:
+    """For vocabulary-sized tensors on a GPU of so much memory; 0: on no GPU."""
+    return min(max(round(gpu_bytes * LOGITS_SHARE_OF_A_GPU), LOGITS_BYTES[0]), LOGITS_BYTES[1])
 
 
 def _accelerate_wants_cpu() -> bool:

@@ -19,11 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from orpo.engine.layout import PreferenceBatch
+from orpo.engine.logits import PLAIN, LogitRule, log_softmax_in_place, to_gradient
 from orpo.objective import METRICS, Objective, ResponseIndex, evaluate
-
-ROWS_IN_CACHE = 16
-"""Rows of float32 logits worked on at a time on a CPU: 16 rows of 49k entries stay in the cache through all passes."""
-
 
 ASKING_IS_FREE = ("cpu",)
 """Devices that the host need not wait for."""
@@ -33,31 +30,13 @@ VOCABULARY_BLOCK = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class LogitRule:
-    """What a model does to its logits behind the head: `softcap * tanh(scale * x / softcap)`."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: object) -> LogitRule:
-        """Read from a model's configuration (Granite divides, Cohere multiplies, Gemma 2 caps)."""
-        scale = 1.0
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:
-            scale /= float(divisor)
-        if (factor := getattr(config, "logit_scale", None)) is not None:
-            scale *= float(factor)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
-
-
-@dataclass(frozen=True, slots=True)
 class HeadJob:
     """Everything the head needs besides hidden states and weight."""
 
     batch: PreferenceBatch
     objective: Objective
     budget_bytes: int
-    rule: LogitRule = LogitRule()
+    rule: LogitRule = PLAIN
     gradient_scale: Tensor | None = None
     """What the loss will be multiplied by (fp16). The gradients are made here, in 16 bits, so they must be large enough already."""
 
@@ -170,24 +149,24 @@ class _HeadRun:
         logits_CV = self._logits(rows)
         # Nothing is trained through this head (evaluation): log-probabilities are all that is asked.
         is_final = not (self.wants_hidden or self.wants_weight or self.wants_bias)
-        self.logp_N[rows], factor_C = _log_softmax_in_place(logits_CV, self.job.batch.target_N[rows], self.job.rule)
+        self.logp_N[rows], factor_C = log_softmax_in_place(logits_CV, self.job.batch.target_N[rows], self.job.rule)
         grad_C = self._evaluate(rows, index)
         if not is_final:
-            _to_gradient(logits_CV, self.job.batch.target_N[rows], grad_C, factor_C, self.job.rule)
+            to_gradient(logits_CV, self.job.batch.target_N[rows], grad_C, factor_C, self.job.rule)
             self._backward(rows, logits_CV)
 
     def _visit_twice(self, rows: slice, index: ResponseIndex) -> None:
         """A group larger than the budget: first all log-probabilities, then the logits again for the gradient."""
         pieces = [slice(start, min(start + self.max_rows, rows.stop)) for start in range(rows.start, rows.stop, self.max_rows)]
         for piece in pieces:
-            self.logp_N[piece], _ = _log_softmax_in_place(self._logits(piece), self.job.batch.target_N[piece], self.job.rule)
+            self.logp_N[piece], _ = log_softmax_in_place(self._logits(piece), self.job.batch.target_N[piece], self.job.rule)
         grad_C = self._evaluate(rows, index)
         if not (self.wants_hidden or self.wants_weight or self.wants_bias):
             return
         for piece in pieces:
             logits_CV, target_C = self._logits(piece), self.job.batch.target_N[piece]
-            _, factor_C = _log_softmax_in_place(logits_CV, target_C, self.job.rule)
-            _to_gradient(logits_CV, target_C, grad_C[piece.start - rows.start : piece.stop - rows.start], factor_C, self.job.rule)
+            _, factor_C = log_softmax_in_place(logits_CV, target_C, self.job.rule)
+            to_gradient(logits_CV, target_C, grad_C[piece.start - rows.start : piece.stop - rows.start], factor_C, self.job.rule)
             self._backward(piece, logits_CV)
 
     def _logits(self, rows: slice) -> Tensor:
@@ -219,66 +198,6 @@ class _HeadRun:
                 block = self.d_weight_VD[start : start + VOCABULARY_BLOCK]
                 part = torch.mm(d_logits_CV[:, start : start + VOCABULARY_BLOCK].t(), hidden_CD)
                 block.copy_(block.float().add_(part))
-
-
-def _row_blocks(logits_CV: Tensor) -> Iterator[slice]:
-    size = ROWS_IN_CACHE if logits_CV.device.type == "cpu" else logits_CV.shape[0]
-    for start in range(0, logits_CV.shape[0], size):
-        yield slice(start, min(start + size, logits_CV.shape[0]))
-
-
-def _log_softmax_in_place(logits_CV: Tensor, target_C: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
-    """Target log-probabilities; leaves exp(logit - maximum) in place of the logits, with a soft cap the capped logits themselves.
-
-    Returns:
-        (logp_C, factor_C), float32. `factor_C` is what the gradient needs: 1 / sum of exponentials, with a soft cap log-sum-exp.
-    """
-    logp_C = torch.empty(logits_CV.shape[0], device=logits_CV.device)
-    factor_C = torch.empty_like(logp_C)
-    for rows in _row_blocks(logits_CV):
-        block = logits_CV[rows]
-        work = block.float() if block.dtype != torch.float32 else block
-        if rule.scale != 1.0:
-            work.mul_(rule.scale)
-        if rule.softcap is not None:
-            work.div_(rule.softcap).tanh_().mul_(rule.softcap)
-        target = work.gather(1, target_C[rows, None])[:, 0]
-        if rule.softcap is not None:
-            factor_C[rows] = torch.logsumexp(work, 1)
-            logp_C[rows] = target - factor_C[rows]
-        else:
-            maximum = work.amax(1)
-            work.sub_(maximum[:, None]).exp_()
-            total = work.sum(1)
-            logp_C[rows] = target - maximum - total.log()
-            factor_C[rows] = total.reciprocal()
-        if work is not block:
-            block.copy_(work)
-    return logp_C, factor_C
-
-
-def _to_gradient(logits_CV: Tensor, target_C: Tensor, grad_C: Tensor, factor_C: Tensor, rule: LogitRule) -> None:
-    """Turn what `_log_softmax_in_place` left into the gradient of the raw logits: `grad * (one_hot - softmax) * d(rule)`, in place."""
-    scaled_C = grad_C.to(factor_C.dtype) * rule.scale
-    if rule.softcap is None:
-        logits_CV.mul_((-scaled_C * factor_C).to(logits_CV.dtype)[:, None])
-        _add_at(logits_CV, target_C, scaled_C)
-        return
-    for rows in _row_blocks(logits_CV):
-        capped = logits_CV[rows].float()
-        slope = 1.0 - (capped / rule.softcap).square()
-        gradient = (capped - factor_C[rows, None]).exp_().mul_(-scaled_C[rows, None])
-        _add_at(gradient, target_C[rows], scaled_C[rows])
-        logits_CV[rows] = gradient.mul_(slope).to(logits_CV.dtype)
-
-
-def _add_at(matrix_CV: Tensor, column_C: Tensor, value_C: Tensor) -> None:
-    """Add one value per row. In float32: for a likely token the two nearly cancel, and bf16 would round twice.
-
-    By indexing, not `scatter_`, which copies the whole matrix twice on a CPU.
-    """
-    row_C = torch.arange(matrix_CV.shape[0], device=matrix_CV.device)
-    matrix_CV[row_C, column_C] = (matrix_CV[row_C, column_C].float() + value_C).to(matrix_CV.dtype)
 
 
 def _called_by_chunks(hidden_ND: Tensor, module: nn.Module, job: HeadJob) -> tuple[Tensor, Tensor, Tensor]:

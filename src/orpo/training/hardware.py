@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from orpo.config.options import default_logits_bytes
 from orpo.errors import UserError
 from orpo.training.planning import ModelShape, Plan, copy_bytes, frozen_bytes
 
@@ -70,6 +71,13 @@ class Hardware:
     @property
     def num_ranks(self) -> int:
         return self.num_machines * self.per_machine
+
+
+def _logits_budget(args: ORPOConfig, hardware: Hardware) -> int:
+    """As on a device of that kind."""
+    if args.logits_budget_mb is not None:
+        return args.logits_budget_mb * 2**20
+    return default_logits_bytes(0 if hardware.device is None else hardware.device.memory_bytes)
 
 
 def parse_hardware(text: str) -> Hardware:
@@ -171,7 +179,7 @@ def _plan_rank(
         optimizer_bytes=round(optimizer / parts[2]),
         gathered_bytes=round(_gathered(shape, trained, total, width, kind, ranks)),
         activations_bytes=plan.activations_bytes,
-        logits_bytes=min(args.logits_budget_mb * 2**20, plan.tokens_per_microbatch * shape.vocab_size * width),
+        logits_bytes=min(_logits_budget(args, hardware), plan.tokens_per_microbatch * shape.vocab_size * width),
         runtime_bytes=RUNTIME_BYTES["cpu" if hardware.device is None else "cuda"],
         loading_bytes=round(stored),
         sent_bytes=round(sent),

@@ -206,7 +206,7 @@ def _need(shape: ModelShape, microbatch_tokens: int, *, fixed: float) -> MemoryN
 
 
 def _logits_bytes(shape: ModelShape, args: ORPOConfig, microbatch_tokens: int) -> int:
-    return min(args.logits_budget_mb * 2**20, microbatch_tokens * shape.vocab_size * _COMPUTE_BYTES[args.compute_dtype])
+    return min(args.logits_budget_bytes, microbatch_tokens * shape.vocab_size * _COMPUTE_BYTES[args.compute_dtype])
 
 
 def _recomputed_layers(need: MemoryNeed, args: ORPOConfig) -> int:

@@ -202,7 +202,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
                 self.training_objective,
                 requested=self.args.engine,
                 nll_scope=self.args.nll_scope,
-                budget_bytes=self.args.logits_budget_mb * 2**20,
+                budget_bytes=self.args.logits_budget_bytes,
                 router_coef=self.args.router_aux_loss_coef,
                 attention_kernel=self.args.attention_kernel,
                 compute=Compute(self.compute_dtype, self._computing),
