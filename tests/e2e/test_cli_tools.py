@@ -173,8 +173,10 @@ class TestCheckAndTrain:
 
     @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
     def test_every_recipe_works_with_one_file_of_rows(
-        self, path: Path, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+        self, path: Path, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "checks.py").write_text("def passed(prompt, answer): return len(answer) > 3")
         rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(150)]
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = ["--dataset_name", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "run"), "--use_cpu"]
@@ -183,7 +185,7 @@ class TestCheckAndTrain:
         code = main(["check", str(path), "--model_name_or_path", str(model_folder), *flags])
         shown = capsys.readouterr()
         assert code == 0, shown
-        assert re.search(r"data +\d+ of 150 rows to train on, [1-9]\d* held out", shown.err + shown.out)
+        assert re.search(r"data +\d+ of 150 (rows|prompts) to train on, [1-9]\d* held out", shown.err + shown.out)
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize("how", ["4bit", "8bit"])

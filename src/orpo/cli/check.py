@@ -110,6 +110,11 @@ def check_all(keys: list[str], report: CheckReport, *, is_quick: bool = False) -
         return
     config, args = resolved
     is_writable = report.attempt("folder", lambda: _check_folder(config, report))
+    if config["on_policy"] is not None or config["rounds"] is not None:
+        report.attempt("data", lambda: _check_rounds(config, report))
+        for name in ("disk", "memory", "step"):
+            report.add(name, SKIPPED, "the pairs that rounds train on are not there yet")
+        return
     data = report.attempt("data", lambda: _check_data(config, args, report))
     plan = report.attempt("model", lambda: _plan(config, args, data))
     if plan is None:
@@ -172,6 +177,19 @@ def _check_folder(config: RunConfig, report: CheckReport) -> bool:
             "folder", OK, f"{folder}: " + (f"a run with {num} checkpoints is here; it would be resumed" if num else "can be written")
         )
     return True
+
+
+def _check_rounds(config: RunConfig, report: CheckReport) -> None:
+    """Rounds: their options, prompts and scorers."""
+    from orpo.inference.ready import Loading
+    from orpo.onpolicy.rounds import read_options, read_round_prompts
+
+    num_rounds, _, options = read_options(config)
+    asked, held_out = read_round_prompts(config, lambda line: report.add("data", WARNING, line.partition(" ")[2].strip()))
+    for scorer in options.scorers(str(config["model_name_or_path"]), Loading()):
+        scorer.check([*asked.prompts, *held_out])
+    report.add("data", OK, f"{len(asked.prompts)} of {asked.num_rows} prompts to train on, {len(held_out)} held out")
+    report.add("rounds", OK, f"{num_rounds}, {options.num_samples} answers to each prompt, scored by {', '.join(options.scorer_names())}")
 
 
 def _check_data(config: RunConfig, args: ORPOConfig, report: CheckReport) -> RunData:

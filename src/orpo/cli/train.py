@@ -20,6 +20,9 @@ from orpo.errors import UserError
 from orpo.system.place import own_rank
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orpo.run.config import RunConfig
     from orpo.training.runner import RunResult
 
 NAME = "train"
@@ -78,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     config = told_together(lambda: resolve(None, args.keys))
     console = stderr_console()
     from orpo.cli.progress import ProgressReport
+
+    if config["rounds"] is not None or config["on_policy"] is not None:
+        return _run_rounds(config, console, is_json=args.json)
     from orpo.training.runner import run_training
 
     progress = ProgressReport(console)
@@ -89,6 +95,42 @@ def run(args: argparse.Namespace) -> int:
         say(console, line)
     if args.json and own_rank() == 0:
         print_json(asdict(result))
+    return 0
+
+
+def _run_rounds(config: RunConfig, console: Console, *, is_json: bool) -> int:
+    """Round after round (`orpo.onpolicy.rounds`)."""
+    from orpo.cli.bars import PartBars
+    from orpo.cli.progress import ProgressReport
+    from orpo.onpolicy.rounds import best_round, run_rounds
+    from orpo.system.console import print_json, say
+
+    reports: list[ProgressReport] = []
+
+    def report() -> list[ProgressReport]:
+        close()
+        reports.append(ProgressReport(console))
+        return reports[-1:]
+
+    def close() -> None:
+        while reports:
+            reports.pop().close()
+
+    def bars() -> PartBars:
+        close()
+        return PartBars(console)
+
+    try:
+        facts = run_rounds(config, lambda line: say(console, line), report, bars)
+    finally:
+        close()
+    folder = Path(config.output_dir)
+    done = "are complete; nothing was done" if facts["is_already_complete"] else "are done"
+    say(console, f"{len(facts['rounds'])} rounds {done}: {folder}" + (f" ({facts['stopped_because']})" if facts["stopped_because"] else ""))
+    best = folder / best_round(facts)
+    say(console, f"next         orpo report {folder}   ·   orpo chat {best}   ·   orpo export {best}")
+    if is_json:
+        print_json({"folder": str(folder), "best": str(best), **facts})
     return 0
 
 

@@ -56,11 +56,13 @@ class AskedPrompts:
         prompts: each once, in the order of the rows.
         reasons: how many rows gave none, by reason; `repeated_prompt` for those that were there before.
         shapes: how each source was read, in a line.
+        num_rows: rows that were read.
     """
 
     prompts: list[Asked]
     reasons: Counter[str]
     shapes: list[str]
+    num_rows: int = 0
 
 
 def read_asked(
@@ -92,7 +94,7 @@ def read_asked(
         raise DataError(
             f"there is no prompt ({told})", where=str(source), expected="rows with a prompt", mend="`orpo preview` shows how rows are read"
         )
-    return AskedPrompts(list(found.values()), reasons, shapes)
+    return AskedPrompts(list(found.values()), reasons, shapes, len(found) + sum(reasons.values()))
 
 
 def _rows(source: Any, split: str | None, column_map: Mapping[str, str] | None, shapes: list[str]) -> Iterator[Asked | Dropped]:

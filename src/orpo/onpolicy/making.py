@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from orpo.evaluate.judging.endpoint import EndpointJudge
 
 FORMAT = 1
+
+
+class NoPairsError(UserError):
+    """Answers there were, and scores, but no pair came of them."""
+
+
 WORK_SUFFIX = ".work"
 RESULT_FILE, CANDIDATES_FILE = "result.json", "candidates.jsonl"
 
@@ -40,6 +46,7 @@ class PairsJob:
         prompts: any source of rows.
         models: runs or models of this machine.
         endpoint: one more that answers.
+        asked: the prompts, where they are read already.
         output: the file of pairs; what was sampled lies beside it in `NAME.work`.
     """
 
@@ -52,6 +59,7 @@ class PairsJob:
     column_map: Mapping[str, str] | None = None
     limit: int | None = None
     loading: Loading = field(default_factory=Loading)
+    asked: AskedPrompts | None = None
     has_audit: bool = True
 
     @property
@@ -60,7 +68,7 @@ class PairsJob:
         return self.output.with_name(self.output.name + WORK_SUFFIX)
 
 
-def make_pairs(task: PairsJob, tell: Tell, progress: Progress) -> dict[str, Any]:
+def make_pairs(job: PairsJob, tell: Tell, progress: Progress) -> dict[str, Any]:
     """Make the pairs, or find that they are made.
 
     Returns:
@@ -71,41 +79,41 @@ def make_pairs(task: PairsJob, tell: Tell, progress: Progress) -> dict[str, Any]
     """
     from orpo.checkpoint import RunLock
 
-    _check(task)
-    asked = read_asked(task.prompts, split=task.split, column_map=task.column_map, limit=task.limit)
-    identity = _identity(task, asked)
-    if (made := _made(task, identity)) is not None:
+    _check(job)
+    asked = job.asked or read_asked(job.prompts, split=job.split, column_map=job.column_map, limit=job.limit)
+    identity = _identity(job, asked)
+    if (made := _made(job, identity)) is not None:
         return {**made, "is_already_made": True}
-    task.output.parent.mkdir(parents=True, exist_ok=True)
-    with RunLock(task.work):
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    with RunLock(job.work):
         for line in [f"prompts      {len(asked.prompts)}: {'; '.join(asked.shapes)}", *_reason_lines(asked.reasons)]:
             tell(line)
-        scorers = task.options.scorers(task.models[0] if task.models else None, task.loading)
+        scorers = job.options.scorers(job.models[0] if job.models else None, job.loading)
         for scorer in scorers:
             scorer.check(asked.prompts)
         groups = [AskedGroup(one) for one in asked.prompts]
-        num_missing = _sample(task, groups, tell, progress)
-        scoring = score_all(scorers, task.options.weights or {}, groups, Cache(task.work / "cache" / "scores.jsonl"), progress)
-        return {**_choose(task, asked, groups, scoring, num_missing, identity, tell), "is_already_made": False}
+        num_missing = _sample(job, groups, tell, progress)
+        scoring = score_all(scorers, job.options.weights or {}, groups, Cache(job.work / "cache" / "scores.jsonl"), progress)
+        return {**_choose(job, asked, groups, scoring, num_missing, identity, tell), "is_already_made": False}
 
 
-def _check(task: PairsJob) -> None:
-    task.options.check("")
-    if not task.models and task.endpoint is None and not task.options.keep_answers:
+def _check(job: PairsJob) -> None:
+    job.options.check("")
+    if not job.models and job.endpoint is None and not job.options.keep_answers:
         raise UserError(
             "nobody is asked for answers", where="--model", mend="--model RUN|MODEL, or --endpoint_url URL --endpoint_model NAME"
         )
-    if task.output.suffix != ".jsonl":
-        raise UserError(f"found {str(task.output)!r}", where="--out", expected="a file *.jsonl")
-    if task.output.exists() and not (task.work / RESULT_FILE).is_file():
+    if job.output.suffix != ".jsonl":
+        raise UserError(f"found {str(job.output)!r}", where="--out", expected="a file *.jsonl")
+    if job.output.exists() and not (job.work / RESULT_FILE).is_file():
         raise UserError(
-            "is there already, and was not made by this command", where=str(task.output), mend="choose another --out, or move it away"
+            "is there already, and was not made by this command", where=str(job.output), mend="choose another --out, or move it away"
         )
 
 
-def _identity(task: PairsJob, asked: AskedPrompts) -> str:
+def _identity(job: PairsJob, asked: AskedPrompts) -> str:
     """Hash of everything that decides the result, as far as it is known without loading a model."""
-    scorers = task.options.scorers("", task.loading)
+    scorers = job.options.scorers("", job.loading)
     verifiers = [scorer.verifier.identity for scorer in scorers if hasattr(scorer, "verifier")]
     rows = hashlib.sha256(
         "\n".join([f"{one.key}{one.answers}{json.dumps(one.row, default=str)}" for one in asked.prompts]).encode("utf-8", "replace")
@@ -113,11 +121,11 @@ def _identity(task: PairsJob, asked: AskedPrompts) -> str:
     return content_key(
         format=FORMAT,
         prompts=rows.hexdigest(),
-        models=[[name, _stamp(name)] for name in task.models],
-        endpoint=None if task.endpoint is None else [task.endpoint.url, task.endpoint.identity],
-        options={key: value for key, value in task.options.to_dict().items() if key != "batch_size"},
+        models=[[name, _stamp(name)] for name in job.models],
+        endpoint=None if job.endpoint is None else [job.endpoint.url, job.endpoint.identity],
+        options={key: value for key, value in job.options.to_dict().items() if key != "batch_size"},
         verifiers=verifiers,
-        loading=str(task.loading),
+        loading=str(job.loading),
     )
 
 
@@ -128,34 +136,34 @@ def _stamp(name: str) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if "checkpoint-" not in str(file)]
 
 
-def _made(task: PairsJob, identity: str) -> dict[str, Any] | None:
+def _made(job: PairsJob, identity: str) -> dict[str, Any] | None:
     try:
-        facts: dict[str, Any] = json.loads((task.work / RESULT_FILE).read_text(encoding="utf-8"))
-        data = task.output.read_bytes()
+        facts: dict[str, Any] = json.loads((job.work / RESULT_FILE).read_text(encoding="utf-8"))
+        data = job.output.read_bytes()
     except (OSError, ValueError):
         return None
     is_same = facts.get("identity") == identity and facts.get("sha256") == hashlib.sha256(data).hexdigest()
     return facts if is_same and not facts.get("num_missing") else None
 
 
-def _sample(task: PairsJob, groups: list[AskedGroup], tell: Tell, progress: Progress) -> int:
+def _sample(job: PairsJob, groups: list[AskedGroup], tell: Tell, progress: Progress) -> int:
     """Answers of everybody who is asked; how many an endpoint did not give."""
-    cache = Cache(task.work / "cache" / "answers.jsonl")
-    if task.options.keep_answers:
+    cache = Cache(job.work / "cache" / "answers.jsonl")
+    if job.options.keep_answers:
         for group in groups:
             group.attempts += [Attempt(text, OWN) for text in group.asked.answers]
-    for name in task.models:
-        draw_locally(name, groups, task.options.draws, cache, task.loading, tell, progress)
-    if task.endpoint is None:
+    for name in job.models:
+        draw_locally(name, groups, job.options.draws, cache, job.loading, tell, progress)
+    if job.endpoint is None:
         return 0
-    num_missing = draw_from_endpoint(task.endpoint, groups, task.options.draws, cache, progress)
+    num_missing = draw_from_endpoint(job.endpoint, groups, job.options.draws, cache, progress)
     if num_missing:
-        tell(f"warning      {num_missing} answers of {task.endpoint.model} did not come; the same command asks for them again")
+        tell(f"warning      {num_missing} answers of {job.endpoint.model} did not come; the same command asks for them again")
     return num_missing
 
 
 def _choose(
-    task: PairsJob,
+    job: PairsJob,
     asked: AskedPrompts,
     groups: list[AskedGroup],
     scoring: Scoring,
@@ -171,22 +179,22 @@ def _choose(
             left_out["prompt_unusable"] += 1
             continue
         rated = [Rated(one.text, total, one.is_cut) for one, total in zip(group.attempts, totals, strict=True)]
-        pairs, reasons = choose_pairs_of(rated, task.options.rule)
+        pairs, reasons = choose_pairs_of(rated, job.options.rule)
         left_out += reasons
         num_covered += bool(pairs)
-        rows += [_row(task, group, parts, totals, pair) for pair in pairs]
-    _write_candidates(task, groups, scoring)
+        rows += [_row(job, group, parts, totals, pair) for pair in pairs]
+    _write_candidates(job, groups, scoring)
     for line in _scoring_lines(scoring, left_out):
         tell(line)
     if not rows:
-        raise UserError(_nothing(groups, left_out, scoring), where=str(task.prompts), mend=_advice(left_out, task.options))
+        raise NoPairsError(_nothing(groups, left_out, scoring), where=str(job.prompts), mend=_advice(left_out, job.options))
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
-    write_atomically(task.output, data)
-    return _finish(task, asked, groups, scoring, rows, left_out, num_covered, num_missing, identity, data, tell)
+    write_atomically(job.output, data)
+    return _finish(job, asked, groups, scoring, rows, left_out, num_covered, num_missing, identity, data, tell)
 
 
 def _finish(
-    task: PairsJob,
+    job: PairsJob,
     asked: AskedPrompts,
     groups: list[AskedGroup],
     scoring: Scoring,
@@ -203,10 +211,10 @@ def _finish(
         list(zip([one.text for one in group.attempts], totals, strict=True)) for group, totals in zip(groups, scoring.totals, strict=True)
     ]
     back = look_back(texts, scored, num_covered)
-    tell(f"pairs        {len(rows)}: {task.output}")
+    tell(f"pairs        {len(rows)}: {job.output}")
     for line in back.lines():
         tell(line)
-    lines, audit = audit_lines(task.output) if task.has_audit else ([], None)
+    lines, audit = audit_lines(job.output) if job.has_audit else ([], None)
     for line in lines:
         tell(line)
     known = [total for totals in scoring.totals for total in totals if total is not None]
@@ -214,7 +222,7 @@ def _finish(
         "format": FORMAT,
         "identity": identity,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "output": task.output.name,
+        "output": job.output.name,
         "num_prompts": len(asked.prompts),
         "rows_without_prompt": dict(asked.reasons),
         "num_answers": sum(len(group.attempts) for group in groups),
@@ -225,18 +233,18 @@ def _finish(
         "scorer_failures": {name: dict(reasons.most_common(5)) for name, reasons in scoring.failures.items()},
         "lengths": back.to_dict(),
         "audit": audit,
-        "models": list(task.models) + ([task.endpoint.model] if task.endpoint else []),
-        "options": task.options.to_dict(),
+        "models": list(job.models) + ([job.endpoint.model] if job.endpoint else []),
+        "options": job.options.to_dict(),
         "versions": versions(),
     }
-    write_atomically(task.work / RESULT_FILE, (json.dumps(redact(facts), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    write_atomically(job.work / RESULT_FILE, (json.dumps(redact(facts), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     return facts
 
 
 def _row(
-    task: PairsJob, group: AskedGroup, parts: Sequence[Mapping[str, Any]], totals: Sequence[float | None], pair: tuple[int, int]
+    job: PairsJob, group: AskedGroup, parts: Sequence[Mapping[str, Any]], totals: Sequence[float | None], pair: tuple[int, int]
 ) -> dict[str, Any]:
-    asked, options = group.asked, task.options
+    asked, options = group.asked, job.options
     is_text = isinstance(asked.prompt, str)
 
     def answer(place: int) -> Any:
@@ -263,7 +271,7 @@ def _text(answer: Any) -> str:
     return answer if isinstance(answer, str) else str(answer[0]["content"])
 
 
-def _write_candidates(task: PairsJob, groups: Sequence[AskedGroup], scoring: Scoring) -> None:
+def _write_candidates(job: PairsJob, groups: Sequence[AskedGroup], scoring: Scoring) -> None:
     """All answers with their scores, for whoever wants to choose otherwise."""
     lines = []
     for group, parts, totals in zip(groups, scoring.parts, scoring.totals, strict=True):
@@ -273,7 +281,7 @@ def _write_candidates(task: PairsJob, groups: Sequence[AskedGroup], scoring: Sco
         ]
         facts = {"prompt": group.asked.prompt, "source": str(group.asked.where), "problem": group.problem, "candidates": answers}
         lines.append(json.dumps(facts, ensure_ascii=False) + "\n")
-    write_atomically(task.work / CANDIDATES_FILE, "".join(lines).encode("utf-8", "replace"))
+    write_atomically(job.work / CANDIDATES_FILE, "".join(lines).encode("utf-8", "replace"))
 
 
 def _reason_lines(reasons: Mapping[str, int]) -> list[str]:

@@ -74,7 +74,7 @@ def write_report(
         >>> report.page.name
         'page.html'
     """
-    from orpo.report.facts import find_folder, is_comparison, read_results, read_run
+    from orpo.report.facts import find_folder, is_comparison, is_rounds, read_results, read_run
     from orpo.report.inline_run import comparison_cell, run_cell
     from orpo.system.installing import pip_line
     from orpo.webpage import require_plotly
@@ -86,7 +86,7 @@ def write_report(
         others[_name_beside(other)] = read_results(other, notes)
     require_plotly("orpo report", pip_line("report"))
     target = folder / PAGE_FILE if output is None else Path(output).expanduser()
-    card = None
+    card, cell = None, ""
     if is_comparison(folder):
         from orpo.report.comparison import comparison_page
         from orpo.report.facts import read_comparison
@@ -94,6 +94,10 @@ def write_report(
         found = read_comparison(folder)
         page = comparison_page(found)
         cell = comparison_cell(found, page.lead[0])
+    elif is_rounds(folder):
+        from orpo.report.roundspage import rounds_page
+
+        page = rounds_page(folder)
     else:
         from orpo.report.runpage import run_page
 

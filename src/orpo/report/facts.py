@@ -17,6 +17,7 @@ RESULTS = ("pairs", "retention", "ifeval", "mtbench", "alpacaeval", "custom")
 """Results of `orpo eval` that go before those of other tasks in a report, in this order."""
 _OTHER_FILES = frozenset({"run.json", "demo.json", "comparison.json"})
 COMPARISON_FILE = "comparison.json"
+ROUNDS_FILE = "rounds.json"
 _MAX_FILE_BYTES = 200_000_000
 
 
@@ -123,7 +124,12 @@ def find_folder(path: str | Path) -> Path:
         is_there = folder.exists()
         raise UserError("is a file" if is_there else "does not exist", where=str(path), expected="the folder of a run or of a comparison")
     for candidate in (folder, folder.parent):
-        if is_comparison(candidate) or (candidate / "run.json").is_file() or (candidate == folder and _has_results(folder)):
+        if (
+            is_comparison(candidate)
+            or is_rounds(candidate)
+            or (candidate / "run.json").is_file()
+            or (candidate == folder and _has_results(folder))
+        ):
             return candidate
     raise UserError(
         "is neither a run nor a comparison",
@@ -136,6 +142,11 @@ def find_folder(path: str | Path) -> Path:
 def is_comparison(folder: Path) -> bool:
     """Whether a comparison was made there."""
     return (folder / COMPARISON_FILE).is_file()
+
+
+def is_rounds(folder: Path) -> bool:
+    """Whether `orpo train --rounds` was at work there."""
+    return (folder / ROUNDS_FILE).is_file()
 
 
 def _has_results(folder: Path) -> bool:

@@ -31,6 +31,10 @@ class RunKeys:
     eval_dataset_name: str | list[Any] | None = field(default=None, metadata={"help": "Data to evaluate on, from another place."})
     eval_fraction: float | None = field(default=None, metadata={"help": "Share of the training data, by prompt, held out for evaluation."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Read a hub data set without a copy on disk."})
+    rounds: int | None = field(default=None, metadata={"help": "Rounds of sampling, scoring and training; needs on_policy."})
+    on_policy: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How pairs are made of the model's own answers to the prompts of dataset_name."}
+    )
     ignore_bias_buffers: bool = field(default=False, metadata={"help": "TRL's; no effect."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
