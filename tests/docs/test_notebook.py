@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "orpo_finetuning_example.ipynb"
+TINY = 'MODEL, BATCH, STEPS, NUM_TRAIN, NUM_HELD_OUT, ANSWER_TOKENS = "tiny", 2, 10, 20, 12, 8'
 SMALL = "BATCH, STEPS, NUM_TRAIN, NUM_HELD_OUT, ANSWER_TOKENS = 4, 5, 20, 12, 8"
 RESULTS = """
 import json
@@ -32,31 +33,59 @@ def texts(cell: Any) -> list[str]:
     return [text for output in cell.outputs for text in (output.get("text"), *output.get("data", {}).values()) if isinstance(text, str)]
 
 
-@pytest.mark.timeout(900)  # under a minute on two free cores
-def test_it_runs_offline_and_learns(notebook: Any, smollm2_folder: Path, tmp_path: Path) -> None:
-    """In a kernel of its own, as a reader would run it; only the parameters are small, put in a cell behind theirs."""
+def run(notebook: Any, parameters: str, folder: Path, last: str = "", *, threads: int = 1) -> Any:
+    """A copy run from top to bottom in a kernel of its own, offline, as a reader would; its parameters are put in a cell behind theirs."""
     nbclient = pytest.importorskip("nbclient", reason="the extra `notebook` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `notebook` is not installed")
     from nbformat.v4 import new_code_cell
 
     small = copy.deepcopy(notebook)
     (place,) = (number for number, cell in enumerate(small.cells) if "parameters" in cell.metadata.get("tags", []))
-    small.cells.insert(place + 1, new_code_cell(SMALL))
-    small.cells.append(new_code_cell(RESULTS))
-    client = nbclient.NotebookClient(small, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(env={**os.environ, "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 4)), "HF_HUB_OFFLINE": "1"})
+    small.cells.insert(place + 1, new_code_cell(parameters))
+    small.cells.append(new_code_cell(last))
+    client = nbclient.NotebookClient(small, timeout=800, resources={"metadata": {"path": str(folder)}})
+    client.execute(env={**os.environ, "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, threads)), "HF_HUB_OFFLINE": "1"})
+    return small
 
-    facts = json.loads("".join(texts(small.cells[-1])).strip())
-    assert facts["steps"] == 5
+
+def facts_of(done: Any, steps: int) -> dict[str, Any]:
+    """What the cell `RESULTS` has printed."""
+    facts: dict[str, Any] = json.loads("".join(texts(done.cells[-1])).strip())
+    assert facts["steps"] == steps
     assert facts["pairs"] == [20, 12]
+    assert set(facts["scores"]) == {"start", "SFT", "SFT+DPO", "ORPO"}
+    return facts
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_model_factory: Any, tiny_tokenizer_factory: Any) -> Path:
+    """A folder to run a notebook in, with a model that trains in no time, `tiny`."""
+    tokenizer = tiny_tokenizer_factory()
+    tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path
+
+
+def test_it_runs_offline_and_shows_its_runs(notebook: Any, tiny: Path) -> None:
+    done = run(notebook, TINY, tiny, RESULTS)
+    facts_of(done, steps=10)
+    shown = "\n".join(text for cell in done.cells if cell.cell_type == "code" for text in texts(cell))
+    assert shown.count("step 10 of 10") == 3, "ORPO, SFT and DPO, each in a table that has grown to its end"
+    assert shown.count("data:image/svg+xml") >= 3
+    assert {path.name for path in tiny.iterdir()} == {"runs", "tiny"}, "nothing lies about but the runs' folders"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_learns(notebook: Any, smollm2_folder: Path, tmp_path: Path) -> None:
+    """With the packaged model, and only the numbers small."""
+    facts = facts_of(run(notebook, SMALL, tmp_path, RESULTS, threads=4), steps=5)
     margins = {name: summary["margin"]["value"] for name, summary in facts["scores"].items()}
     chosen = {name: summary["chosen_logp"]["value"] for name, summary in facts["scores"].items()}
-    assert set(margins) == {"start", "SFT", "SFT+DPO", "ORPO"}
     assert margins["ORPO"] > margins["start"], "ORPO parts the pairs"
     assert chosen["ORPO"] > chosen["start"]
     assert chosen["SFT"] > chosen["start"], "SFT raises the chosen answers"
     assert margins["SFT+DPO"] > margins["SFT"], "DPO parts what SFT left"
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing lies about but the runs' folders"
 
 
 SMALL_OTHERS = {"audit_and_clean.ipynb": 'MODEL = "tiny"', "base_model_to_gguf.ipynb": 'MODEL, STEPS, BATCH = "tiny", 2, 2'}
@@ -66,22 +95,11 @@ NOTEBOOKS = sorted(NOTEBOOK.parent.glob("*.ipynb"))
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SMALL_OTHERS)
-def test_the_others_run_offline_from_top_to_bottom(name: str, tmp_path: Path, tiny_model_factory: Any, tiny_tokenizer_factory: Any) -> None:
+def test_the_others_run_offline_from_top_to_bottom(name: str, tiny: Path) -> None:
     """With a tiny model in place of the packaged one; what they claim they assert themselves."""
     nbformat = pytest.importorskip("nbformat", reason="the extra `notebook` is not installed")
-    nbclient = pytest.importorskip("nbclient", reason="the extra `notebook` is not installed")
-    pytest.importorskip("ipykernel", reason="the extra `notebook` is not installed")
-    from nbformat.v4 import new_code_cell
-
-    tokenizer = tiny_tokenizer_factory()
-    tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    found = nbformat.read(NOTEBOOK.parent / name, as_version=4)
-    (place,) = (number for number, cell in enumerate(found.cells) if "parameters" in cell.metadata.get("tags", []))
-    found.cells.insert(place + 1, new_code_cell(SMALL_OTHERS[name]))
-    client = nbclient.NotebookClient(found, timeout=800, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    shown = "\n".join(text for cell in found.cells if cell.cell_type == "code" for text in texts(cell))
+    done = run(nbformat.read(NOTEBOOK.parent / name, as_version=4), SMALL_OTHERS[name], tiny)
+    shown = "\n".join(text for cell in done.cells if cell.cell_type == "code" for text in texts(cell))
     assert ("left because of" if "audit" in name else "largest difference") in shown
 
 

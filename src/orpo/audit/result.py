@@ -19,7 +19,7 @@ FORMAT = 1
 """Version of the JSON that `to_dict` gives."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Audit:
     """What was found.
 
@@ -115,7 +115,7 @@ class Audit:
         for surprise in self.surprises:
             yield surprise.sentence()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(self.lines())
 
     def _repr_html_(self) -> str:
