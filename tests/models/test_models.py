@@ -376,9 +376,12 @@ def test_a_base_that_has_moved_is_told_as_the_adapters_base(model_folder: Path, 
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"adapter_config.json: the adapter belongs on '(.|\n)*base(.|\n)*base_model_name_or_path"):
         load_model(tmp_path / "adapter", device="cpu")
+    with pytest.raises(UserError, match=r"adapter_config.json: the adapter belongs on"):
+        load_tokenizer(tmp_path / "adapter")  # which comes first in a run, and is the base's where the adapter has none
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(base), str(tmp_path / "elsewhere")))
     assert load_model(tmp_path / "adapter", device="cpu").facts.kind == "adapter"
+    assert load_tokenizer(tmp_path / "adapter").get_vocab() == load_tokenizer(model_folder).get_vocab()
 
 
 @pytest.mark.parametrize(

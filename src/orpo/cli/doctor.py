@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 NAME = "doctor"
 HELP = "report this machine: devices, bf16 speed, versions, missing packages"
 
-QUANTIZED = "4-bit and 8-bit base models"
 
 # feature -> (modules it needs, the extra that brings them)
 FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "reading and writing GGUF files": (("gguf",), "gguf"),
-    QUANTIZED: (("bitsandbytes",), "qlora"),
+    "4-bit and 8-bit base models": (("bitsandbytes",), "qlora"),
     "orpo audit: near duplicates, shortcuts": (("datasketch", "sklearn"), "audit"),
     "charts in pages": (("plotly",), "report"),
     "orpo eval --tasks ifeval": (("lm_eval", "nltk", "langdetect"), "ifeval"),
@@ -89,15 +88,13 @@ def gather(*, is_quick: bool = False) -> dict[str, Any]:
         "disk_free_bytes": free_disk,
         "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"},
         "bundled_model": _bundled(),
-        "features": {feature: _feature(feature, modules, extra, device) for feature, (modules, extra) in FEATURES.items()},
+        "features": {feature: _feature(modules, extra) for feature, (modules, extra) in FEATURES.items()},
     }
 
 
-def _feature(feature: str, modules: tuple[str, ...], extra: str, device: torch.device) -> dict[str, Any]:
-    """Whether a feature can be used on this machine, and what it lacks: packages, or a device that no package brings."""
+def _feature(modules: tuple[str, ...], extra: str) -> dict[str, Any]:
+    """Whether a feature can be used on this machine, and the packages that it lacks."""
     missing = _missing(modules)
-    if feature == QUANTIZED and device.type == "cpu":
-        return {"is_ready": False, "missing": ["a GPU", *missing], "get": None}
     return {"is_ready": not missing, "missing": missing, "get": pip_line(extra)}
 
 

@@ -181,7 +181,8 @@ def load_model(
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, from the same places as `load_model`; a padding token is set where there is none.
+    """The tokenizer alone, from the same places as `load_model`; a padding token is set where there is none. An adapter without one has its
+    base's.
 
     Raises:
         UserError: as of `load_model`.
@@ -193,6 +194,10 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, tru
     """
     source = find_source(str(name_or_path))
     _check_remote_code(source, ModelOptions(revision=revision, trust_remote_code=trust_remote_code))
+    if source.kind == "adapter" and not _has_own_tokenizer(source):
+        base, base_revision = adapter_base(source)
+        with about_base(source):
+            return load_tokenizer(base, revision=base_revision, trust_remote_code=trust_remote_code)
     if source.kind == "gguf":
         return load_gguf(Path(source.location))[1]
     return _tokenizer_of(source, revision, trust_remote_code)[0]
@@ -343,7 +348,7 @@ def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: b
     model = load_adapter(loaded.model, source, is_trainable=is_trainable)
     set_generation(model, Path(source.location))
     tokenizer, notes = loaded.tokenizer, loaded.facts.notes
-    if (Path(source.location) / "tokenizer_config.json").is_file():
+    if _has_own_tokenizer(source):
         tokenizer, _ = _tokenizer_of(source, None, options.trust_remote_code)
     facts = replace(
         loaded.facts,
@@ -354,6 +359,10 @@ def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: b
         notes=(f"an adapter on {base_name}", *notes),
     )
     return LoadedModel(model.eval(), tokenizer, facts)
+
+
+def _has_own_tokenizer(adapter: ModelSource) -> bool:
+    return (Path(adapter.location) / "tokenizer_config.json").is_file()
 
 
 def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:

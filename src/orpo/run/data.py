@@ -244,9 +244,12 @@ def split_by_prompt(groups: Sequence[TokenGroup], fraction: float, *, salt: byte
     for group in groups:
         (held_out if _is_held_out(group, fraction, salt) else train).append(group)
     if not train or not held_out:
-        side = "held out" if train else "left to train on"
+        side, other = ("held out", min(0.5, max(0.2, 2 * fraction))) if train else ("left to train on", fraction / 2)
         raise UserError(
-            f"of {len(groups)} rows none is {side}", where="eval_fraction", expected="some rows on both sides", mend="change eval_fraction"
+            f"of {len(groups)} rows none is {side}",
+            where="eval_fraction",
+            expected="some rows on both sides",
+            mend=f"eval_fraction: {other:g}, or more rows, or others to evaluate on: eval_dataset_name: FILE",
         )
     return train, held_out
 

@@ -91,6 +91,7 @@ def configure_logging() -> None:
     # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; of bars that ask nobody, such as that of unpacking GGUF
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -120,6 +121,8 @@ def quiet_libraries() -> None:
     import transformers
 
     show_warnings_plainly()
+    # PEFT's advice on tied layers; what an adapter on them makes of an export is compared with the model before it is published.
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
