@@ -265,18 +265,17 @@ def _for_a_trial(args: ORPOConfig, scratch: str) -> ORPOConfig:
 
 def _checkpoint_activations(trainer: Any, args: ORPOConfig, stack: ExitStack) -> str:
     """As when training begins: the settings are looked at by the first backward pass alone. Gives what is to be told."""
-    from orpo.training.recompute import AUTO
-
     model = trainer.model
-    if args.gradient_checkpointing == AUTO:
+    told = ", layers compiled" if trainer.compiling(stack) else f", compiled: {trainer.compiled}" if args.torch_compile else ""
+    if trainer.recomputes_here:
         num_layers = stack.enter_context(trainer.recomputing())
-        return f", {num_layers} layers computed again"
+        return f"{told}, {num_layers} layers computed again"
     if args.gradient_checkpointing:
         kwargs = dict(args.gradient_checkpointing_kwargs or {})
         own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(kwargs or None, **own)
-    return ""
+    return told
 
 
 def _try_optimizer(trainer: Any, args: ORPOConfig) -> None:

@@ -169,7 +169,7 @@ def plan_lines(plan: Plan, disk_bytes: int, args: ORPOConfig, *, has_data: bool)
     parts |= {"activations": plan.activations_bytes, "logits": plan.logits_bytes, "libraries": plan.runtime_bytes}
     lines += [f"  {part:<12}{human_bytes(num_bytes)}" for part, num_bytes in parts.items() if num_bytes]
     if args.gradient_checkpointing == "auto":
-        lines.append(f"checkpointing  {plan.recomputed_layers} of {plan.num_layers} layers, in the backward pass{_budget_note(args)}")
+        lines.append(f"recomputed   {plan.recomputed_layers} of {plan.num_layers} layers, in the backward pass{_budget_note(args)}")
     lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each, {human_bytes(disk_bytes)} of disk at most")
     if plan.seconds_per_step is None:
         return lines

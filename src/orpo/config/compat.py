@@ -215,10 +215,8 @@ INHERITED = [
     Entry(
         "torch_compile",
         _TA,
-        "refused",
-        "Dynamo cannot trace the packed attention, and compiling the rest gained nothing that could be measured (docs/performance.md)",
-        harmless=(False, None),
-        mend="leave it out",
+        "accepted",
+        "compiles each decoder layer, packed attention included, after a trial beside the layers as they are; TRL compiles the model",
     ),
     Entry(
         "train_sampling_strategy",

@@ -207,6 +207,7 @@ class ORPOConfig(TrainingArguments):
             raise UserError(str(error), where="configuration") from error
         group.require_group(self.world_size)
         self.bf16, self.fp16 = bf16, fp16
+        self.torch_compile = bool(self.__dict__["torch_compile"] or self.torch_compile_backend or self.torch_compile_mode)
         self.__dict__["use_cpu"] = use_cpu  # as the user has it: what a resumed run is compared with
         self.gradient_checkpointing = "auto" if is_auto else bool(getattr(self, "activation_checkpointing", self.gradient_checkpointing))
         # TrainingArguments would name a folder all runs share; None means a fresh one, made when training starts.
@@ -230,14 +231,15 @@ class ORPOConfig(TrainingArguments):
 
     @contextmanager
     def fsdp_hidden(self) -> Iterator[None]:
-        """Neither transformers nor accelerate hears of FSDP or DeepSpeed while the context lasts: `orpo.engine` applies them."""
-        given: tuple[Any, ...] = tuple(self.__dict__[name] for name in ("fsdp", "fsdp_config", "deepspeed"))
-        self.fsdp = self.fsdp_config = self.deepspeed = None
+        """Neither transformers nor accelerate hears of FSDP, DeepSpeed or compiling while the context lasts: `orpo.engine` applies them."""
+        names = ("fsdp", "fsdp_config", "deepspeed", "torch_compile", "torch_compile_backend", "torch_compile_mode")
+        given = {name: self.__dict__[name] for name in names}
+        self.__dict__.update(dict.fromkeys(names), torch_compile=False)
         try:
             with accelerate_left_out():
                 yield
         finally:
-            self.fsdp, self.fsdp_config, self.deepspeed = given
+            self.__dict__.update(given)
 
     @property
     def microbatch_tokens(self) -> int:

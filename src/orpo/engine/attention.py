@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from orpo.engine.kernels import run_kernel
 from orpo.engine.layout import PackedLayout, Segment, sent
+from orpo.engine.opaque import packed_attention, use
 
 NAME = "orpo_shared"
 LAYOUT_KEYWORD = "shared_layout"
@@ -71,19 +72,40 @@ def shared_attention_forward(
         return _ordinary(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks_H, **kwargs), None
     if dropout:
         raise ValueError(f"attention dropout of {dropout:g} is on, which packed rows do not support; leave disable_dropout on to use them")
-    shared_layout.windows.add(sliding_window)  # a window that never reaches this call would be ignored in silence: the start looks
+    if not torch.compiler.is_compiling():
+        shared_layout.windows.add(sliding_window)  # a window that never reaches this call would be ignored in silence: the start looks
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they are float32, values bf16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if shared_layout.kernel != "sdpa":
-        return run_kernel(query, key, value, shared_layout, scale, sliding_window, softcap, sinks_H), None
+    if shared_layout.handle is not None and torch.compiler.is_compiling():
+        return packed_attention(query, key, value, sinks_H, shared_layout.handle, scale, sliding_window, softcap), None
+    return _packed(query, key, value, shared_layout, scale, sliding_window, softcap, sinks_H), None
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention over a packed row, by what the run's kernel and the model need; (1, T, H, E)."""
+    if layout.kernel != "sdpa":
+        return run_kernel(query, key, value, layout, scale, window, softcap, sinks_H)
     if softcap is not None or sinks_H is not None:
-        return _by_segment(query, key, value, shared_layout, scale, sliding_window, softcap, sinks_H), None
+        return _by_segment(query, key, value, layout, scale, window, softcap, sinks_H)
     if query.device.type in BLOCK_DEVICES:
-        return _BlockAttention.apply(query, key, value, shared_layout, scale, sliding_window), None
-    return _by_piece(query, key, value, shared_layout, scale, sliding_window), None
+        return _BlockAttention.apply(query, key, value, layout, scale, window)
+    return _by_piece(query, key, value, layout, scale, window)
+
+
+def _is_block(query: Tensor, layout: PackedLayout, softcap: float | None, sinks_H: Tensor | None) -> bool:
+    return layout.kernel == "sdpa" and softcap is None and sinks_H is None and query.device.type in BLOCK_DEVICES
 
 
 def _by_segment(
@@ -367,3 +389,6 @@ def _mask(layout: PackedLayout, start: int, end: int, keys: tuple[tuple[int, int
             visible &= queries - segment.start + segment.num_prefix - position < window
         mask_SL[first - start : last - start].masked_fill_(visible, 0.0)
     return mask_SL
+
+
+use(_packed, _BlockAttention, _is_block)

@@ -45,6 +45,8 @@ class PackedLayout:
     """What computes it (`orpo.engine.kernels`)."""
     cache: dict[object, object] = field(default_factory=dict, repr=False)
     """Masks and plans, made once per micro-batch and shared by the layers."""
+    handle: Tensor | None = None
+    """The number under which `orpo.engine.opaque` keeps it, where layers are compiled."""
     windows: set[int | None] = field(default_factory=set, repr=False)
     """Sliding windows that attention was called with, for the check at the start of a run."""
 

@@ -104,14 +104,17 @@ def recomputed(model: nn.Module, num_layers: int, settings: dict[str, Any] | Non
         settings: for `torch.utils.checkpoint.checkpoint`.
     """
     layers = decoder_layers(model)[:num_layers]
+    before = [vars(layer).get("forward") for layer in layers]  # compiled, perhaps
     function = functools.partial(checkpoint, **{"use_reentrant": False, **(settings or {})})
     for layer in layers:
         layer.forward = _recomputing(layer, layer.forward, function)
     try:
         yield len(layers)
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
 
 
 def _recomputing(layer: nn.Module, forward: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:

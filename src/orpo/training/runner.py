@@ -304,12 +304,6 @@ def describe_schedule(trainer: ORPOTrainer) -> str:
     )
 
 
-def router_facts(trainer: ORPOTrainer) -> dict[str, Any] | None:
-    """For run.json: weight of the auxiliary loss and experts of a token; None for a model without experts."""
-    router = trainer.engine.router
-    return None if router is None else {"aux_loss_coef": router.coef, "experts_per_token": router.top_k}
-
-
 def _final_evaluation(trainer: ORPOTrainer) -> dict[str, float]:
     """Metrics on the held-out rows after the last step; those of an evaluation that has just been made count."""
     if trainer.eval_dataset is None:
@@ -357,10 +351,7 @@ class _Journal(TrainerCallback):
             "device": describe_device(self.args.device),
             "world_size": self.args.world_size,
             "compute_dtype": self.args.compute_dtype,
-            "engine": self.trainer.engine.name,
-            "router": router_facts(self.trainer),
-            "attention_kernel": self.trainer.engine.kernel,
-            "recomputed_layers": self.trainer.recomputed_layers,
+            **self.trainer.how_computed,
             "seed": self.args.seed,
             "objective": kind_of(self.trainer.training_objective).facts(self.trainer.training_objective, _NLL[self.args.nll_scope]),
             "plugins": [asdict(plugin) for plugin in loaded_plugins()],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from orpo.config.parallelism import Parallelism
 from orpo.engine.choose import Engine, has_unused_weights
-from orpo.engine.parallel import is_sharded, shard
+from orpo.engine.parallel import decoder_layers, is_sharded, shard
 from orpo.engine.zero import Zero
 from orpo.objective import Objective
 from orpo.system.allocator import return_freed_memory
 from orpo.system.ranks import Ranks
+from orpo.training.compiling import compile_layers
 from orpo.training.planning import packed_lengths, weigh_model
 from orpo.training.recompute import AUTO, fewest_layers, recomputed
 
@@ -28,7 +29,7 @@ else:
 
 
 class SpreadMixin(_Base):
-    """Spreading for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
+    """Spreading, layers computed again, and compiled ones for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
     parallelism: Parallelism
     optimizer: Any
@@ -39,6 +40,7 @@ class SpreadMixin(_Base):
     ranks: Ranks
     args: Any
     recomputed_layers: int | None = None
+    compiled: str | None = None
     zero: Zero | None = None
     """What DeepSpeed holds, once it does."""
 
@@ -53,11 +55,41 @@ class SpreadMixin(_Base):
 
     def recomputing(self) -> AbstractContextManager[int | None]:
         """`gradient_checkpointing: auto`: as few layers computed again as fit, the same number on every rank."""
-        if self.args.gradient_checkpointing != AUTO:
+        settings = self.args.gradient_checkpointing_kwargs
+        if not self.recomputes_here:
             return nullcontext()
+        if self.args.gradient_checkpointing is True:
+            return recomputed(self.model, len(decoder_layers(self.model)), settings)
         need = weigh_model(self.model, self.args, packed_lengths(self.train_dataset, self.args)["largest_microbatch_tokens"])
         count = self.ranks.max([fewest_layers(self.model, need, self.args)])[0]
-        return recomputed(self.model, count, self.args.gradient_checkpointing_kwargs)
+        return recomputed(self.model, count, settings)
+
+    @property
+    def recomputes_here(self) -> bool:
+        """Whether layers are computed again by need, or around their compiled form; else it is transformers' part."""
+        wanted = self.args.gradient_checkpointing
+        return wanted == AUTO or bool(wanted and self.args.torch_compile)
+
+    def compiling(self, stack: ExitStack) -> bool:
+        """`torch_compile: true`: the layers compiled until the stack is closed; whether they are, which `how_computed` tells too."""
+        if not self.args.torch_compile:
+            return False
+        problem = compile_layers(self, stack)
+        self.compiled = "yes" if problem is None else f"no: {problem}"
+        return problem is None
+
+    @property
+    def how_computed(self) -> dict[str, Any]:
+        """For run.json: engine and kernel, the router's loss of a mixture of experts, layers computed again, whether they are compiled."""
+        engine: Engine = self.engine
+        router = engine.router
+        return {
+            "engine": engine.name,
+            "attention_kernel": engine.kernel,
+            "router": None if router is None else {"aux_loss_coef": router.coef, "experts_per_token": router.top_k},
+            "recomputed_layers": self.recomputed_layers,
+            "compiled": self.compiled,
+        }
 
     def spread_weights(self, checkpoint: str | None) -> None:
         """Spread the weights over the ranks, those of a checkpoint that has them whole too."""

@@ -44,7 +44,6 @@ from orpo.training.loaders import LoaderMixin
 from orpo.training.metrics import MetricsCallback, MetricSums, end_logps, means
 from orpo.training.notebook import NotebookMixin
 from orpo.training.outside import OutsideMixin
-from orpo.training.recompute import AUTO
 from orpo.training.saving import CheckpointMixin
 from orpo.training.scaling import step_on_host
 from orpo.training.search import SearchMixin
@@ -285,8 +284,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             if self.args.device.type == "cpu":
                 return_freed_memory()  # that of the choice
                 (map_large_blocks if self._is_sharded else keep_freed_memory)()
-                if engine.name == "shared":
-                    stack.enter_context(fused_modules(self.model))
+            if not self.compiling(stack) and self.args.device.type == "cpu" and engine.name == "shared":
+                stack.enter_context(fused_modules(self.model))
             self.recomputed_layers = stack.enter_context(self.recomputing())
             self.spread_weights(checkpoint)
             self.settle_ddp(engine)
@@ -304,7 +303,9 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         # The Trainer finds its optimizer step by counting batches against the accumulation; here every batch is a whole step. Its own
         # rotation would delete all but the best checkpoint at the end, and its evaluation at the start would be made again on resume.
         hidden = {"gradient_accumulation_steps": 1, "save_total_limit": None, **({"eval_on_start": False} if is_resumed else {})}
-        hidden |= {"gradient_checkpointing": False} if self.args.gradient_checkpointing == AUTO else {}
+        if self.recomputes_here:
+            names = ("gradient_checkpointing", "activation_checkpointing")
+            hidden |= {name: False for name in names if hasattr(self.args, name)}
         self.hidden_args = {name: getattr(self.args, name) for name in hidden}
         for name, value in hidden.items():
             setattr(self.args, name, value)
