@@ -21,7 +21,6 @@ from torch import Tensor
 
 from orpo.engine.layout import PackedLayout, Segment
 
-
 _NUMBERS = itertools.count()
 _LAYOUTS: weakref.WeakValueDictionary[int, PackedLayout] = weakref.WeakValueDictionary()
 _SEEN: OrderedDict[int, tuple[tuple[Segment, ...], str]] = OrderedDict()
