@@ -122,3 +122,35 @@ def peak_of_a_run(output_dir: str, model_folder: str, *, lora: bool = False, **o
     trainer.train()
     found = {"bytes": held("VmHWM") - floor}
     (Path(output_dir) / f"peak-{trainer.args.process_index}.json").write_text(json.dumps(found))
+
+
+def stream_and_report(output_dir: str, rows: str, *, stop_at: int | None = None, resume: bool = False, **options: Any) -> None:
+    """As `train_and_report`, from a file that is streamed; `stop_at` ends it as a kill would, behind a checkpoint."""
+    import os
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == stop_at:
+                os._exit(9)
+
+    torch.manual_seed(0)
+    config = make_config(output_dir, **{"streaming": True, "max_length": 200, "save_strategy": "steps", "save_steps": 2, **options})
+    trainer = ORPOTrainer(
+        model=build_tiny_model("llama", vocab_size=384, num_layers=2),
+        args=config,
+        train_dataset=rows,
+        processing_class=build_tiny_tokenizer(),
+        callbacks=[Kill()],
+    )
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    rank = trainer.args.process_index
+    save_file(
+        {name: weight.contiguous() for name, weight in weights(trainer.model).items()}, Path(output_dir) / f"weights-{rank}.safetensors"
+    )
+    if rank == 0:
+        found = {"log": trainer.state.log_history, "rows": trainer.train_report.to_dict(), "steps": trainer.state.global_step}
+        (Path(output_dir) / "report.json").write_text(json.dumps(found))

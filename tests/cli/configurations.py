@@ -45,6 +45,8 @@ LIKELY: dict[str, list[Any]] = {
     "column_map": [{}, {"prompt": "prompt"}, {"prompt": "question"}, {"chosen": "rejected", "rejected": "chosen"}, "x"],
     "dataset_train_split": ["train", "test", "train[:8]", "train[:50%]", "train[:2]"],
     "dataset_test_split": ["test", "train", "train[80%:]"],
+    "token_cache": ["auto", "none"],
+    "stream_window": [1, 7, 100],
     "eval_fraction": [0.1, 0.25, 0.5, 0.01, 0.99, 0.0, 2],
     "lora_target_modules": ["all-linear", ["q_proj"], ["q_proj", "v_proj"], ["lm_head"], ["nothing"], ".*proj", ["embed_tokens"]],
     "lora_target_parameters": [["mlp.experts.gate_up_proj"], ["nothing"], []],

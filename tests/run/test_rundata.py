@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from orpo.data.stored.tokenise import KeptPrompts
 from orpo.data.types import Dropped, Preference, TokenGroup, Where
 from orpo.errors import DataError
 from orpo.run.config import resolve
-from orpo.run.data import NUM_PROMPTS, _Prompts, prepare_data
+from orpo.run.data import NUM_PROMPTS, _shown_prompts, prepare_data
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 from trainerruns import make_trainer, weights
 
@@ -78,15 +79,15 @@ def test_a_wrong_source_stops_before_the_tokenizer_is_loaded(tmp_path: Path) -> 
 def test_prompts_are_thinned_out_where_there_are_many() -> None:
     rows: list[Preference | Dropped] = [Preference(f"Q{i}?", ("a", "b"), ((0, 1),), Where("f", i)) for i in range(1000)]
     rows[5] = Dropped("empty_answer", Where("f", 5))
-    prompts = _Prompts(most=16)
+    prompts = KeptPrompts(most=16)
     assert list(prompts.watch(rows)) == rows
-    assert sum(map(len, prompts._kept)) <= 16
+    assert len(prompts.kept) <= 16
     groups = [TokenGroup(None, (), (), (), row.where) for row in rows]  # type: ignore[arg-type]
-    found = [int(str(prompt)[1:-1]) for prompt in prompts.of(groups)]
+    found = [int(str(prompt)[1:-1]) for prompt in _shown_prompts(prompts.kept, groups)]
     assert len(found) == NUM_PROMPTS
     assert found == sorted(found)
     assert found[0] < 400 < found[-1]  # spread over the rows
-    assert prompts.of([]) == ()
+    assert _shown_prompts(prompts.kept, []) == ()
 
 
 def test_sft_only_rows_train_without_an_odds_ratio_term(tmp_path: Path, model_folder: Path) -> None:

@@ -21,7 +21,7 @@ MAY_CHANGE = frozenset(
         "parallelism", "fsdp", "fsdp_config", "deepspeed",
         "hub_revision", "plugins", "resume_from_checkpoint", "overwrite_output_dir", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "dataloader_persistent_workers", "ddp_timeout", "local_rank", "logits_budget_mb",
-        "allow_changed_resume",
+        "allow_changed_resume", "dataset_num_proc", "token_cache",
     }
 )  # fmt: skip
 """Keys (last part of the dotted name) that may differ on resume without a word."""

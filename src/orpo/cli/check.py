@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from orpo.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from orpo.config.options import ORPOConfig
+    from orpo.data.types import TokenGroup
     from orpo.run.config import RunConfig
     from orpo.run.data import RunData
     from orpo.training.planning import Plan
@@ -202,7 +203,8 @@ def _check_data(config: RunConfig, args: ORPOConfig, report: CheckReport) -> Run
     report.add(
         "data",
         OK,
-        f"{len(data.train)} of {data.train_report.num_rows} rows to train on, {num_held_out} held out",
+        f"{len(data.known_rows)} of {data.train_report.num_rows} rows to train on, {num_held_out} held out"
+        + (" (the first window of the stream)" if args.streaming else ""),
         train=data.train_report.to_dict(),
         held_out=data.held_out_report.to_dict() if data.held_out_report else None,
         fingerprint=fingerprint(data.train),
@@ -220,7 +222,8 @@ def _plan(config: RunConfig, args: ORPOConfig, data: RunData | None) -> Plan:
 
     if data is None:
         return make_plan(config, args)
-    return make_plan(config, args, num_rows=len(data.train), **packed_lengths(data.train, args))
+    num_rows = None if args.streaming else len(data.known_rows)
+    return make_plan(config, args, num_rows=num_rows, **packed_lengths(data.known_rows, args))
 
 
 def _check_disk(config: RunConfig, args: ORPOConfig, plan: Plan, report: CheckReport) -> None:
@@ -293,6 +296,14 @@ def _try_optimizer(trainer: Any, args: ORPOConfig) -> None:
         raise explain_out_of_memory(error, args) or explain_optimizer(error, name, given=args.optim_args) from error
 
 
+def _longest(groups: Sequence[TokenGroup], number: int) -> list[TokenGroup]:
+    """The rows of most tokens, the longest first."""
+    from orpo.data.stored.measures import measures_of
+
+    order = (-measures_of(groups).num_tokens).argsort(kind="stable")
+    return [groups[int(row)] for row in order[:number]]
+
+
 def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: CheckReport) -> None:
     """One real step on the longest rows, with the optimizer, and an evaluation; in a folder that is removed again."""
     import torch
@@ -301,8 +312,8 @@ def _check_step(config: RunConfig, args: ORPOConfig, data: RunData, report: Chec
     from orpo.system.machine import peak_memory_bytes
     from orpo.training.runner import build_trainer, explain_out_of_memory, load_run_model
 
-    longest = sorted(data.train, key=lambda group: -group.num_tokens)[: args.per_device_train_batch_size]
-    held_out = sorted(data.held_out or [], key=lambda group: -group.num_tokens)[: args.per_device_eval_batch_size]
+    longest = _longest(data.known_rows, args.per_device_train_batch_size)
+    held_out = _longest(data.held_out or [], args.per_device_eval_batch_size)
     report.show(f"working      loads the model, compares the engines, makes one step of {len(longest)} rows")
     loaded = load_run_model(config, args, data)
     with tempfile.TemporaryDirectory(prefix="orpo-check-") as scratch:

@@ -71,6 +71,7 @@ def gather(*, is_quick: bool = False) -> dict[str, Any]:
     """Everything the command reports, as plain values."""
     import torch
 
+    from orpo.data.stored.tokencache import TokenCache, default_folder
     from orpo.system.machine import bf16_is_fast, choose_device, describe_device, memory_facts, versions
 
     device = choose_device()
@@ -86,6 +87,7 @@ def gather(*, is_quick: bool = False) -> dict[str, Any]:
         "bf16_is_chosen": bf16_is_fast(device),
         "matmul_gflops": speeds,
         "disk_free_bytes": free_disk,
+        "token_cache": TokenCache(default_folder()).facts(),
         "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"},
         "bundled_model": _bundled(),
         "features": {feature: _feature(modules, extra) for feature, (modules, extra) in FEATURES.items()},
@@ -127,6 +129,9 @@ def run(args: argparse.Namespace) -> int:
     known = [f"{human_bytes(memory[key])} {word}" for key, word in (("total_bytes", "in all"), ("free_bytes", "free")) if memory[key]]
     say(console, f"memory     {', '.join(known) or 'unknown'}")
     say(console, f"disk       {human_bytes(facts['disk_free_bytes'])} free here")
+    cache = facts["token_cache"]
+    size = f"{cache['num_sets']} sets, {human_bytes(cache['num_bytes'])}; may be removed at any time" if cache["num_sets"] else "empty"
+    say(console, f"cache      tokenised rows in {cache['folder']} ({size})")
     for dtype, gflops in facts["matmul_gflops"].items():
         say(console, f"{dtype:<10} " + (f"{gflops:,.0f} GFLOP/s in matrix products" if gflops else "not supported"))
     chosen = "bfloat16" if facts["bf16_is_chosen"] else "float32"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from orpo.config.options import ORPOConfig
+    from orpo.data.types import TokenGroup
     from orpo.run.config import RunConfig
     from orpo.training.hardware import Hardware, RankPlan
     from orpo.training.planning import Plan
@@ -144,6 +145,7 @@ def sample_lengths(config: RunConfig, args: ORPOConfig) -> tuple[dict[str, Any],
     except AbsentDataError as error:
         return {}, {"absent": f"{error.where} is not at hand ({error.what})"}
     is_all = len(first) <= SAMPLE_ROWS
+    groups: Sequence[TokenGroup]
     groups, report = prepare_groups(first[:SAMPLE_ROWS], load_encoder(config))
     if not groups and not is_all:
         return {}, {"absent": f"none of the first {SAMPLE_ROWS:,} rows can be trained on"}

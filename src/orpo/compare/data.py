@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orpo.errors import UserError
 from orpo.run.data import Tell, prepare_data, split_by_prompt
 
 if TYPE_CHECKING:
@@ -70,11 +71,13 @@ def load_comparison_data(config: RunConfig, args: ORPOConfig, split: Split, tell
     Raises:
         UserError: as `prepare_data`, or a part would be empty.
     """
+    if args.streaming:
+        raise UserError("methods are compared on the same rows, which a stream has not", where="streaming", mend="leave it out")
     run = prepare_data(config, args, tell, date=date)
     if run.held_out is None:
-        train, test = split_by_prompt(run.train, split.test_fraction)
+        train, test = split_by_prompt(run.known_rows, split.test_fraction)
     else:
-        train, test = run.train, run.held_out
+        train, test = run.known_rows, run.held_out
     train, validation = split_by_prompt(train, split.validation_fraction, salt=b"validation")
     return ComparisonData(
         first_by_prompt(train, split.max_train_rows),

@@ -56,6 +56,8 @@ _RANGES: dict[str, tuple[float, bool, float | None]] = {
     "save_total_limit": (1, True, None),
     "seed": (0, True, 2**32 - 1),
     "data_seed": (0, True, 2**63 - 1),
+    "dataset_num_proc": (1, True, None),
+    "stream_window": (1, True, None),
     "dataloader_num_workers": (0, True, None),
     "ddp_timeout": (1, True, None),
 }
@@ -121,7 +123,7 @@ def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserErro
     problems += _choice_problems(usable) + _range_problems(usable) + objective_problems(usable)
     bad = {problem.where for problem in problems}
     usable = {name: value for name, value in values.items() if name not in bad}
-    problems += compat.refusals(usable) + _cross_problems(usable) + _tracker_problems(usable.get("report_to"))
+    problems += compat.refusals(usable) + _cross_problems(usable) + _stream_problems(usable) + _tracker_problems(usable.get("report_to"))
     problems += _schedule_problems(usable) + _checkpointing_problems(usable)
     return problems + optimizer_problems(usable) + sharding_problems(usable, os.environ)
 
@@ -256,6 +258,21 @@ def _from_json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def _stream_problems(values: dict[str, Any]) -> list[UserError]:
+    """What needs the number of rows, which nobody knows of a source that is never read to its end."""
+    if not values.get("streaming"):
+        return []
+    problems = []
+    if "max_steps" in values and (values["max_steps"] or 0) < 1:
+        mend = "max_steps: 1000; the source begins anew where it ends before"
+        problems.append(UserError("is needed with streaming: nobody knows how many steps an epoch has", where="max_steps", mend=mend))
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if _name_of(values.get(name)) == "epoch":
+            what = "found 'epoch', and a stream is not read to an end that could be waited for"
+            problems.append(UserError(what, where=name, expected="no, or steps"))
+    return problems
 
 
 def _schedule_problems(values: dict[str, Any]) -> list[UserError]:

@@ -80,7 +80,7 @@ TRL_ORPO_CONFIG = [
         harmless=(None,),
     ),
     Entry("padding_value", "ORPOConfig", "ignored", "padding is masked by position, so its id cannot matter", harmless=(None,)),
-    Entry("dataset_num_proc", "ORPOConfig", "ignored", "rows are tokenised once, in one process", harmless=(None,)),
+    Entry("dataset_num_proc", "ORPOConfig", "accepted", "processes that tokenise the rows, once for all ranks of a machine"),
     Entry(
         "generate_during_eval",
         "ORPOConfig",
@@ -115,7 +115,7 @@ TRL_SCRIPT_ARGUMENTS = [
             "dataset_config": "same",
             "dataset_train_split": "default: train, or the only split there is (TRL: train)",
             "dataset_test_split": "default: none; name it to evaluate (TRL: test), or use eval_fraction",
-            "dataset_streaming": "rows are read without a copy on disk; they are tokenised before the first step all the same",
+            "dataset_streaming": "read without a copy on disk, tokenised before the first step all the same; see `streaming`",
         },
     ),
     Entry("ignore_bias_buffers", "ScriptArguments", "ignored", "the optimizer step synchronises gradients, not buffers", harmless=(False,)),

@@ -39,7 +39,15 @@ CUDA_MICROBATCH_TOKENS, CPU_MICROBATCH_TOKENS = 16_384, 2_048
 # Options in which the processes of one run may differ: what they say and where to, how each fetches its rows.
 _OWN_TO_A_PROCESS = frozenset(
     {"local_rank", "log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "hub_token"}
-    | {"push_to_hub", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers"}
+    | {
+        "push_to_hub",
+        "dataset_num_proc",
+        "token_cache",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataloader_persistent_workers",
+    }
 )
 
 
@@ -128,7 +136,15 @@ class ORPOConfig(TrainingArguments):
     sft_rows: bool = field(default=False, metadata={"help": "Take rows with one answer as SFT-only rows."})
     strict_data: bool = field(default=False, metadata={"help": "Stop at the first row that cannot be used instead of dropping it."})
     allow_overlap: bool = field(default=False, metadata={"help": "Allow prompts that are in both training and evaluation data."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "TRL's; no effect."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the rows. Unset: this one."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Train from a source that is never read to its end, by windows; needs max_steps."}
+    )
+    stream_window: int = field(default=10_000, metadata={"help": "Rows of a window: what a stream is shuffled inside of."})
+    token_cache: str | None = field(
+        default="auto",
+        metadata={"help": "Where tokenised rows are kept: auto (large sets, in the datasets library's cache), none, or a folder."},
+    )
 
     router_aux_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of a mixture of experts' auxiliary loss. Unset: what its configuration asks for; 0: none."}

@@ -6,14 +6,16 @@ import hashlib
 import itertools
 import json
 import logging
-from array import array
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from orpo.data.stored.groups import content_of
+from orpo.data.stored.measures import measures_of
 from orpo.data.template import TemplateEncoder, unusable_row
 from orpo.data.types import NOTES, REASONS, Dropped, Preference, TokenGroup, Where
 from orpo.errors import DataError
@@ -37,6 +39,7 @@ _IDENTICAL = ("identical_answers", "identical_after_truncation")
 _WARN_IDENTICAL_SHARE = 0.01
 _MEASURED = ("prompt", "response", "sequence")
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_KEPT = ("num_rows", "num_groups", "num_pairs", "num_sft_only", "num_duplicates")
 
 
 @dataclass
@@ -48,7 +51,6 @@ class DataReport:
         num_groups: groups to train on.
         num_pairs: their pairs.
         num_sft_only: groups without a pair (they count in the next-token loss alone).
-        num_duplicates: groups whose ids all occurred before.
         dropped: rows per reason code.
         notes: rows per note code: what was altered.
         examples: per code, where the first few such rows are, with the detail.
@@ -61,25 +63,31 @@ class DataReport:
     num_groups: int = 0
     num_pairs: int = 0
     num_sft_only: int = 0
-    num_duplicates: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[tuple[Where, str]]] = field(default_factory=dict)
     truncation: str = ""
     remarks: list[str] = field(default_factory=list)
     generation: dict[str, Any] | None = None
-    _lengths: dict[str, array[int]] = field(default_factory=lambda: {name: array("i") for name in _MEASURED}, repr=False)
-    _seen: set[bytes] = field(default_factory=set, repr=False)
+    _lengths: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in _MEASURED}, repr=False)
+    _digests: bytearray = field(default_factory=bytearray, repr=False)
+    """Eight bytes of a hash for each group: few enough for sets of any size, and no two groups of any real set alike."""
+    _counted_duplicates: tuple[int, int] = field(default=(0, 0), repr=False)
+    _earlier_duplicates: int = field(default=0, repr=False)
 
     @property
     def lengths(self) -> dict[str, dict[str, float]]:
         """Tokens of prompts, responses, and longest sequences: mean, p50, p90, p99, max."""
-        found: dict[str, dict[str, float]] = {}
-        for name, values in self._lengths.items():
-            if values:
-                numbers = np.asarray(values)
-                points = {key: float(np.quantile(numbers, share, method="higher")) for key, share in _QUANTILES.items()}
-                found[name] = {"mean": round(float(numbers.mean()), 1), **points, "max": float(numbers.max())}
+        return {name: _summary(counts) for name, counts in self._lengths.items() if counts}
+
+    @property
+    def num_duplicates(self) -> int:
+        """Groups whose ids all occurred before."""
+        before, found = self._counted_duplicates
+        if len(self._digests) != before:
+            digests = np.frombuffer(bytes(self._digests), dtype=np.uint64)
+            found = len(digests) - len(np.unique(digests)) + self._earlier_duplicates
+            self._counted_duplicates = (len(self._digests), found)
         return found
 
     def add(self, result: TokenGroup | Dropped) -> None:
@@ -92,15 +100,56 @@ class DataReport:
         self.num_groups += 1
         self.num_pairs += len(result.pairs)
         self.num_sft_only += not result.pairs
-        digest = _group_digest(result)
-        self.num_duplicates += digest in self._seen
-        self._seen.add(digest)
+        self._digests += hashlib.blake2b(content_of(result).tobytes(), digest_size=8).digest()
         for note in result.notes:
             self.notes[note] += 1
             self._example(note, result.where, "")
-        self._lengths["prompt"].append(len(result.prompt_ids))
-        self._lengths["response"].extend(len(ids) for ids in result.response_ids)
-        self._lengths["sequence"].append(result.longest_tokens)
+        self._lengths["prompt"][len(result.prompt_ids)] += 1
+        self._lengths["response"].update(len(ids) for ids in result.response_ids)
+        self._lengths["sequence"][result.longest_tokens] += 1
+
+    def merge(self, other: DataReport) -> None:
+        """Count the rows that another report has counted, which come after those of this one."""
+        for name in ("num_rows", "num_groups", "num_pairs", "num_sft_only"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.dropped.update(other.dropped)
+        self.notes.update(other.notes)
+        for name in _MEASURED:
+            self._lengths[name].update(other._lengths[name])
+        self._digests += other._digests
+        for code, places in other.examples.items():
+            for where, detail in places:
+                self._example(code, where, detail)
+
+    def to_state(self) -> dict[str, Any]:
+        """All that was counted, as plain JSON types, for `restore`."""
+        return {
+            **{name: getattr(self, name) for name in _KEPT},
+            "dropped": dict(self.dropped),
+            "notes": dict(self.notes),
+            "examples": {
+                code: [[where.file, where.row, where.line, detail] for where, detail in places] for code, places in self.examples.items()
+            },
+            "lengths": {name: sorted(counts.items()) for name, counts in self._lengths.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Count what was counted then. Duplicates of the rows counted then and of rows to come are not looked for."""
+        for name in ("num_rows", "num_groups", "num_pairs", "num_sft_only"):
+            setattr(self, name, state[name])
+        self._digests, self._earlier_duplicates = bytearray(), state["num_duplicates"]
+        self._counted_duplicates = (0, state["num_duplicates"])
+        self.dropped, self.notes = Counter(state["dropped"]), Counter(state["notes"])
+        self.examples = {
+            code: [(Where(file, row, line), detail) for file, row, line, detail in places] for code, places in state["examples"].items()
+        }
+        self._lengths = {name: Counter(dict(state["lengths"][name])) for name in _MEASURED}
+
+    def forget_duplicates(self) -> None:
+        """Look for duplicates among the rows to come alone: a stream's are looked for inside a window."""
+        self._earlier_duplicates = self.num_duplicates
+        self._digests = bytearray()
+        self._counted_duplicates = (0, self._earlier_duplicates)
 
     def _example(self, code: str, where: Where, detail: str) -> None:
         kept = self.examples.setdefault(code, [])
@@ -212,6 +261,20 @@ class DataReport:
         return f"look at the rows named above (reason {reason}); `orpo audit` shows all of them"
 
 
+def _summary(counts: Counter[int]) -> dict[str, float]:
+    """Mean, quantiles (the value at or above the point) and maximum of counted lengths."""
+    lengths, numbers = (np.asarray(column) for column in zip(*sorted(counts.items()), strict=True))
+    cumulative = np.cumsum(numbers)
+    last = int(cumulative[-1]) - 1
+    points = {key: float(lengths[np.searchsorted(cumulative, math.ceil(share * last), side="right")]) for key, share in _QUANTILES.items()}
+    return {"mean": round(float((lengths * numbers).sum() / (last + 1)), 1), **points, "max": float(lengths[-1])}
+
+
+def empty_report(encoder: TemplateEncoder) -> DataReport:
+    """A report of no row yet."""
+    return DataReport(truncation=encoder.truncation, remarks=encoder.remarks(), generation=encoder.generation())
+
+
 def prepare_groups(
     rows: Iterable[Preference | Dropped],
     encoder: TemplateEncoder,
@@ -233,7 +296,7 @@ def prepare_groups(
         DataError: with `strict`, at the first dropped row; or what the encoder raises.
     """
     groups: list[TokenGroup] = []
-    report = DataReport(truncation=encoder.truncation, remarks=encoder.remarks(), generation=encoder.generation())
+    report = empty_report(encoder)
     for _, result in encode_rows(rows, encoder):
         if strict and isinstance(result, Dropped):
             raise unusable_row(result)
@@ -244,40 +307,31 @@ def prepare_groups(
             progress(report.num_rows)
     if progress is not None and report.num_rows % _CHUNK_ROWS:
         progress(report.num_rows)
+    log_warnings(report)
+    return groups, report
+
+
+def log_warnings(report: DataReport) -> None:
+    """Say what a user should not overlook."""
     for text in report.warnings():
         logger.warning("%s", text)
-    return groups, report
 
 
 def encode_rows(
     rows: Iterable[Preference | Dropped], encoder: TemplateEncoder
 ) -> Iterator[tuple[Preference | Dropped, TokenGroup | Dropped]]:
     """Each row with what it becomes, in order; a few hundred are tokenised together."""
-    for chunk in _chunks(rows):
+    for chunk in chunks(rows):
         encoded = iter(encoder.encode_many([row for row in chunk if isinstance(row, Preference)]))
         for row in chunk:
             yield row, row if isinstance(row, Dropped) else next(encoded)
 
 
-def _chunks(rows: Iterable[Preference | Dropped]) -> Iterator[list[Preference | Dropped]]:
+def chunks(rows: Iterable[Preference | Dropped]) -> Iterator[list[Preference | Dropped]]:
+    """Rows as many as are tokenised together."""
     stream = iter(rows)
     while chunk := list(itertools.islice(stream, _CHUNK_ROWS)):
         yield chunk
-
-
-def _update(digest: Any, group: TokenGroup) -> None:
-    """Feed a group's ids, ends and pairs to a hash; lengths first, so that no two groups read alike."""
-    arrays = [group.prompt_ids, *group.response_ids]
-    head = [len(arrays), *map(len, arrays), *map(int, group.is_ended), *(index for pair in group.pairs for index in pair)]
-    digest.update(np.asarray(head, dtype="<i4").tobytes())
-    for ids in arrays:
-        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
-
-
-def _group_digest(group: TokenGroup) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    _update(digest, group)
-    return digest.digest()
 
 
 class Fingerprint:
@@ -288,15 +342,24 @@ class Fingerprint:
 
     def add(self, group: TokenGroup) -> None:
         """The next row."""
-        _update(self._digest, group)
+        self._digest.update(content_of(group).tobytes())
 
     def hexdigest(self) -> str:
         """Of the rows so far."""
         return self._digest.hexdigest()
 
 
-def fingerprint(groups: Iterable[TokenGroup]) -> str:
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """Rows that know their own: those in a file, and streams, whose content nobody reads to its end."""
+
+    def fingerprint(self) -> str: ...
+
+
+def fingerprint(groups: Iterable[TokenGroup] | Fingerprinted) -> str:
     """The `Fingerprint` of some rows."""
+    if isinstance(groups, Fingerprinted):
+        return groups.fingerprint()
     found = Fingerprint()
     for group in groups:
         found.add(group)
@@ -332,14 +395,19 @@ class Overlap:
         logger.warning("%s", what)
 
 
-def find_overlap(train_groups: Iterable[TokenGroup], eval_groups: Sequence[TokenGroup]) -> Overlap:
+def find_overlap(train_groups: Sequence[TokenGroup], eval_groups: Sequence[TokenGroup]) -> Overlap:
     """Count evaluation rows whose prompt ids occur in training."""
-    first: dict[bytes, Where] = {}
-    for group in train_groups:
-        first.setdefault(_prompt_digest(group), group.where)
-    shared = [(first[key], group.where) for group in eval_groups if (key := _prompt_digest(group)) in first]
-    return Overlap(len(shared), len(eval_groups), tuple(shared[:NUM_EXAMPLES]))
-
-
-def _prompt_digest(group: TokenGroup) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(group.prompt_ids, dtype="<i4").tobytes(), digest_size=16).digest()
+    ours, theirs = measures_of(train_groups).prompt_hash, measures_of(eval_groups).prompt_hash
+    hashes, first = np.unique(ours, return_index=True)
+    # Hashes tell where to look; a leak is told where the prompts themselves are the same.
+    candidates = [(int(first[np.searchsorted(hashes, theirs[row])]), int(row)) for row in np.flatnonzero(np.isin(theirs, hashes))]
+    num_shared = 0
+    examples: list[tuple[Where, Where]] = []
+    for train_row, eval_row in candidates:
+        if len(examples) < NUM_EXAMPLES:
+            train, evaluation = train_groups[train_row], eval_groups[eval_row]
+            if not np.array_equal(train.prompt_ids, evaluation.prompt_ids):
+                continue
+            examples.append((train.where, evaluation.where))
+        num_shared += 1
+    return Overlap(num_shared, len(eval_groups), tuple(examples))

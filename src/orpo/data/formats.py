@@ -214,10 +214,13 @@ def stream_preferences(
     strict: bool = False,
     streaming: bool = True,
     max_row_bytes: int = MAX_ROW_BYTES,
+    is_again: bool = False,
+    is_endless: bool = False,
 ) -> Iterator[Preference | Dropped]:
     """Preferences and dropped rows one at a time, for sets larger than memory. Arguments and errors as for `load_preferences`.
 
-    What is wrong with a whole source is raised at once, what is wrong further on in it when it is reached.
+    What is wrong with a whole source is raised at once, what is wrong further on in it when it is reached. With `is_again` the source was
+    opened before, and its shape is not told once more; with `is_endless` it is never read to its end: a shape that needs that is refused.
 
     Example:
         >>> from orpo.data.formats import stream_preferences
@@ -228,7 +231,18 @@ def stream_preferences(
         >>> [type(item).__name__ for item in stream_preferences(rows, column_map={"prompt": "question", "completions": "answers"})]
         ['Preference', 'Dropped']
     """
-    return _strictly(_mixed(_open_streams(source, split, column_map, pairs, sft_rows, streaming, max_row_bytes)), strict)
+    streams = _open_streams(
+        source, split, column_map, pairs, sft_rows, streaming, max_row_bytes, level=logging.DEBUG if is_again else logging.INFO
+    )
+    for stream in streams if is_endless else ():
+        if stream.shape.is_scattered:
+            raise DataError(
+                "rows of one prompt stand apart, so that the whole source would have to be read to find them",
+                where=stream.source.label,
+                expected="rows of one prompt one after the other",
+                mend="sort the rows by prompt, or leave streaming out",
+            )
+    return _strictly(_mixed(streams), strict)
 
 
 def _open_streams(
@@ -239,6 +253,8 @@ def _open_streams(
     sft_rows: bool,
     streaming: bool,
     max_row_bytes: int,
+    *,
+    level: int = logging.INFO,
 ) -> list[Stream]:
     sources = as_sources(source, split=split, column_map=column_map)
     weights = [item.weight is not None for item in sources]
@@ -251,7 +267,7 @@ def _open_streams(
         )
     streams = [Stream(item, pairs=pairs, sft_rows=sft_rows, streaming=streaming, max_row_bytes=max_row_bytes) for item in sources]
     for stream in streams:
-        logger.info("%s: %s", stream.source.label, stream.shape)
+        logger.log(level, "%s: %s", stream.source.label, stream.shape)
     return streams
 
 

@@ -30,6 +30,7 @@ REASONS: dict[str, str] = {
     "template_failed": "the chat template raised on this row",
     "special_tokens": "special-token text that the tokenizer cannot read as plain text",
     "not_printed": "the chat template does not print what an answer says (a tool call, its text)",
+    "held_out": "its prompt is evaluated on (streams leave such rows out)",
     "boundary": "the end of the prompt could not be proved on the tokens",
 }
 

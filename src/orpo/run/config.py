@@ -22,6 +22,7 @@ from orpo.config.objectives import find, known, needs_reference, option_keys, op
 from orpo.config.optimizers import optimizer_notes
 from orpo.config.values import split_list
 from orpo.data.reading.sources import DEMO_DATA
+from orpo.data.reading.splits import needs_length
 from orpo.data.settings import DataSettings
 from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import read_targets
@@ -33,7 +34,9 @@ from orpo.system.redact import redact
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
 
-_FREE_OF_IDENTITY = frozenset({"output_dir", "resume_from_checkpoint", "allow_changed_resume"})
+_FREE_OF_IDENTITY = frozenset({"output_dir", "resume_from_checkpoint", "allow_changed_resume", "token_cache"})
+_STREAM_KEYS = frozenset({"streaming", "stream_window"})
+"""Without a stream they say nothing, and configurations of earlier versions do not have them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class RunConfig:
     @property
     def identity(self) -> str:
         """Hash of all values that say what is run, but not where it is written."""
-        values = {name: value for name, value in sorted(self.values.items()) if name not in _FREE_OF_IDENTITY}
+        free = _FREE_OF_IDENTITY if self.values["streaming"] else _FREE_OF_IDENTITY | _STREAM_KEYS
+        values = {name: value for name, value in sorted(self.values.items()) if name not in free}
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -226,6 +230,7 @@ def _run_problems(values: dict[str, Any], *, has_broken_keys: bool, has_model: b
     if fraction is not None and (values["dataset_test_split"] or values["eval_dataset_name"]):
         other = "dataset_test_split" if values["dataset_test_split"] else "eval_dataset_name"
         problems.append(UserError(f"is given together with {other}", where="eval_fraction", mend="keep one of them"))
+    problems += _stream_problems(values) if values["streaming"] else []
     if values["load_in_4bit"] and values["load_in_8bit"]:
         problems.append(UserError("is given together with load_in_8bit", where="load_in_4bit", mend="keep one of them"))
     has_eval = fraction is not None or values["dataset_test_split"] or values["eval_dataset_name"]
@@ -239,6 +244,23 @@ def _run_problems(values: dict[str, Any], *, has_broken_keys: bool, has_model: b
         )
     objective = known().get(values["objective"])
     return problems + best_metric_problems(values["metric_for_best_model"], has_reward=objective is None or objective.reward is not None)
+
+
+def _stream_problems(values: Mapping[str, Any]) -> list[UserError]:
+    """Data keys that need a source's end, where it is never read to it."""
+    problems = []
+    if values["eval_fraction"] is not None:
+        what = "is a share of all rows, and a stream is never read to its end"
+        mend = "name rows of their own: dataset_test_split, or eval_dataset_name; their prompts are left out of training"
+        problems.append(UserError(what, where="eval_fraction", mend=mend))
+    places = values["dataset_name"] if isinstance(values["dataset_name"], list) else []
+    splits = [("dataset_train_split", values["dataset_train_split"])]
+    splits += [("dataset_name", place.get("split")) for place in places if isinstance(place, dict)]
+    for key, split in splits:
+        if isinstance(split, str) and needs_length(split):
+            what = f"{split} is counted from the end, and a stream is never read to it"
+            problems.append(UserError(what, where=key, expected="a split, or a part counted from its start: train[1000:]"))
+    return problems
 
 
 def stored_config(facts: Mapping[str, Any]) -> RunConfig | None:

@@ -7,19 +7,26 @@ trained on.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from orpo.data.settings import DataSettings
+from orpo.data.stored.groups import StoredGroups
+from orpo.data.stored.measures import measures_of, prompt_hash
+from orpo.data.stored.windows import WindowedGroups
 from orpo.data.types import Dropped, Preference, Text, TokenGroup, Where
 from orpo.errors import UserError
 
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
     from orpo.data.dataset import DataReport
+    from orpo.data.stored.tokenise import TokenisedRows
     from orpo.data.template import TemplateEncoder
     from orpo.run.config import RunConfig
 
@@ -37,23 +44,54 @@ class RunData:
     """Tokenised rows of a run.
 
     Attributes:
-        train, train_report: what is trained on, and what became of every row.
+        train, train_report: what is trained on (in memory, in the token cache, or a stream), and what became of every row, of a stream's
+            first window.
         held_out, held_out_report: what is evaluated on; None where nothing is.
         encoder, tokenizer: what made them.
         prompts: a few held-out prompts, spread over the rows, as text or messages: to show answers to.
     """
 
-    train: list[TokenGroup]
+    train: Sequence[TokenGroup] | WindowedGroups
     train_report: DataReport
-    held_out: list[TokenGroup] | None
+    held_out: Sequence[TokenGroup] | None
     held_out_report: DataReport | None
     encoder: TemplateEncoder
     tokenizer: Any
     prompts: tuple[Text, ...] = ()
 
+    @property
+    def known_rows(self) -> Sequence[TokenGroup]:
+        """Rows to train on, to look at: all of them, or those of a stream's first window."""
+        return self.train.first if isinstance(self.train, WindowedGroups) else self.train
 
-def read_rows(settings: DataSettings, source: Any, split: str | None = None) -> Iterator[Preference | Dropped]:
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the rows."""
+        from orpo.data.dataset import fingerprint
+
+        return {
+            "fingerprint": fingerprint(self.train),
+            "train": self.train_report.to_dict(),
+            "held_out": self.held_out_report.to_dict() if self.held_out_report else None,
+            "held_out_fingerprint": None if self.held_out is None else fingerprint(self.held_out),
+            "num_held_out": len(self.held_out) if self.held_out is not None else 0,
+            "template": self.encoder.describe(),
+        }
+
+    def stream_lines(self) -> list[str]:
+        """Of a stream: what became of the rows that were read."""
+        if not isinstance(self.train, WindowedGroups):
+            return []
+        return [f"stream       {self.train_report.lines()[0]}, of what was read", *self.train_report.histogram()]
+
+
+def read_rows(
+    settings: DataSettings, source: Any, split: str | None = None, *, is_again: bool = False, is_endless: bool = False
+) -> Iterator[Preference | Dropped]:
     """The rows of any source, judged: preferences, and in their places the rows that make none. They pass by as a stream.
+
+    Args:
+        is_again: the source was opened before, and its shape is not told once more.
+        is_endless: it is never read to its end, and over the network as it is needed.
 
     Raises:
         DataError: the source is missing, damaged, or holds no preferences (at once); or what is wrong further on in it.
@@ -67,7 +105,9 @@ def read_rows(settings: DataSettings, source: Any, split: str | None = None) -> 
         pairs=settings.pairs,
         sft_rows=settings.sft_rows,
         strict=settings.strict_data,
-        streaming=settings.dataset_streaming,
+        streaming=settings.dataset_streaming or is_endless,
+        is_again=is_again,
+        is_endless=is_endless,
     )
 
 
@@ -91,7 +131,7 @@ def open_run_rows(config: RunConfig, settings: DataSettings | None = None) -> Ru
         settings: None for those of the configuration.
     """
     settings = config.data_settings() if settings is None else settings
-    train = read_rows(settings, config.train_source(), config["dataset_train_split"])
+    train = read_rows(settings, config.train_source(), config["dataset_train_split"], is_endless=config["streaming"])
     evaluation = config.eval_source()
     return RunRows(train, None if evaluation is None else read_rows(settings, *evaluation))
 
@@ -143,17 +183,28 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell, *, rows_per_st
     from orpo.data.dataset import find_overlap
 
     # Sources are opened before the tokenizer is fetched: a missing column is told in the first second. Their rows pass through as a
-    # stream, so that texts are never held together: what stays in memory is ids.
-    prompts = _Prompts()
-    rows = open_run_rows(config)
-    train_rows, held_out_rows = prompts.watch(rows.train), None if rows.held_out is None else prompts.watch(rows.held_out)
+    # stream, so that texts are never held together.
+    settings = config.data_settings()
+    rows = open_run_rows(config, settings)
     encoder = load_encoder(config, date=date)
     if date := date or kept_date(config):
         tell(f"date         the chat template's today is {date[:10]}, as at the run's first start")
-    train, train_report = _tokenise(train_rows, encoder, "train rows", tell)
-    held_out, held_out_report = None, None
-    if held_out_rows is not None:
-        held_out, held_out_report = _tokenise(held_out_rows, encoder, "held out", tell)
+    named = config.train_source(), config["dataset_train_split"]
+    held_out: Sequence[TokenGroup] | None = None
+    held_out_report: DataReport | None = None
+    if args.streaming:
+        shown: tuple[Text, ...] = ()
+        if rows.held_out is not None:
+            made = _tokenise(rows.held_out, config.eval_source(), settings, encoder, args, "held out", tell)
+            held_out, held_out_report, shown = made.groups, made.report, _shown_prompts(made.prompts, made.groups)
+        stream = open_stream(named, settings, encoder, args, held_out, tell)
+        return RunData(stream, stream.report, held_out, held_out_report, encoder, encoder.tokenizer, shown)
+    made = _tokenise(rows.train, named, settings, encoder, args, "train rows", tell)
+    train, train_report, prompts = made.groups, made.report, dict(made.prompts)
+    if rows.held_out is not None:
+        made = _tokenise(rows.held_out, config.eval_source(), settings, encoder, args, "held out", tell)
+        held_out, held_out_report = made.groups, made.report
+        prompts |= made.prompts
     elif config["eval_fraction"] is not None:
         train, held_out = split_by_prompt(train, config["eval_fraction"])
         tell(f"held out     {len(held_out)} rows ({config['eval_fraction']:.0%} of the prompts), {len(train)} to train on")
@@ -162,10 +213,48 @@ def prepare_data(config: RunConfig, args: ORPOConfig, tell: Tell, *, rows_per_st
     train_report.check(rows_per_step + num_set_aside, name="the training data")
     if held_out is not None:
         find_overlap(train, held_out).check(allow=args.allow_overlap)
-    return RunData(train, train_report, held_out, held_out_report, encoder, encoder.tokenizer, prompts.of(held_out or []))
+    return RunData(train, train_report, held_out, held_out_report, encoder, encoder.tokenizer, _shown_prompts(prompts, held_out or []))
 
 
-def agree_on_rows(train: Sequence[TokenGroup], held_out: Any) -> None:
+def open_stream(
+    named: Any, settings: DataSettings, encoder: TemplateEncoder, args: ORPOConfig, held_out: Sequence[TokenGroup] | None, tell: Tell
+) -> WindowedGroups:
+    """The stream of a source, its first window read.
+
+    Args:
+        named: the source and its split.
+        held_out: what is evaluated on; its prompts are not trained on, unless that is allowed.
+
+    Raises:
+        UserError: nothing usable in the first window, or a source that can be read once alone.
+    """
+    from orpo.data.dataset import log_warnings
+    from orpo.data.reading.sources import as_sources
+    from orpo.data.stored.tokenise import Means
+
+    spec, split = named
+    if isinstance(spec, Iterator):
+        raise UserError("can be read once alone", where="train_dataset", expected="a path, or a data set that can be read again")
+    sources = [asdict(replace(source, path=source.label)) for source in as_sources(spec, split=split, column_map=settings.column_map)]
+    found = WindowedGroups(
+        lambda: read_rows(settings, spec, split, is_again=True, is_endless=True),
+        encoder,
+        window_rows=args.stream_window,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        means=Means(args.dataset_num_proc),
+        set_aside=frozenset() if held_out is None or args.allow_overlap else frozenset(measures_of(held_out).prompt_hash.tolist()),
+        source={"sources": sources, "settings": asdict(settings)},
+    )
+    log_warnings(found.report)
+    first, *rest = found.report.lines()
+    tell(f"stream       {first}, in the first window; duplicates are looked for inside a window")
+    for line in rest:
+        if not line.startswith("  warning: "):
+            tell(line)
+    return found
+
+
+def agree_on_rows(train: Sequence[TokenGroup] | WindowedGroups, held_out: Any) -> None:
     """Go on only if every process has the same rows, in the same order. All processes call it.
 
     Args:
@@ -181,56 +270,50 @@ def agree_on_rows(train: Sequence[TokenGroup], held_out: Any) -> None:
 
     if current_ranks().world_size == 1:  # a fingerprint reads every row
         return
-    sets = {"training rows": train, **({} if held_out is None else held_out if isinstance(held_out, dict) else {"held-out rows": held_out})}
+    seen = train.first if isinstance(train, WindowedGroups) else train
+    sets = {"training rows": seen, **({} if held_out is None else held_out if isinstance(held_out, dict) else {"held-out rows": held_out})}
     agree({name: f"{len(groups)} rows, hash {fingerprint(groups)[:12]}" for name, groups in sets.items()})
 
 
-class _Prompts:
-    """Prompts as the rows have them, kept while rows pass by: of every row, or of every second, fourth, … where there are many."""
-
-    def __init__(self, most: int = 4096) -> None:
-        self._most = most
-        self._kept: list[dict[Where, Text]] = []
-
-    def watch(self, rows: Iterable[Preference | Dropped]) -> Iterator[Preference | Dropped]:
-        """The rows, unchanged."""
-        kept: dict[Where, Text] = {}
-        self._kept.append(kept)
-        return self._watched(rows, kept)
-
-    def _watched(self, rows: Iterable[Preference | Dropped], kept: dict[Where, Text]) -> Iterator[Preference | Dropped]:
-        step = 1
-        for number, row in enumerate(rows):
-            if number % step == 0 and isinstance(row, Preference):
-                kept[row.where] = row.prompt
-                if len(kept) > self._most:
-                    step *= 2
-                    for where in list(kept)[1::2]:
-                        del kept[where]
-            yield row
-
-    def of(self, groups: Sequence[TokenGroup]) -> tuple[Text, ...]:
-        """Prompts of a few of the groups, from the middle of equal parts."""
-        prompts = {where: prompt for kept in self._kept for where, prompt in kept.items()}
-        known = [group.where for group in groups if group.where in prompts]
-        count = min(NUM_PROMPTS, len(known))
-        return tuple(prompts[known[len(known) * (2 * number + 1) // (2 * count)]] for number in range(count))
+def _shown_prompts(prompts: Mapping[Where, Text], groups: Sequence[TokenGroup]) -> tuple[Text, ...]:
+    """Prompts of a few of the groups, from the middle of equal parts."""
+    known = [where for where in _places(groups) if where in prompts]
+    count = min(NUM_PROMPTS, len(known))
+    return tuple(prompts[known[len(known) * (2 * number + 1) // (2 * count)]] for number in range(count))
 
 
-def _tokenise(rows: Iterable[Any], encoder: TemplateEncoder, name: str, tell: Tell) -> tuple[list[TokenGroup], DataReport]:
-    from orpo.data.dataset import prepare_groups
+def _tokenise(
+    rows: Iterator[Any], named: Any, settings: DataSettings, encoder: TemplateEncoder, args: ORPOConfig, name: str, tell: Tell
+) -> TokenisedRows:
+    """The groups of a source that is opened already, and lines about them.
 
-    groups, report = prepare_groups(rows, encoder, strict=encoder.is_strict)
-    report.check(1, name=name)
-    first, *rest = report.lines()
+    Args:
+        named: the source and its split.
+    """
+    from orpo.data.stored.tokenise import Means, tokenise_source
+
+    spec, split = named
+    opened = [rows]
+
+    def open_rows() -> Iterator[Preference | Dropped]:
+        return opened.pop() if opened else read_rows(settings, spec, split, is_again=True)
+
+    means = Means(args.dataset_num_proc, args.token_cache)
+    made = tokenise_source(open_rows, encoder, spec=spec, split=split, settings=settings, means=means, tell=tell)
+    made.report.check(1, name=name)
+    first, *rest = made.report.lines()
     tell(f"{name:<12} {first}")
     for line in rest:
         if not line.startswith("  warning: "):  # logged as warnings already
             tell(line)
-    return groups, report
+    if made.note:
+        tell(f"             {made.note}")
+    return made
 
 
-def split_by_prompt(groups: Sequence[TokenGroup], fraction: float, *, salt: bytes = b"") -> tuple[list[TokenGroup], list[TokenGroup]]:
+def split_by_prompt(
+    groups: Sequence[TokenGroup], fraction: float, *, salt: bytes = b""
+) -> tuple[Sequence[TokenGroup], Sequence[TokenGroup]]:
     """Hold out a share of the prompts, all rows of a prompt on one side.
 
     Which ones depends on the prompts alone, so that adding rows or changing the order moves no prompt to the other side. Another `salt`
@@ -239,24 +322,30 @@ def split_by_prompt(groups: Sequence[TokenGroup], fraction: float, *, salt: byte
     Raises:
         UserError: one side would be empty.
     """
-    train: list[TokenGroup] = []
-    held_out: list[TokenGroup] = []
-    for group in groups:
-        (held_out if _is_held_out(group, fraction, salt) else train).append(group)
-    if not train or not held_out:
-        side, other = ("held out", min(0.5, max(0.2, 2 * fraction))) if train else ("left to train on", fraction / 2)
+    if salt:
+        is_held_out = np.array([_is_held_out(group, fraction, salt) for group in groups], dtype=bool)
+    else:
+        is_held_out = measures_of(groups).prompt_hash < np.uint64(_limit(fraction))
+    sides = [np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)]
+    if not all(map(len, sides)):
+        side, other = ("held out", min(0.5, max(0.2, 2 * fraction))) if len(sides[0]) else ("left to train on", fraction / 2)
         raise UserError(
             f"of {len(groups)} rows none is {side}",
             where="eval_fraction",
             expected="some rows on both sides",
             mend=f"eval_fraction: {other:g}, or more rows, or others to evaluate on: eval_dataset_name: FILE",
         )
+    train, held_out = (groups.take(side) if isinstance(groups, StoredGroups) else [groups[int(row)] for row in side] for side in sides)
     return train, held_out
 
 
+def _limit(fraction: float) -> int:
+    """Below this a prompt's hash is held out: for whole numbers the same as below `fraction * 2**64`."""
+    return math.ceil(fraction * 2**64)
+
+
 def _is_held_out(group: TokenGroup, fraction: float, salt: bytes = b"") -> bool:
-    digest = hashlib.sha256(salt + group.prompt_ids.astype("<i4").tobytes()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return prompt_hash(group.prompt_ids, salt) < _limit(fraction)
 
 
 def held_out_rows(config: RunConfig, load: Callable[[], TemplateEncoder]) -> list[Preference | Dropped]:
@@ -268,16 +357,30 @@ def held_out_rows(config: RunConfig, load: Callable[[], TemplateEncoder]) -> lis
     Raises:
         UserError: the run holds nothing out.
     """
-    from orpo.data.dataset import encode_rows
+    from orpo.data.stored.tokenise import Means, tokenise_source
 
-    fraction = config["eval_fraction"]
-    rows = open_run_rows(config)
+    fraction, settings = config["eval_fraction"], config.data_settings()
+    rows = open_run_rows(config, settings)
     if rows.held_out is not None:
         return list(rows.held_out)
     if fraction is None:
         raise UserError("the run holds no rows out", where="pairs", mend="name rows it has not seen: --data FILE, folder or hub id")
-    encoded = encode_rows(rows.train, load())
-    return [row for row, result in encoded if isinstance(result, TokenGroup) and _is_held_out(result, fraction)]
+    spec, split = config.train_source(), config["dataset_train_split"]
+    made = tokenise_source(
+        lambda: read_rows(settings, spec, split, is_again=True),
+        load(),
+        spec=spec,
+        split=split,
+        settings=settings,
+        means=Means(config["dataset_num_proc"], config["token_cache"]),
+    )
+    set_aside = measures_of(made.groups).prompt_hash < np.uint64(_limit(fraction))
+    held_out = set(itertools.compress(_places(made.groups), set_aside))
+    return [row for row in rows.train if row.where in held_out and isinstance(row, Preference)]
+
+
+def _places(groups: Sequence[TokenGroup]) -> Iterator[Where]:
+    return groups.places() if isinstance(groups, StoredGroups) else (group.where for group in groups)
 
 
 def groups_with_pairs(rows: Iterable[Preference | Dropped], encoder: TemplateEncoder) -> tuple[list[TokenGroup], DataReport]:
@@ -294,56 +397,3 @@ def groups_with_pairs(rows: Iterable[Preference | Dropped], encoder: TemplateEnc
     if not groups:
         raise UserError("no row has a pair", where="pairs", expected="rows with a chosen and a rejected answer")
     return groups, report
-
-
-def as_groups(
-    rows: Any, tokenizer: Any, args: ORPOConfig, *, encoder: TemplateEncoder | None = None, is_training: bool = False, model: Any = None
-) -> tuple[list[TokenGroup], DataReport | None, TemplateEncoder | None]:
-    """Token groups from whatever the rows are; (groups, report, encoder), the last two None where groups were given as such.
-
-    Raises:
-        UserError: nothing usable in the data, or less than one optimizer step of training rows where that was asked for.
-    """
-    if _is_groups(rows):
-        return list(rows), None, encoder
-    from orpo.data.dataset import prepare_groups
-    from orpo.data.template import make_encoder
-    from orpo.models.newtokens import positions_of
-
-    settings = DataSettings.of(vars(args))
-    if encoder is None:
-        encoder = make_encoder(tokenizer, settings, num_positions=positions_of(getattr(model, "config", None)))
-    is_read = isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) > 0 and isinstance(rows[0], Preference)
-    groups, report = prepare_groups(rows if is_read else read_rows(settings, rows), encoder, strict=args.strict_data)
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    report.check(rows_per_step if is_training else 1)
-    for line in report.lines():
-        usual = logging.INFO if is_training else logging.DEBUG
-        # Also for somebody who has set up no logging.
-        logger.log(logging.WARNING if line.startswith("  dropped ") else usual, "%s", line)
-    return groups, report, encoder
-
-
-def as_eval_groups(
-    rows: Any, tokenizer: Any, args: ORPOConfig, train_groups: Sequence[TokenGroup], encoder: TemplateEncoder | None
-) -> tuple[Any, DataReport | None]:
-    """(groups of the evaluation rows, report); for a dict of sets a dict of groups, and no report.
-
-    Raises:
-        UserError: nothing usable in them.
-    """
-    if rows is None:
-        return None, None
-    if isinstance(rows, dict):
-        return {name: as_eval_groups(item, tokenizer, args, train_groups, encoder)[0] for name, item in rows.items()}, None
-    groups, report, _ = as_groups(rows, tokenizer, args, encoder=encoder)
-    if report is not None:
-        from orpo.data.dataset import find_overlap
-
-        # A warning alone: a script has chosen its rows itself, and ran with TRL. Where a configuration names them, the run stops.
-        find_overlap(train_groups, groups).check(allow=True)
-    return groups, report
-
-
-def _is_groups(rows: Any) -> bool:
-    return isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) > 0 and isinstance(rows[0], TokenGroup)

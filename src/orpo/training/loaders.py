@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from orpo.data.stored.windows import WindowedGroups
 from orpo.data.types import TokenGroup
 from orpo.errors import UserError
-from orpo.run.data import as_groups
-from orpo.training.steps import StepDataset, StepSampler, only_item
+from orpo.run.scriptrows import as_groups
+from orpo.training.ahead import Ahead
+from orpo.training.setup import check_rows
+from orpo.training.steps import StepBatch, StepDataset, StepSampler, only_item
+from orpo.training.streams import StreamDataset, StreamSampler
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -26,7 +31,19 @@ class LoaderMixin(_Base):
     """Loaders for `ORPOTrainer`, in front of transformers' Trainer in the order of bases."""
 
     encoder: Any
-    train_sampler: StepSampler
+    train_sampler: StepSampler | StreamSampler
+    _ahead: Ahead | None = None
+
+    @property
+    def known_rows(self) -> Sequence[TokenGroup]:
+        """Rows to train on, to look at: all of them, or those of a stream's first window."""
+        return self.train_dataset.first if isinstance(self.train_dataset, WindowedGroups) else self.train_dataset
+
+    def _train_sampler(self) -> StepSampler | StreamSampler:
+        if not isinstance(self.train_dataset, WindowedGroups):
+            return self._sampler(self.train_dataset, is_training=True)
+        args = self.args
+        return StreamSampler(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, args.max_steps)
 
     def _sampler(self, groups: Sequence[TokenGroup], *, is_training: bool) -> StepSampler:
         args = self.args
@@ -44,10 +61,10 @@ class LoaderMixin(_Base):
             normalise_over_all=not is_training,
         )
 
-    def _loader(self, groups: Sequence[TokenGroup], sampler: StepSampler) -> DataLoader:
+    def _loader(self, steps: Dataset[StepBatch], sampler: StepSampler | StreamSampler) -> DataLoader:
         """Not prepared by accelerate: the sampler already knows the ranks, and every batch is one whole step."""
         return DataLoader(
-            StepDataset(groups, nll_scope=self.args.nll_scope, world_size=self.args.world_size),
+            steps,
             batch_sampler=sampler,
             collate_fn=only_item,
             generator=torch.Generator().manual_seed(0),  # or the loader draws a seed from the global state, and resuming would not be exact
@@ -55,7 +72,25 @@ class LoaderMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader:
         """One item is one optimizer step of this rank."""
-        return self._loader(self.train_dataset, self.train_sampler)
+        if isinstance(self.train_sampler, StreamSampler):
+            return self._loader(self._stream(self.train_dataset, self.train_sampler), self.train_sampler)
+        return self._loader(self._steps(self.train_dataset), self.train_sampler)
+
+    def _steps(self, groups: Sequence[TokenGroup]) -> StepDataset:
+        return StepDataset(groups, nll_scope=self.args.nll_scope, world_size=self.args.world_size)
+
+    def _stream(self, groups: WindowedGroups, sampler: StreamSampler) -> StreamDataset:
+        args = self.args
+        return StreamDataset(
+            groups,
+            sampler,
+            lambda rows: check_rows(self.model, self.processing_class, rows),
+            max_rows=args.per_device_train_batch_size,
+            max_tokens=args.microbatch_tokens,
+            nll_scope=args.nll_scope,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All rows, normalised together, cut into micro-batches over the ranks; an item is a piece of them."""
@@ -66,8 +101,25 @@ class LoaderMixin(_Base):
         if rows is None:
             raise UserError("there are no rows to evaluate on", where="eval_dataset", mend="give eval_dataset, or dataset_test_split")
         groups = as_groups(rows, self.processing_class, self.args, encoder=self.encoder)[0]
-        return self._loader(groups, self._sampler(groups, is_training=False))
+        return self._loader(self._steps(groups), self._sampler(groups, is_training=False))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As for evaluation."""
         return self.get_eval_dataloader(test_dataset)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of an optimizer step over all ranks."""
+        return self.train_sampler.rows_per_step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[StepBatch], None]:
+        """The next step; its counts are in it."""
+        if self._ahead is None:
+            steps = list(itertools.islice(epoch_iterator, num_batches))
+        else:
+            steps = self._ahead.take(epoch_iterator, num_batches)
+        for step in steps:
+            if isinstance(self.train_sampler, StreamSampler) and step.after is not None:
+                self.train_sampler.position = step.after
+        return steps, None

@@ -18,7 +18,6 @@ import torch
 from transformers import TrainerCallback
 
 from orpo.config.options import ORPOConfig
-from orpo.data.dataset import fingerprint
 from orpo.engine.parallel import is_sharded, whole_state
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.objective import kind_of
@@ -265,6 +264,8 @@ def _train(
     observer.before(trainer, data)
     with _failures_recorded(journal, args):
         trainer.train()  # from the checkpoint that was found, and inside the lock that is held until run.json says complete
+        for line in data.stream_lines():
+            tell(line)
         metrics = _final_evaluation(trainer)
         observer.after(trainer, data)
         journal.finish(metrics)
@@ -358,14 +359,7 @@ class _Journal(TrainerCallback):
             "num_steps": state.max_steps,
             "rows_per_step": self.trainer.train_sampler.rows_per_step,
             "model": self.loaded.facts.to_dict(),
-            "data": {
-                "fingerprint": fingerprint(self.data.train),
-                "train": self.data.train_report.to_dict(),
-                "held_out": self.data.held_out_report.to_dict() if self.data.held_out_report else None,
-                "held_out_fingerprint": None if self.data.held_out is None else fingerprint(self.data.held_out),
-                "num_held_out": len(self.data.held_out) if self.data.held_out is not None else 0,
-                "template": self.data.encoder.describe(),
-            },
+            "data": self.data.facts(),
         }
         if not self.is_resumed:  # on resume the weights in memory are no longer those of the start
             facts["starting_weights_sha256"] = self._starting_sha256 or weights_sha256(self.loaded.model)
@@ -387,6 +381,10 @@ class _Journal(TrainerCallback):
     def _end(self, status: str, **facts: Any) -> None:
         if self.is_started and self.trainer is not None:
             step = self.trainer.state.global_step
+            facts["data"] = {
+                **(self.folder.read() or {}).get("data", {}),
+                "train": self.data.train_report.to_dict(),
+            }
             self.folder.write(status=status, ended_unix_s=round(time.time(), 3), last_step=step, **{"ended_by": None, **facts})
 
 

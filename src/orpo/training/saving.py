@@ -24,6 +24,7 @@ from orpo.checkpoint import checkpoint_name, load_rng, load_scaler, prune, publi
 from orpo.checkpoint.sharded import is_sharded_checkpoint
 from orpo.config.parallelism import Parallelism
 from orpo.data.dataset import fingerprint
+from orpo.data.stored.windows import StreamPosition
 from orpo.engine.parallel import is_sharded, whole_state
 from orpo.run.hold import RunHold, options_as_facts
 from orpo.system.plugins import plugin_sha256
@@ -31,6 +32,7 @@ from orpo.training.guards.callbacks import SignalCallback
 from orpo.training.savers import SpreadState, StateSaver, WholeState, ZeroState
 from orpo.training.schedule import require_same_rates
 from orpo.training.stopping import has_stopped_improving
+from orpo.training.streams import StreamSampler
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ class CheckpointMixin(_Base):
                 "nonfinite": self.nonfinite.state_dict(),
                 "learning": self.learning.state_dict(),
                 "divergence": self.divergence.state_dict(),
+                "stream": self.train_sampler.position.to_state() if isinstance(self.train_sampler, StreamSampler) else None,
             }
             (folder / STATE_NAME).write_text(json.dumps(own))
 
@@ -257,6 +260,8 @@ class CheckpointMixin(_Base):
         self.learning.load_state_dict(state["learning"])
         if "divergence" in state:  # checkpoints of version 0.1.0 have none
             self.divergence.load_state_dict(state["divergence"])
+        if isinstance(self.train_sampler, StreamSampler):
+            self.train_sampler.position = StreamPosition(**state["stream"])
         self._is_evaluation_due = state["is_evaluation_due"]
         if self._writes_the_log_of(folder):
             self.run_folder.metrics.truncate_to(int(state["metrics_bytes"]))

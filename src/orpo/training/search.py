@@ -86,7 +86,7 @@ class SearchMixin(_Base):
                 )
         if self._own_objective is None:
             self.training_objective = resolve_objective(self.args)
-        self.train_sampler = self._sampler(self.train_dataset, is_training=True)
+        self.train_sampler = self._train_sampler()
         self.sums.clear()
         self.learning.start_anew()
         self.divergence.start_anew(self.args.learning_rate)

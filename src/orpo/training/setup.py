@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from orpo.config.checks import best_metric_problems
 from orpo.config.objectives import find
 from orpo.config.options import ORPOConfig
+from orpo.data.stored.measures import measures_of
 from orpo.data.types import TokenGroup
 from orpo.engine.kernels import resolve
 from orpo.errors import UserError, UserErrors
@@ -148,7 +150,7 @@ def require_reference(objective: Objective, *sets: Any) -> None:
     kind = kind_of(objective)
     if not kind.needs_reference:
         return
-    for group in _all_groups(*sets):
+    for group in chain.from_iterable(_all_sets(*sets)):
         if group.pairs and group.reference_logp_sums is None:
             raise UserError(
                 f"{kind.label} needs the log-probability of every answer under a frozen reference",
@@ -287,26 +289,23 @@ def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
     Raises:
         UserError: a token beyond the embeddings, or a row beyond the positions of a model without rope scaling.
     """
-    if getattr(model, "get_input_embeddings", lambda: None)() is None or not (groups := _all_groups(*sets)):
+    if getattr(model, "get_input_embeddings", lambda: None)() is None:
         return
-    worst = max(groups, key=_largest_id)
-    require_rows(model, [_largest_id(worst)], where=str(worst.where), tokenizer=tokenizer)
-    _check_positions(model, groups)
+    for groups in _all_sets(*sets):
+        found = measures_of(groups)
+        if len(found):
+            row = int(found.largest_id.argmax())
+            require_rows(model, [int(found.largest_id[row])], where=str(groups[row].where), tokenizer=tokenizer)
+            _check_positions(model, groups[int(found.longest_tokens.argmax())])
 
 
-def _all_groups(*sets: Any) -> list[TokenGroup]:
-    """Those of token groups, of dicts of lists of them, and of None."""
-    lists = [inner for one in sets if one for inner in (one.values() if isinstance(one, dict) else [one])]
-    return [group for inner in lists for group in inner]
+def _all_sets(*sets: Any) -> list[Sequence[TokenGroup]]:
+    """The sets themselves, of dicts those in them, and nothing of None."""
+    return [inner for one in sets if one for inner in (one.values() if isinstance(one, dict) else [one])]
 
 
-def _largest_id(group: TokenGroup) -> int:
-    return max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids) if len(ids))
-
-
-def _check_positions(model: Any, groups: Sequence[TokenGroup]) -> None:
+def _check_positions(model: Any, longest: TokenGroup) -> None:
     limit = positions_of(model.config)
-    longest = max(groups, key=lambda group: group.longest_tokens)
     if limit is None or longest.longest_tokens <= limit:
         return
     what = f"a row has {longest.longest_tokens} tokens, the model has {limit} positions"

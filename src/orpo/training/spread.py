@@ -4,7 +4,7 @@ computed again."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orpo.config.parallelism import Parallelism
+from orpo.data.types import TokenGroup
 from orpo.engine.choose import Engine, has_unused_weights
 from orpo.engine.parallel import decoder_layers, is_sharded, shard
 from orpo.engine.zero import Zero
@@ -39,6 +40,7 @@ class SpreadMixin(_Base):
     load_whole_weights: Callable[[str | None], None]
     ranks: Ranks
     args: Any
+    known_rows: Sequence[TokenGroup]
     recomputed_layers: int | None = None
     compiled: str | None = None
     zero: Zero | None = None
@@ -60,7 +62,7 @@ class SpreadMixin(_Base):
             return nullcontext()
         if self.args.gradient_checkpointing is True:
             return recomputed(self.model, len(decoder_layers(self.model)), settings)
-        need = weigh_model(self.model, self.args, packed_lengths(self.train_dataset, self.args)["largest_microbatch_tokens"])
+        need = weigh_model(self.model, self.args, packed_lengths(self.known_rows, self.args)["largest_microbatch_tokens"])
         count = self.ranks.max([fewest_layers(self.model, need, self.args)])[0]
         return recomputed(self.model, count, settings)
 
@@ -124,7 +126,7 @@ class SpreadMixin(_Base):
         if self.args.world_size == 1 or self._is_sharded or self.args.ddp_find_unused_parameters is not None or wrapper is None:
             return
         if wrapper.find_unused_parameters:
-            wrapper.find_unused_parameters = has_unused_weights(self.model, engine, self.train_dataset, self.training_objective)
+            wrapper.find_unused_parameters = has_unused_weights(self.model, engine, self.known_rows, self.training_objective)
 
     def _start_zero(self) -> None:
         self.zero = Zero(

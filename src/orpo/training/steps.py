@@ -16,8 +16,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from orpo.data.stored.measures import measures_of
+from orpo.data.stored.windows import StreamPosition
 from orpo.data.types import TokenGroup
-from orpo.engine.layout import PreferenceBatch, collate, num_nll_tokens
+from orpo.engine.layout import PreferenceBatch, collate
 from orpo.engine.packing import pack
 
 
@@ -47,6 +49,8 @@ class StepBatch:
     microbatches: tuple[PreferenceBatch, ...]
     num_rows: int
     """Rows of the whole step."""
+    after: StreamPosition | None = None
+    """Where a stream is behind this step."""
 
     def pinned(self) -> StepBatch:
         """The same step in memory that a GPU copies from by itself."""
@@ -89,9 +93,8 @@ class StepSampler:
         self.normalise_over_all = normalise_over_all
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
-        self.sizes = np.array([group.num_tokens for group in groups], dtype=np.int64)
-        self.nll_tokens = np.array([num_nll_tokens(group, nll_scope) for group in groups], dtype=np.int64)
-        self.pairs = np.array([len(group.pairs) for group in groups], dtype=np.int64)
+        found = measures_of(groups)
+        self.sizes, self.nll_tokens, self.pairs = found.num_tokens, found.nll_tokens(nll_scope), found.num_pairs
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle of an epoch, counted from 0."""
@@ -103,14 +106,14 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[StepPlan]]:
         order = self.order()
         for start in range(0, len(order), self.rows_per_step):
-            yield [self.plan(order[start : start + self.rows_per_step])]
+            yield [self.plan(order[start : start + self.rows_per_step].tolist())]
 
-    def order(self) -> list[int]:
-        """The rows of the current epoch in training order, each exactly once."""
+    def order(self) -> np.ndarray:
+        """int64, the rows of the current epoch in training order, each exactly once."""
         if self.seed is None:
-            return list(range(len(self.sizes)))
+            return np.arange(len(self.sizes))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(len(self.sizes), generator=generator).tolist()
+        return torch.randperm(len(self.sizes), generator=generator).numpy()
 
     def plan(self, rows: Sequence[int]) -> StepPlan:
         """Cut the rows of a step into micro-batches, and take this rank's."""
@@ -121,9 +124,9 @@ class StepSampler:
             microbatches=tuple(tuple(rows[item] for item in sorted(content)) for content in own),
             filler=min(rows, key=lambda row: int(self.sizes[row])),
             rows=tuple(rows),
-            num_nll_tokens=int(self.nll_tokens[counted].sum()),
-            num_pairs=int(self.pairs[counted].sum()),
-            num_tokens=int(self.sizes[counted].sum()),
+            num_nll_tokens=int(self.nll_tokens[counted].sum(dtype=np.int64)),
+            num_pairs=int(self.pairs[counted].sum(dtype=np.int64)),
+            num_tokens=int(self.sizes[counted].sum(dtype=np.int64)),
         )
 
 

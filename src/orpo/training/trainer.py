@@ -7,7 +7,6 @@ rows a step holds and how it is normalised (`orpo.training.steps`), how log-prob
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,8 +30,9 @@ from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
 from orpo.models.adapters import raise_rate_of_b
 from orpo.objective import METRICS, Objective, kind_of
-from orpo.run.data import agree_on_rows, as_eval_groups, as_groups
+from orpo.run.data import agree_on_rows
 from orpo.run.folder import RunFolder
+from orpo.run.scriptrows import as_eval_groups, as_training_groups
 from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, map_large_blocks, return_freed_memory
 from orpo.system.files import make_run_folder
 from orpo.system.ranks import Ranks, all_reduce_sum
@@ -105,7 +105,6 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
 
     _tag_names = ("orpo",)
     control: TrainerControl
-    _ahead: Ahead | None = None
     optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None
 
     def __init__(
@@ -147,7 +146,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         tokenizer = resolve_tokenizer(processing_class, tokenizer, own_tokenizer, loaded)
         if train_dataset is None:
             raise UserError("train_dataset is missing", where="ORPOTrainer")
-        train_groups, self.train_report, encoder = as_groups(train_dataset, tokenizer, args, is_training=True, model=loaded)
+        train_groups, self.train_report, encoder = as_training_groups(train_dataset, tokenizer, args, loaded)
         eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
         agree_on_rows(train_groups, eval_groups)
         self.encoder = encoder
@@ -167,7 +166,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        check_rows(self.model, tokenizer, train_groups, eval_groups)
+        check_rows(self.model, tokenizer, self.known_rows, eval_groups)
         self.tolerate_trackers()
         self.use_live_table()
         self.ranks = current_ranks()
@@ -176,7 +175,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         self.add_callback(EpochCallback(self))
         self._stand_guard()
         self.add_callback(MetricsCallback(self.run_folder.metrics))
-        self.train_sampler = self._sampler(self.train_dataset, is_training=True)
+        self.train_sampler = self._train_sampler()
 
     def _stand_guard(self) -> None:
         """Guards against steps that are not finite, runs in which nothing learns or no longer does, and weights that are destroyed."""
@@ -197,7 +196,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         if self._engine is None:
             self._engine = choose(
                 self.model,
-                self.train_dataset,
+                self.known_rows,
                 self.training_objective,
                 requested=self.args.engine,
                 nll_scope=self.args.nll_scope,
@@ -278,7 +277,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             stack.callback(self._ahead.close)
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
-            require_reference(self.training_objective, self.train_dataset, self.eval_dataset)
+            require_reference(self.training_objective, self.known_rows, self.eval_dataset)
             checkpoint = self.checkpoint_to_resume(hold)
             engine = self.engine  # chosen before the model is wrapped
             if self.args.device.type == "cpu":
@@ -315,18 +314,6 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             for name, value in self.hidden_args.items():
                 setattr(self.args, name, value)
             self.hidden_args = {}
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """Rows of an optimizer step over all ranks."""
-        return self.train_sampler.rows_per_step
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
-    ) -> tuple[list[StepBatch], None]:
-        """The next step; its counts are in it."""
-        if self._ahead is None:
-            return list(itertools.islice(epoch_iterator, num_batches)), None
-        return self._ahead.take(epoch_iterator, num_batches), None
 
     def training_step(self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None) -> Tensor:
         """One whole optimizer step up to the gradients: every micro-batch forward and backward, then the norm, the clip, the guard.

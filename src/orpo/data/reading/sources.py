@@ -291,6 +291,17 @@ def _read_object(data: Any, split: str | None, max_row_bytes: int, label: str = 
 def _read_hub(
     hub_id: str, split: str | None, *, streaming: bool, name: str | None, revision: str | None, max_row_bytes: int
 ) -> Iterator[RawRow]:
+    data = load_hub(hub_id, streaming=streaming, name=name, revision=revision)
+    taken = pick_split(data, split, hub_id)
+    return _read_object(data[taken], None, max_row_bytes, label=f"{hub_id}[{taken}]")
+
+
+def load_hub(hub_id: str, *, streaming: bool, name: str | None = None, revision: str | None = None) -> Any:
+    """A data set of the hub, its splits by name; from the local copy where the hub does not answer.
+
+    Raises:
+        AbsentDataError: it is not there, or cannot be loaded.
+    """
     import datasets
 
     from orpo.system.machine import hub_answers
@@ -298,7 +309,7 @@ def _read_hub(
     is_offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = is_offline or not hub_answers()
     try:
-        data = datasets.load_dataset(hub_id, name, split=None, revision=revision, streaming=streaming)
+        return datasets.load_dataset(hub_id, name, split=None, revision=revision, streaming=streaming)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
         raise AbsentDataError(
@@ -309,5 +320,3 @@ def _read_hub(
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = is_offline
-    taken = pick_split(data, split, hub_id)
-    return _read_object(data[taken], None, max_row_bytes, label=f"{hub_id}[{taken}]")

@@ -44,12 +44,23 @@ class Slice:
 
     def take(self, open_rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """The rows of the slice. Bounds that need the number of rows have the source read twice, the first time to count."""
-        if any(bound is not None and not bound.isdecimal() for bound in (self.start, self.stop)):
+        if self.needs_length:
             num_rows = sum(1 for _ in open_rows())
             bounds = [_bound(self.start, num_rows), _bound(self.stop, num_rows)]
         else:
             bounds = [None if bound is None else int(bound) for bound in (self.start, self.stop)]
         return islice(open_rows(), *bounds)
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether a bound is a percentage, or counted from the end."""
+        return any(bound is not None and not bound.isdecimal() for bound in (self.start, self.stop))
+
+
+def needs_length(split: str) -> bool:
+    """Whether a split names a part that is known only with all rows."""
+    found = _SLICE.fullmatch(split.strip())
+    return found is not None and Slice(found["start"], found["stop"]).needs_length
 
 
 def _bound(text: str | None, num_rows: int) -> int | None:
