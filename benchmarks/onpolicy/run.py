@@ -69,8 +69,9 @@ class Bench:
                 self.train(name, model, pairs)
             model = str(self.folder / name)
             self.cell(name, model, {"num_pairs": self.num_pairs(name)})
+            if number == 1:
+                self.sft()
         self.one_round()
-        self.sft()
         for path in self.folder.glob("*/model"):
             shutil.rmtree(path)
 
