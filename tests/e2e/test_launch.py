@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from orpo.cli import main
 from orpo.config.parallelism import Parallelism, parallelism_of, sharding_problems
@@ -160,8 +162,16 @@ def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read
     assert text.count("processes    2, gloo, fsdp2") == 1, text
     desk.assert_one_training(text, weights="adapter/adapter_model.safetensors" if "--use_peft" in words else "model/model.safetensors")
     assert (desk.run / "checkpoint-4" / "sharded").is_dir()
-    code, text = desk.type(str(BIN / "orpo"), "eval", "run", "--data", "rows.jsonl", "--tasks", "pairs")
-    assert code == 0, text
+    # The checkpoint of the last step, in parts, is the same model.
+    for name in ("run", "run/checkpoint-4"):
+        code, text = desk.type(str(BIN / "orpo"), "export", name, "--out", f"plain-{Path(name).name}")
+        assert code == 0, text
+    one, other = (load_file(desk.folder / f"plain-{name}" / "model.safetensors") for name in ("run", "checkpoint-4"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    if "torchrun" not in words[0]:
+        code, text = desk.type(str(BIN / "orpo"), "eval", "run/checkpoint-4", "--data", "rows.jsonl", "--tasks", "pairs")
+        assert code == 0, text
 
 
 @pytest.mark.slow

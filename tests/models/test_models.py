@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from adapted import adapt
+from orpo.checkpoint.sharded import save_parts, save_weights
 from orpo.engine.choose import choose
-from orpo.errors import UserError
+from orpo.errors import CheckpointError, UserError
 from orpo.models import bundled
 from orpo.models.find import find_source
 from orpo.models.load import (
@@ -773,9 +774,37 @@ def test_cuda_is_chosen_by_itself(model_folder: Path, tiny_model_factory: Callab
         torch.testing.assert_close(loaded.model(IDS.cuda()).logits.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_whose_weights_are_in_parts_says_so(tmp_path: Path) -> None:
-    (tmp_path / "sharded" / "weights").mkdir(parents=True)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="in parts") as caught:
-        find_source(str(tmp_path))
-    assert caught.value.mend
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "qwen3"])
+def test_a_checkpoint_whose_weights_are_in_parts_is_the_model(architecture: str, tmp_path: Path) -> None:
+    model = build_tiny_model(architecture, num_layers=2)
+    model.config.save_pretrained(tmp_path)
+    build_tiny_tokenizer().save_pretrained(tmp_path)
+    save_weights(model, tmp_path, rank=0)
+    found = load_model(str(tmp_path), device="cpu").model
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in found.state_dict().items())
+    assert load_model(str(tmp_path), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_an_adapter_in_parts_is_the_adapter(tmp_path: Path) -> None:
+    base, folder = build_tiny_model("llama", num_layers=2), tmp_path / "adapter"
+    base.save_pretrained(tmp_path / "base")
+    build_tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = adapt(base)
+    for settings in adapted.peft_config.values():
+        settings.base_model_name_or_path = str(tmp_path / "base")
+        settings.save_pretrained(str(folder))
+    save_weights(adapted, folder, rank=0)
+    found = load_model(str(folder), device="cpu").model
+    assert torch.equal(found(IDS).logits, adapted.eval()(IDS).logits)
+    assert not any(weight.requires_grad for weight in found.parameters())
+    assert any(weight.requires_grad for weight in load_model(str(folder), device="cpu", is_adapter_trainable=True).model.parameters())
+
+
+def test_parts_that_are_missing_are_told(tmp_path: Path) -> None:
+    model = build_tiny_model("llama", num_layers=2)
+    model.config.save_pretrained(tmp_path)
+    build_tiny_tokenizer().save_pretrained(tmp_path)
+    some = {name: weight.detach() for name, weight in list(model.named_parameters())[3:]}
+    save_parts(some, tmp_path, "weights", rank=0)
+    with pytest.raises(CheckpointError, match="3 tensors differ"):
+        load_model(str(tmp_path), device="cpu")

@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from orpo.checkpoint.state import OPTIMIZER, load_state, save_state, unwrapped
 from orpo.errors import CheckpointError
+from orpo.system.parts import FOLDER, WEIGHTS, read_parts
 
 if TYPE_CHECKING:
     import torch
 
-FOLDER = "sharded"
-WEIGHTS, MOMENTS = "weights", "moments"
-
-
-def is_sharded_checkpoint(folder: Path | str) -> bool:
-    """Whether the weights in a checkpoint are in parts."""
-    return (Path(folder) / FOLDER / WEIGHTS).is_dir()
+MOMENTS = "moments"
 
 
 def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, name: str, *, rank: int, writes_whole: bool | None = None) -> None:
@@ -79,38 +74,6 @@ def _require_readable(path: Path, parts: Mapping[str, torch.Tensor]) -> None:
         raise CheckpointError("what was written is not what is in memory", where=str(path))
 
 
-def load_parts(tensors: dict[str, torch.Tensor], folder: Path, name: str, *, is_all: bool = True) -> None:
-    """Fill tensors, whole or in parts, from what any number of ranks has written. No rank waits for another.
-
-    Args:
-        tensors: by name; filled in place.
-        folder: the checkpoint.
-        name: of the set of tensors.
-        is_all: whether there must be no others.
-
-    Raises:
-        CheckpointError: something is missing, of another shape, or unreadable.
-    """
-    import torch.distributed.checkpoint as dcp
-    from safetensors import SafetensorError
-
-    source = Path(folder) / FOLDER / name
-    try:
-        reader = dcp.HuggingFaceStorageReader(str(source))
-        sizes = {key: list(item.size) for key, item in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-        differing = [key for key, tensor in tensors.items() if sizes.get(key) != list(tensor.shape)]
-        differing += sorted(sizes.keys() - tensors.keys()) if is_all else []
-        if differing:
-            raise CheckpointError(
-                f"holds another model: {len(differing)} tensors differ in name or shape, {differing[0]} among them", where=str(source)
-            )
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except dcp.CheckpointException as error:  # a BaseException, which nothing above would tell the user of
-        raise CheckpointError(f"cannot be read ({error})"[:400], where=str(source)) from None
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"cannot be read ({type(error).__name__}: {error})"[:400], where=str(source)) from None
-
-
 def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What of a model a checkpoint keeps, by name: with an adapter what is trained, else all weights and lasting buffers."""
     is_adapted = getattr(model, "peft_config", None) is not None
@@ -130,9 +93,9 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Put the weights of a sharded checkpoint into a model, whole or sharded.
 
     Raises:
-        CheckpointError: as `load_parts`.
+        CheckpointError: as `read_parts`.
     """
-    load_parts(saved_weights(model), folder, WEIGHTS)
+    read_parts(saved_weights(model), folder)
 
 
 def save_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path, *, rank: int) -> None:
@@ -217,7 +180,7 @@ def load_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path | 
         for name, value in saved["whole"].items():
             parts[name].copy_(_as_parts(value, parts[name]))
     elif parts:
-        load_parts(parts, Path(folder), MOMENTS)
+        read_parts(parts, Path(folder), MOMENTS)
     groups = [
         {**group, "params": current["params"]} for group, current in zip(saved["groups"], inner.state_dict()["param_groups"], strict=True)
     ]

@@ -216,6 +216,8 @@ class ORPOConfig(TrainingArguments):
         self.__dict__["use_cpu"] = group.join(
             use_cpu=use_cpu or _accelerate_wants_cpu(), backend=self.ddp_backend, timeout_s=self.ddp_timeout
         )
+        if self.__dict__["use_cpu"]:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, warns that it finds nothing else
         try:
             with self.fsdp_hidden():
                 super().__post_init__()

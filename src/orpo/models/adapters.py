@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
 from orpo.models.find import ModelSource, explain_failure, read_json
+from orpo.system.parts import has_weights_in_parts, read_parts, shapes_of_parts
 
 if TYPE_CHECKING:
     import torch
@@ -248,6 +249,8 @@ def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: b
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    if has_weights_in_parts(source.location):
+        return _adapter_from_parts(model, source, is_trainable=is_trainable)
     weights = Path(source.location) / "adapter_model.safetensors"
     if not weights.is_file():
         is_pickled = weights.with_suffix(".bin").is_file()
@@ -270,6 +273,18 @@ def load_adapter(model: PreTrainedModel, source: ModelSource, *, is_trainable: b
             mend="load it on the model it was trained on (base_model_name_or_path in adapter_config.json)",
         )
     return adapted
+
+
+def _adapter_from_parts(model: PreTrainedModel, source: ModelSource, *, is_trainable: bool) -> PeftModel:
+    """The adapter of a checkpoint that several processes have written, each its parts."""
+    from peft import PeftConfig, get_peft_model
+
+    settings = PeftConfig.from_pretrained(source.location)
+    settings.inference_mode = False
+    _grow_embeddings(model, shapes_of_parts(source.location), _trained_tokens(read_json(Path(source.location) / "adapter_config.json")))
+    adapted = get_peft_model(model, settings)
+    read_parts({name: weight.detach() for name, weight in adapted.named_parameters() if weight.requires_grad}, source.location)
+    return adapted if is_trainable else adapted.requires_grad_(False)
 
 
 def set_generation(model: PeftModel, folder: Path) -> None:

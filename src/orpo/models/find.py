@@ -12,6 +12,7 @@ from typing import Any, Literal
 from orpo.errors import UserError
 from orpo.models.bundled import BUNDLED_ALIAS, bundled_model_folder
 from orpo.system.machine import hub_answers
+from orpo.system.parts import has_weights_in_parts
 
 Kind = Literal["alias", "hub", "folder", "adapter", "gguf"]
 
@@ -86,12 +87,6 @@ def _folder_source(name: str, folder: Path) -> ModelSource:
                 mend="run its training to the end, or name one of its checkpoint folders",
             )
         folder = inner
-    if (folder / "sharded").is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            "the weights of this checkpoint are in parts, one for each process that trained (FSDP2)",
-            where=name,
-            mend="let the run end (the same command goes on, with any number of processes), and name the run",
-        )
     is_adapter = (folder / "adapter_config.json").is_file()
     return ModelSource(name, "adapter" if is_adapter else "folder", str(folder))
 
@@ -143,6 +138,8 @@ def check_folder(source: ModelSource) -> None:
     """
     read_config(source)
     folder = Path(source.location)
+    if has_weights_in_parts(folder):
+        return
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES and path.stem != "training_args")

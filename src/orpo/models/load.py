@@ -37,6 +37,7 @@ from orpo.models.options import ModelOptions
 from orpo.models.quantized import quantization_arguments, stored_quantization
 from orpo.models.tokenizer import as_tokenizer, settle_padding
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
+from orpo.system.parts import has_weights_in_parts, read_parts
 
 if TYPE_CHECKING:
     import torch
@@ -254,13 +255,14 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
     """A whole model from a folder (the bundled one included) or the hub."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    hub = _hub_arguments(source, options)
+    hub, is_in_parts = _hub_arguments(source, options), source.is_local and has_weights_in_parts(source.location)
     if source.is_local:
         check_folder(source)
     try:
         config = AutoConfig.from_pretrained(source.location, **hub)
         check_config(config, source)
-        stored = stored_dtype(Path(source.location)) if source.is_local else getattr(config, "dtype", None)
+        is_plain = source.is_local and not is_in_parts
+        stored = stored_dtype(Path(source.location)) if is_plain else getattr(config, "dtype", None)
         quantization = quantization_arguments(options)
         device = choose_device(options.device)
         tokenizer, notes = _tokenizer_of(source, options.revision, options.trust_remote_code)  # first: it is small, and may be missing
@@ -270,9 +272,12 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         is_quantized = "quantization_config" in arguments or getattr(config, "quantization_config", None) is not None
         if is_quantized:  # such a model is built on its device; it cannot be moved there afterwards
             arguments.setdefault("device_map", {"": device})
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
-        )
+        if is_in_parts:
+            model, loading = _from_parts(source, config, options, is_quantized=is_quantized), {}
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
+            )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
         raise _unknown_argument(error, options) or explain_failure(error, source) from error
     _refuse_random_weights(loading, source)
@@ -286,6 +291,25 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
     if source.kind == "hub":
         setattr(model, HUB_COMMIT, hub_commit(source, options.revision))
     return _with_facts(model.eval(), tokenizer, source, options, stored, notes)
+
+
+def _from_parts(source: ModelSource, config: Any, options: ModelOptions, *, is_quantized: bool) -> PreTrainedModel:
+    """The model of a checkpoint that several processes have written, each its parts of the float32 weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if is_quantized:
+        mend = "let the run end and name the run, or load it as it is"
+        raise UserError("weights in parts cannot be quantized while they are loaded", where=source.name, mend=mend)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
+    )
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    read_parts({**{name: weight.detach() for name, weight in model.named_parameters()}, **buffers}, source.location)
+    if (Path(source.location) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.location)
+    return model.to(options.dtype) if options.dtype is not None else model
 
 
 def _unknown_argument(error: Exception, options: ModelOptions) -> UserError | None:

@@ -25,11 +25,8 @@ from orpo.checkpoint import (
 )
 from orpo.checkpoint.sharded import (
     MOMENTS,
-    WEIGHTS,
-    is_sharded_checkpoint,
     load_optimizer_facts,
     load_optimizer_parts,
-    load_parts,
     load_weights,
     save_optimizer_facts,
     save_optimizer_parts,
@@ -40,6 +37,7 @@ from orpo.checkpoint.sharded import (
 from orpo.engine.parallel import is_sharded
 from orpo.engine.shared import unwrap
 from orpo.errors import CheckpointError
+from orpo.system.parts import WEIGHTS, has_weights_in_parts, read_parts
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -86,7 +84,7 @@ class StateSaver(ABC):
         Raises:
             CheckpointError: they cannot be read.
         """
-        if is_sharded_checkpoint(folder):
+        if has_weights_in_parts(folder):
             load_weights(self.trainer.model, folder)
             return
         require_safe_weights(folder)
@@ -123,7 +121,7 @@ class WholeState(StateSaver):
             save_optimizer(self.trainer.optimizer, folder)
 
     def load_optimizer(self, folder: Path) -> None:
-        if is_sharded_checkpoint(folder):
+        if has_weights_in_parts(folder):
             load_optimizer_parts(self.trainer.optimizer, self.trainer.model, folder)
         else:
             load_optimizer(self.trainer.optimizer, folder)
@@ -142,6 +140,8 @@ class SpreadState(StateSaver):
             settings.save_pretrained(str(folder))
         if not adapters:
             unwrap(model).config.save_pretrained(str(folder))
+        if getattr(unwrap(model), "generation_config", None) is not None:
+            unwrap(model).generation_config.save_pretrained(str(folder))
         self.trainer.processing_class.save_pretrained(str(folder))
 
     def save_own_weights(self, folder: Path, ranks: Ranks) -> None:
@@ -153,11 +153,11 @@ class SpreadState(StateSaver):
 
     def load_weights(self, folder: Path, load_whole: Load) -> None:
         # Whole weights are loaded before the model is spread; the Trainer's loop asks once more when it is.
-        if is_sharded_checkpoint(folder) or not is_sharded(self.trainer.model):
+        if has_weights_in_parts(folder) or not is_sharded(self.trainer.model):
             super().load_weights(folder, load_whole)
 
     def load_best(self, folder: Path, load_whole: Load) -> None:
-        if not is_sharded_checkpoint(folder):
+        if not has_weights_in_parts(folder):
             raise CheckpointError(
                 "was written before the weights were in parts, and is the best",
                 where=str(folder),
@@ -213,14 +213,14 @@ class ZeroState(SpreadState):
     def load_weights(self, folder: Path, load_whole: Load) -> None:
         if self.trainer.zero is None:
             StateSaver.load_weights(self, folder, load_whole)
-        elif is_sharded_checkpoint(folder):
+        elif has_weights_in_parts(folder):
             # Before the model was spread they were put into it; at the end of a run they are those of the best step.
             model, zero = self.trainer.model, self.trainer.zero
             names = saved_weights(model).keys()
             shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters() if name in names}
             for some in _in_portions(shapes):
                 values = {name: torch.empty(shapes[name]) for name in some}
-                load_parts(values, folder, WEIGHTS, is_all=False)
+                read_parts(values, folder, is_all=False)
                 zero.put_weights(values)
 
     def load_optimizer(self, folder: Path) -> None:
@@ -238,7 +238,7 @@ class ZeroState(SpreadState):
             if "whole" in saved:
                 values = {name: saved["whole"][name] for name in values}
             else:
-                load_parts(values, folder, MOMENTS, is_all=False)
+                read_parts(values, folder, MOMENTS, is_all=False)
             for name in some:
                 for key in kinds:
                     zero.put_moment(name, key, values[f"{name}.{key}"])

@@ -21,12 +21,12 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from orpo.checkpoint import checkpoint_name, load_rng, load_scaler, prune, publish, read_manifest, save_rng, verify
-from orpo.checkpoint.sharded import is_sharded_checkpoint
 from orpo.config.parallelism import Parallelism
 from orpo.data.dataset import fingerprint
 from orpo.data.stored.windows import StreamPosition
 from orpo.engine.parallel import is_sharded, whole_state
 from orpo.run.hold import RunHold, options_as_facts
+from orpo.system.parts import has_weights_in_parts
 from orpo.system.plugins import plugin_sha256
 from orpo.training.guards.callbacks import SignalCallback
 from orpo.training.savers import SpreadState, StateSaver, WholeState, ZeroState
@@ -236,7 +236,7 @@ class CheckpointMixin(_Base):
 
     def load_whole_weights(self, checkpoint: str | None) -> None:
         """Before the model is sharded: the weights of a checkpoint that has them whole."""
-        if checkpoint is not None and not is_sharded_checkpoint(checkpoint):
+        if checkpoint is not None and not has_weights_in_parts(checkpoint):
             self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -21,6 +21,7 @@ from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import put_adapter
 from orpo.models.newtokens import positions_of, require_rows, with_new_tokens
 from orpo.objective import Objective, kind_of
+from orpo.system.group import on_all
 
 if TYPE_CHECKING:
     from orpo.data.template import TemplateEncoder
@@ -281,7 +282,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
-    """Every token of the rows has a row of the embeddings, and no row is longer than the model's positions.
+    """Every token of the rows has a row of the embeddings, and no row is longer than the model's positions. All ranks call it.
 
     Args:
         sets: token groups, a dict of lists of them, or None.
@@ -291,7 +292,11 @@ def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
     """
     if getattr(model, "get_input_embeddings", lambda: None)() is None:
         return
-    for groups in _all_sets(*sets):
+    on_all(lambda: _check_sets(model, tokenizer, _all_sets(*sets)))
+
+
+def _check_sets(model: Any, tokenizer: Any, sets: Sequence[Sequence[TokenGroup]]) -> None:
+    for groups in sets:
         found = measures_of(groups)
         if len(found):
             row = int(found.largest_id.argmax())

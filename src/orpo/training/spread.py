@@ -93,8 +93,10 @@ class SpreadMixin(_Base):
             "compiled": self.compiled,
         }
 
-    def spread_weights(self, checkpoint: str | None) -> None:
+    def spread_weights(self, checkpoint: str | None, engine: Engine) -> None:
         """Spread the weights over the ranks, those of a checkpoint that has them whole too."""
+        if not self._is_sharded:
+            self._settle_ddp(engine)
         if not self._is_sharded or is_sharded(self.model):
             return
         self.load_whole_weights(checkpoint)
@@ -120,10 +122,10 @@ class SpreadMixin(_Base):
         else:  # DDP and ZeRO take the mean over ranks; FSDP's shards are summed.
             self.accelerator.backward(loss / self.args.world_size if self._is_sharded else loss)
 
-    def settle_ddp(self, engine: Engine) -> None:
+    def _settle_ddp(self, engine: Engine) -> None:
         """Turn off DDP's search for weights without a gradient, which walks the graph in every micro-batch, where there are none."""
         wrapper = self.accelerator.ddp_handler
-        if self.args.world_size == 1 or self._is_sharded or self.args.ddp_find_unused_parameters is not None or wrapper is None:
+        if self.args.world_size == 1 or self.args.ddp_find_unused_parameters is not None or wrapper is None:
             return
         if wrapper.find_unused_parameters:
             wrapper.find_unused_parameters = has_unused_weights(self.model, engine, self.known_rows, self.training_objective)

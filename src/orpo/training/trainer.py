@@ -286,8 +286,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             if not self.compiling(stack) and self.args.device.type == "cpu" and engine.name == "shared":
                 stack.enter_context(fused_modules(self.model))
             self.recomputed_layers = stack.enter_context(self.recomputing())
-            self.spread_weights(checkpoint)
-            self.settle_ddp(engine)
+            self.spread_weights(checkpoint, engine)
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
             is_complete = checkpoint is not None and self.is_complete_at(checkpoint)
