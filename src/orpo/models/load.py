@@ -33,11 +33,12 @@ from orpo.models.find import (
 )
 from orpo.models.fingerprint import stored_dtype, weights_sha256
 from orpo.models.gguf_read import load_gguf
+from orpo.models.inparts import model_from_parts
 from orpo.models.options import ModelOptions
 from orpo.models.quantized import quantization_arguments, stored_quantization
 from orpo.models.tokenizer import as_tokenizer, settle_padding
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
-from orpo.system.parts import has_weights_in_parts, read_parts
+from orpo.system.parts import has_weights_in_parts
 
 if TYPE_CHECKING:
     import torch
@@ -273,7 +274,7 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         if is_quantized:  # such a model is built on its device; it cannot be moved there afterwards
             arguments.setdefault("device_map", {"": device})
         if is_in_parts:
-            model, loading = _from_parts(source, config, options, is_quantized=is_quantized), {}
+            model, loading = model_from_parts(source, config, options, is_quantized=is_quantized), {}
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
@@ -291,25 +292,6 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
     if source.kind == "hub":
         setattr(model, HUB_COMMIT, hub_commit(source, options.revision))
     return _with_facts(model.eval(), tokenizer, source, options, stored, notes)
-
-
-def _from_parts(source: ModelSource, config: Any, options: ModelOptions, *, is_quantized: bool) -> PreTrainedModel:
-    """The model of a checkpoint that several processes have written, each its parts of the float32 weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    if is_quantized:
-        mend = "let the run end and name the run, or load it as it is"
-        raise UserError("weights in parts cannot be quantized while they are loaded", where=source.name, mend=mend)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code
-    )
-    kept = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    read_parts({**{name: weight.detach() for name, weight in model.named_parameters()}, **buffers}, source.location)
-    if (Path(source.location) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.location)
-    return model.to(options.dtype) if options.dtype is not None else model
 
 
 def _unknown_argument(error: Exception, options: ModelOptions) -> UserError | None:
