@@ -6,19 +6,23 @@ A block is excused by a comment in front of it, `<!-- not run: why -->`; a page 
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from orpo.cli import command_modules, parse
+from orpo.cli import build_parser, command_modules, parse
 from orpo.config.shipped import packaged_path
 from orpo.run.keys import key_types
 from orpo.run.read import read_flags
@@ -28,6 +32,9 @@ PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPO
 PAGES = [page for page in PAGES if page.is_file() and "_build" not in page.parts]
 BLOCK = re.compile(r"(?:^<!-- (?P<why>not run: [^>]+?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 TABLE_PAGES = [REPOSITORY / "docs" / "guides" / name for name in ("from-axolotl.md", "from-llama-factory.md")]
+
+
+ALL_LANGUAGES = sorted({match["language"] for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))})
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,15 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 def typed_lines() -> Iterator[tuple[str, str]]:
     """(where, line) of every command in a block for a shell."""
-    for block in blocks("sh"):
+    for block in blocks("sh", "bash"):
         if block.why:
             continue
         for number, line in enumerate(block.text.splitlines(), start=1):
             typed = line.partition("  #")[0].strip().removeprefix("$ ").removeprefix(".venv/bin/")
             for part in typed.split("·"):
                 if part.strip() and not part.startswith("#"):
-                    yield f"{block}+{number}", part.strip()
+                    # What a launcher starts is a command of ours; the launcher's own words are its business.
+                    yield f"{block}+{number}", re.sub(r"^(torchrun|srun|accelerate launch) .*?\borpo ", "orpo ", part.strip())
 
 
 LINES = list(typed_lines())
@@ -100,6 +108,54 @@ def test_other_commands_are_known(where: str, line: str) -> None:
     else:
         # Installing changes the machine; the wheel's own test installs.
         assert words[0] in ("pip", "git", "cd") or words[1:3] == ["-m", "venv"], f"{where}: say `<!-- not run: why -->` above it: {line}"
+
+
+def spoken_of() -> Iterator[tuple[str, str]]:
+    """(where, command) of every command inside a sentence, of pages and of notebooks; words in capitals are the reader's."""
+    texts = [(page, re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)) for page in PAGES]
+    for path in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts.append((path, "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")))
+    for page, text in texts:
+        for match in re.finditer(r"`(orpo [^`]+)`", text):
+            yield page.name, " ".join(match[1].split())
+
+
+@pytest.mark.parametrize(("where", "line"), sorted(set(spoken_of())), ids=lambda text: text[:60])
+def test_commands_in_sentences_have_their_options(where: str, line: str) -> None:
+    """Half a command is enough to be understood, but its name and its flags are there."""
+    words = shlex.split(line)[1:]
+    if not words[0].startswith("-"):
+        modules = command_modules()
+        assert words[0] in modules, f"{where}: {line}"
+        known = options_of(words[0]) | ({f"--{key}" for key in key_types()} if getattr(modules[words[0]], "TAKES_KEYS", False) else set())
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        assert set(flags) <= known, f"{where}: {line}"
+
+
+def options_of(command: str) -> set[str]:
+    """The flags of a command's parser."""
+    (commands,) = (action for action in build_parser(command_modules())._actions if isinstance(action, argparse._SubParsersAction))
+    return {flag for action in commands.choices[command]._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("block", [*blocks("yaml", "json", "toml")], ids=str)
+def test_files_that_are_shown_can_be_read(block: Block) -> None:
+    """A configuration has keys that exist, those of the objective on its page among them."""
+    if block.language == "toml":
+        assert tomllib.loads(block.text)
+    elif block.language == "json":
+        assert [json.loads(line) for line in block.text.splitlines()]
+    else:
+        made = re.findall(r"@register\(\"(\w+)\"", block.page.read_text(encoding="utf-8"))
+        unknown = set(yaml.safe_load(block.text)) - set(key_types())
+        assert all(key.startswith(tuple(f"{name}_" for name in made)) for key in unknown), f"{block}: {unknown}"
+
+
+def test_every_block_is_of_a_kind_that_is_looked_at() -> None:
+    """Text is what a reader sees; everything else is typed, run, read, or said why not."""
+    looked_at = {"sh", "bash", "python", "yaml", "json", "toml", "text", "diff"}
+    assert {block.language for block in blocks(*ALL_LANGUAGES)} <= looked_at
 
 
 def python_blocks() -> Iterator[Block]:
