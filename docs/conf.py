@@ -13,9 +13,11 @@ copyright = author
 version = release = VERSION
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "generated", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "_static"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"orpo {VERSION}"
 html_copy_source = False
 html_show_sourcelink = False
