@@ -229,6 +229,19 @@ def test_an_endpoints_answers_beside_a_models(base: Path, tmp_path: Path) -> Non
         assert len(server.requests) == 36, "what was answered is not asked again"
 
 
+def test_what_a_server_has_cut_is_not_chosen(base: Path, tmp_path: Path) -> None:
+    """The best answers are cut, says the server; they may be rejected only."""
+    out = tmp_path / "pairs.jsonl"
+
+    def behave(number: int, body: dict[str, Any]) -> Say:
+        is_long = body["seed"] % 3 == 0
+        return Say("aeiou" * (9 if is_long else body["seed"] % 3), extra={"finish_reason": "length" if is_long else "stop"})
+
+    with judge_server(behave) as server:
+        assert main(endpoint_words(base, out, server.url, cut="rejected")) == 0
+    assert {(row["chosen"], row["rejected"]) for row in read(out)} == {("aeiou" * 2, "aeiou")}
+
+
 @pytest.mark.parametrize("action", [Break(), Break(in_body=True), Dribble(), Status(500), Status(200, b"<html>"), Say(None), Status(400)])
 def test_endpoints_that_hang_lie_or_break(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], action: Any) -> None:
     """What it has answered before is kept; afterwards the same command asks for the rest."""

@@ -93,6 +93,22 @@ def test_hostile_calls_fail_alone(hostile: Path, tmp_path: Path) -> None:
         assert not Path(f"/proc/{orphan.read_text()}").exists(), "what a call has started outlives it"
 
 
+def test_calls_that_our_own_end_cuts_short_have_no_outcome(hostile: Path) -> None:
+    """Ctrl-C, or a scorer that gives up: what was at work then is called again by the same command."""
+    found: dict[str, dict[str, Any]] = {}
+    answers = ["sleep", "sleep", "good", "good"]
+
+    def done(number: int, outcome: dict[str, Any]) -> None:
+        found[f"{answers[number]}{number}"] = outcome
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Verifier(f"{hostile}:check", time_s=60.0, num_workers=3).call(
+            [{"prompt": "", "answer": one, "row": {}} for one in answers[1:]], done
+        )
+    assert [outcome for outcome in found.values() if "failed" in outcome] == []
+
+
 @pytest.mark.parametrize(
     ("text", "name", "words"),
     [

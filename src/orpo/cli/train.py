@@ -128,6 +128,9 @@ def _run_rounds(config: RunConfig, console: Console, *, is_json: bool) -> int:
     done = "are complete; nothing was done" if facts["is_already_complete"] else "are done"
     say(console, f"{len(facts['rounds'])} rounds {done}: {folder}" + (f" ({facts['stopped_because']})" if facts["stopped_because"] else ""))
     best = folder / best_round(facts)
+    scores = [one["held_out"]["value"] for one in facts["rounds"] if one["held_out"] is not None]
+    if scores and max(scores) <= facts["start"]["value"]:
+        say(console, "note         no round has a better held-out score than the start")
     say(console, f"next         orpo report {folder}   ·   orpo chat {best}   ·   orpo export {best}")
     if is_json:
         print_json({"folder": str(folder), "best": str(best), **facts})

@@ -174,11 +174,11 @@ def draw_from_endpoint(endpoint: EndpointJudge, groups: Sequence[AskedGroup], dr
             def told(done: int, base: int = number * len(groups)) -> None:
                 progress("answers of the endpoint", base + done, total)
 
-            texts = _ask(asker, members, draws, cache, told)
-            num_missing += texts.count(None)
-            for group, text in zip(members, texts, strict=True):
-                if text is not None:
-                    group.attempts.append(Attempt(text, endpoint.model))
+            attempts = _ask(asker, members, draws, cache, told)
+            num_missing += attempts.count(None)
+            for group, attempt in zip(members, attempts, strict=True):
+                if attempt is not None:
+                    group.attempts.append(attempt)
     return num_missing
 
 
@@ -200,7 +200,7 @@ def _asker(endpoint: EndpointJudge, draws: Draws, number: int, tools: Any) -> En
     return replace(endpoint, temperature=sampling.temperature, options={**options, **endpoint.options})
 
 
-def _ask(asker: EndpointJudge, members: list[AskedGroup], draws: Draws, cache: Cache, told: Callable[[int], None]) -> list[str | None]:
+def _ask(asker: EndpointJudge, members: list[AskedGroup], draws: Draws, cache: Cache, told: Callable[[int], None]) -> list[Attempt | None]:
     conversations = [tuple(as_messages(group.asked.prompt)) for group in members]
     most = draws.sampling.max_new_tokens
     keys = [content_key(endpoint=asker.identity, messages=list(one), max_tokens=most) for one in conversations]
@@ -211,9 +211,10 @@ def _ask(asker: EndpointJudge, members: list[AskedGroup], draws: Draws, cache: C
         nonlocal num_done
         num_done += 1
         if reply is not None:
-            cache.put(keys[todo[place]], {"text": reply.text})
+            cache.put(keys[todo[place]], {"text": reply.text, "finish": reply.finish})
         told(num_done)
 
     if todo:
         asker.ask([conversations[place] for place in todo], most, done)
-    return [None if (value := cache.get(key)) is None else str(value["text"]) for key in keys]
+    known = [cache.get(key) for key in keys]
+    return [None if value is None else Attempt(str(value["text"]), asker.model, value.get("finish")) for value in known]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orpo.errors import UserError
 from orpo.evaluate.bootstrap import estimate_mean
 from orpo.evaluate.cache import Cache
 from orpo.inference.ready import Loading
@@ -64,11 +64,16 @@ def score_held_out(
     known = [score for score in by_prompt if score is not None]
     answers = [one for group in groups for one in group.attempts]
     shares = [len({one.text.strip() for one in group.attempts}) / len(group.attempts) for group in groups if len(group.attempts) > 1]
-    estimate = estimate_mean(known) if known else None
+    if not known:
+        told = "; ".join(f"{name}: {reasons.most_common(1)[0][0]}" for name, reasons in scoring.failures.items())
+        raise UserError(
+            f"no answer to a held-out prompt got a score ({told or 'none was given'})", where="on_policy", mend="mend the scorer"
+        )
+    estimate = estimate_mean(known)
     return HeldOutScore(
-        value=math.nan if estimate is None else estimate.value,
-        low=None if estimate is None else estimate.low,
-        high=None if estimate is None else estimate.high,
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
         num_prompts=len(groups),
         num_answers=len(answers),
         num_unscored=sum(score is None for scores in scoring.totals for score in scores),

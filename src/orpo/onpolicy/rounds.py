@@ -242,6 +242,9 @@ class _Rounds:
         distinct = made["lengths"]["distinct"]
         if number > 1 and distinct < self.options.min_distinct:
             return f"answers have lost their diversity: {distinct:.0%} of a prompt's answers differ before round {number}"
+        num_rows, least = _num_lines(folder / "rows.jsonl"), self._rows_per_step
+        if number > 1 and num_rows < least:
+            return f"only {num_rows} rows came of round {number}'s answers, and a step takes {least}"
         self._train(number, folder, model)
         release_memory()
         found = self._held_out(held_out, str(folder)) if held_out else None
@@ -250,7 +253,7 @@ class _Rounds:
             "folder": folder.name,
             "model": model,
             "num_pairs": made["num_pairs"],
-            "num_rows": _num_lines(folder / "rows.jsonl"),
+            "num_rows": num_rows,
             "left_out": made["left_out"],
             "mean_score": made["mean_score"],
             "lengths": made["lengths"],
@@ -260,6 +263,10 @@ class _Rounds:
         if found is not None:
             self.tell(f"held out     {_shown(self.facts['start'])} at the start, {_shown(found)} after round {number}")
         return None if number == self.num_rounds else self._why_stop()
+
+    @property
+    def _rows_per_step(self) -> int:
+        return int(self.config["per_device_train_batch_size"]) * int(self.config["gradient_accumulation_steps"])
 
     def _model_before(self, number: int) -> str:
         return str(self.config["model_name_or_path"]) if number == 1 else str(self.folder / f"round-{number - 1}")

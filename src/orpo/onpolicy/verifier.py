@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,14 @@ class Verifier:
                 workers.append(local.worker)
             outcome = local.worker.ask(requests[number])
             with lock:
-                done(number, outcome)
+                if not stopped.is_set():  # a call that our own end has cut short says nothing of the answer
+                    done(number, outcome)
 
         pool = ThreadPoolExecutor(max_workers=min(self.num_workers, max(1, len(requests))))
         try:
-            for future in [pool.submit(one, number) for number in range(len(requests))]:
-                future.result()
+            ended, _ = wait([pool.submit(one, number) for number in range(len(requests))], return_when=FIRST_EXCEPTION)
+            for error in filter(None, (future.exception() for future in ended)):
+                raise error
         finally:
             stopped.set()
             for worker in workers:  # a thread that waits for one sees its end

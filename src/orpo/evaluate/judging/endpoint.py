@@ -235,7 +235,8 @@ class EndpointJudge:
             content = ""
         if not isinstance(content, str):
             raise _Failed(f"a chat completion whose content is a {type(content).__name__}")
-        return Reply(self._hide(content), _first_logprobs(choice.get("logprobs")))
+        finish = choice.get("finish_reason")
+        return Reply(self._hide(content), _first_logprobs(choice.get("logprobs")), finish if isinstance(finish, str) else None)
 
     def _http_error(self, error: urllib.error.HTTPError, deadline_s: float) -> Exception:
         """What a status means: stop, leave the question out, or try again."""

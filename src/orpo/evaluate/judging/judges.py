@@ -26,10 +26,12 @@ class Reply:
     Attributes:
         text: of the reply.
         first_logprobs: log-probabilities of the likeliest first tokens, where the judge gives them.
+        finish: why it ended, as the server says it ("stop", "length"); None where it does not, or the reply was known.
     """
 
     text: str
     first_logprobs: dict[str, float] | None = None
+    finish: str | None = None
 
 
 class Judge(Protocol):
