@@ -6,7 +6,7 @@ Every reply is kept as soon as it is there, under a hash of judge and question. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from orpo.evaluate.cache import Cache
@@ -31,7 +31,7 @@ class Reply:
 
     text: str
     first_logprobs: dict[str, float] | None = None
-    finish: str | None = None
+    finish: str | None = field(default=None, compare=False)
 
 
 class Judge(Protocol):
