@@ -383,6 +383,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         is_training = self.model.training
         self.model.eval()
         totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.args.device)
+        self._make_room()
         for inputs in dataloader:
             for microbatch in inputs.microbatches:
                 result = self._evaluate_microbatch(microbatch)
@@ -390,12 +391,18 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
                 totals[-1] += result.loss / self.args.world_size
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         reshard(self.model)
+        self._make_room()
         self.model.train(is_training)
         *values, loss = all_reduce_sum(totals).tolist()
         found = means(dict(zip(METRICS, values, strict=True)), reward_scale=self._reward_scale)
         found.pop("grad_share/odds_ratio", None)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **found}.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
+
+    def _make_room(self) -> None:
+        """Between steps and an evaluation, whose tensors have other shapes: or what one has freed would lie beside what the other needs."""
+        if self.args.device.type == "cpu":
+            return_freed_memory()
 
     def _evaluate_microbatch(self, microbatch: PreferenceBatch) -> Any:
         with torch.no_grad(), self._computing():
