@@ -102,7 +102,10 @@ def test_a_bug_s_traceback_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys
         (["trian"], 2, "err", "there is no command 'trian': did you mean 'train'?"),
         (["xyzzy"], 2, "err", "one of demo, init, recipes, audit, preview"),
         (["train", "--help"], 0, "out", "--orpo_alpha"),
-        (["doctor", "--jsn"], 2, "err", "unrecognized arguments"),
+        (["doctor", "--jsn"], 2, "err", "unrecognized arguments: --jsn (did you mean --json?)"),
+        (["export", "run", "--output", "x"], 2, "err", "unrecognized arguments: --output x (did you mean --out?)"),
+        (["export", "run", "--output=x"], 2, "err", "usage: orpo export"),
+        (["report", "run", "--xyzzy"], 2, "err", "unrecognized arguments: --xyzzy\n"),
     ],
 )
 def test_usage(argv: list[str], code: int, stream: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

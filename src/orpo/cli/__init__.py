@@ -55,7 +55,7 @@ def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> 
         )
         if chosen is None or name == chosen:
             module.add_arguments(subparser)
-        subparser.set_defaults(module=module, keys=[])
+        subparser.set_defaults(module=module, keys=[], parser=subparser)
     return parser
 
 
@@ -70,11 +70,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if module is not None and hasattr(module, "before_parsing"):
         argv = [argv[0], *module.before_parsing(argv[1:])]
     parser = build_parser(commands, argv[0] if argv else "")
-    if module is None or not getattr(module, "TAKES_KEYS", False):
-        return parser.parse_args(argv)
-    args, keys = parser.parse_known_args(argv)
-    args.keys = keys
+    args, rest = parser.parse_known_args(argv)
+    if module is not None and getattr(module, "TAKES_KEYS", False):
+        args.keys = rest
+    elif rest:
+        _refuse(rest, getattr(args, "parser", parser))
     return args
+
+
+def _refuse(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Words that no option takes, with the option that may have been meant, under the usage of the command itself."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    unknown = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    near = difflib.get_close_matches(unknown, known, n=1) if unknown else []
+    parser.error(f"unrecognized arguments: {' '.join(words)}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
