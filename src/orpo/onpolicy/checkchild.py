@@ -25,6 +25,8 @@ import select
 import signal
 import time
 from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec
 from typing import Any
 
 MOST_BYTES = 1 << 20
@@ -60,12 +62,12 @@ def serve(path: str, name: str, seconds: float, mebibytes: int) -> None:
 def load(path: str, name: str) -> Callable[..., Any]:
     """The function of a file, whose folder it may import from."""
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec")
-    module = type(sys)("orpo_verifier")
+    sys.dont_write_bytecode = True  # nothing of ours beside the user's file
+    loader = SourceFileLoader("orpo_verifier", path)
+    module = module_from_spec(ModuleSpec("orpo_verifier", loader, origin=path))
     module.__file__ = path
-    sys.modules["orpo_verifier"] = module
-    exec(code, module.__dict__)  # noqa: S102  (the user has named this file to be run)
+    sys.modules["orpo_verifier"] = module  # dataclasses look their module up there while they are made
+    loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == "orpo_verifier"]
