@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def __getattr__(name: str) -> Any:
         from orpo.system.machine import own_version
 
         return own_version()
+    if (name in _CALLABLE_PACKAGES or name in _HOME_OF) and "torch" not in sys.modules:
+        from orpo.system.process import let_threads_wait
+
+        let_threads_wait()  # which torch reads when it is loaded, as it will be now
     if name in _CALLABLE_PACKAGES:
         return importlib.import_module(f"orpo.{name}")
     if name in _HOME_OF:

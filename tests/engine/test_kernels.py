@@ -169,6 +169,28 @@ def test_calls_by_group_and_by_segment_are_the_same(layout: PackedLayout, window
         torch.testing.assert_close(left, right)
 
 
+def test_a_layer_makes_one_call_for_each_short_group_and_adds_nothing_up_over_the_row() -> None:
+    """What would be launched on a GPU, once masks are made: views aside, forward and backward."""
+    layout = layout_of(*[(20, 6, 9)] * 12)
+    tensors = [tensor.requires_grad_() for tensor in inputs(layout.num_rows)]
+    attention._by_piece(*tensors, layout, 0.3, None)
+    called: list[str] = []
+
+    class Called(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not any(item.alias_info is not None for item in function._schema.returns):
+                called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Called():
+        found = attention._by_piece(*tensors, layout, 0.3, None)
+        forward = len(called)
+        torch.autograd.grad(found, tensors, torch.ones_like(found))
+    assert sum("scaled_dot_product" in name for name in called) == 2 * 12
+    assert forward <= 12 + 3, called
+    assert len(called) - forward <= 12 + 8, called
+
+
 # --- whole models ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -83,3 +83,21 @@ def test_evaluate_measures_a_model(rows: Path, model: Path, tmp_path: Path) -> N
 def test_compare_takes_a_file_and_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no_such_method"):
         compare("recipes/demo.yaml", methods=("no_such_method",), output=str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        ("", {}, "10000"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "passive"}, "None"),
+        ("sys.modules['torch'] = None", {}, "None"),
+    ],
+)
+def test_a_script_s_threads_wait_as_a_command_s_where_torch_is_not_loaded_yet(before: str, given: dict[str, str], expected: str) -> None:
+    """The first public name loads torch; a stand-in for its home keeps this quick."""
+    code = f"import sys, types; {before}\nimport orpo, os\nsys.modules['orpo.run.look'] = types.SimpleNamespace(preview=1)\norpo.preview\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]

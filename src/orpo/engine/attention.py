@@ -129,20 +129,38 @@ def _by_segment(
 
 def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None) -> Tensor:
     """Scaled-dot-product attention, a call for each short group and for each segment of a long one; (1, T, H, E)."""
+    groups = list(_groups(layout.segments))
+    sizes = [group[-1].end - group[0].start for group in groups]
     outputs_HSE = []
-    for group in _groups(layout.segments):
-        start, end = group[0].start, group[-1].end
-        if end - start <= QUERY_BLOCK:  # a few wasted scores cost less than more calls, and nothing of the prompt is copied
-            mask = _group_mask(layout, group, window, query.device)
-            outputs_HSE.append(_sdpa(*(tensor[:, :, start:end] for tensor in (query, key, value)), mask, scale))
-            continue
-        for segment in group:
-            query_HSE = query[:, :, segment.start : segment.end]
-            is_causal = segment.num_prefix == 0 and (window is None or window >= segment.end - segment.start)
-            # Without a mask of its own a GPU takes flash attention.
-            mask_SL = None if is_causal else visibility(layout, segment, window, query.device)
-            outputs_HSE.append(_sdpa(query_HSE, _visible(key, segment), _visible(value, segment), mask_SL, scale))
+    # Split, not sliced: the gradient of a slice is a whole row of zeros, and there would be one to add for each.
+    for group, *pieces in zip(groups, *(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True):
+        if pieces[0].shape[2] <= QUERY_BLOCK:  # a few wasted scores cost less than more calls, and nothing of the prompt is copied
+            outputs_HSE.append(_sdpa(*pieces, _group_mask(layout, group, window, query), scale))
+        else:
+            outputs_HSE += _long_group(group, *pieces, layout, scale, window)
     return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous()
+
+
+def _long_group(
+    group: tuple[Segment, ...], query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+) -> Iterator[Tensor]:
+    """Outputs of a group's segments, from its own queries, keys and values."""
+    queries = query.split([segment.end - segment.start for segment in group], dim=2)
+    base = group[0].start
+    for segment, query_HSE in zip(group, queries, strict=True):
+        own = Segment(segment.start - base, segment.end - base, segment.prefix_start - base, segment.prefix_end - base)
+        is_causal = segment.num_prefix == 0 and (window is None or window >= segment.end - segment.start)
+        # Without a mask of its own a GPU takes flash attention.
+        mask_SL = None if is_causal else _additive(layout, visibility(layout, segment, window, query.device), query.dtype)
+        yield _sdpa(query_HSE, _visible(key, own), _visible(value, own), mask_SL, scale)
+
+
+def _additive(layout: PackedLayout, mask_SL: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 and -inf, as scaled-dot-product attention makes it of a bool mask: here once per micro-batch, there in every layer."""
+    cache_key = ("additive", id(mask_SL), dtype)  # the mask itself lives in the same cache
+    if cache_key not in layout.cache:
+        layout.cache[cache_key] = torch.zeros_like(mask_SL, dtype=dtype).masked_fill_(~mask_SL, -torch.inf)
+    return layout.cache[cache_key]  # type: ignore[return-value]
 
 
 def _groups(segments: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
@@ -152,15 +170,16 @@ def _groups(segments: tuple[Segment, ...]) -> Iterator[tuple[Segment, ...]]:
         yield segments[first:last]
 
 
-def _group_mask(layout: PackedLayout, group: tuple[Segment, ...], window: int | None, device: torch.device) -> Tensor:
-    """Which rows of its group each row may use: bool, shape (S, S)."""
+def _group_mask(layout: PackedLayout, group: tuple[Segment, ...], window: int | None, query: Tensor) -> Tensor:
+    """Which rows of its group each row may use: 0 and -inf in the query's dtype, shape (S, S)."""
+    device = query.device
     cache_key = ("group", group[0].start, window, device)
     if cache_key not in layout.cache:
         start_S, prefix_start_S, prefix_end_S, position_S = _table(layout, device)[:, group[0].start : group[-1].end, None].unbind(0)
         rows = torch.arange(group[0].start, group[-1].end, device=device)
         visible_SS = ((rows >= start_S) & (rows <= rows[:, None])) | ((rows >= prefix_start_S) & (rows < prefix_end_S))
         layout.cache[cache_key] = visible_SS if window is None else visible_SS & (position_S - position_S.T < window)
-    return layout.cache[cache_key]  # type: ignore[return-value]
+    return _additive(layout, layout.cache[cache_key], query.dtype)  # type: ignore[arg-type]
 
 
 def _table(layout: PackedLayout, device: torch.device) -> Tensor:
