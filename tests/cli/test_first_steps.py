@@ -84,6 +84,16 @@ class TestInit:
         assert main(["check", "orpo.yaml", "--quick", "--use_cpu", "true"]) == 0
         assert "orpo.yaml:" in capsys.readouterr().out, "check says where each value was written"
 
+    @pytest.mark.parametrize("name", ["harmless-test.jsonl", "test.jsonl", "pairs-train.jsonl", "validation.jsonl"])
+    def test_a_file_named_after_a_split_is_not_its_own_test(self, name: str, tmp_path: Path, model: Path, monkeypatch: Any) -> None:
+        rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(40)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        monkeypatch.chdir(tmp_path)
+        assert main(["init", name, "--model", str(model)]) == 0
+        found = yaml.safe_load((tmp_path / "orpo.yaml").read_text())
+        assert "dataset_test_split" not in found
+        assert found["eval_fraction"] == 0.3
+
     def test_nothing_is_written_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "orpo.yaml").write_text("mine: 1\n")

@@ -136,7 +136,7 @@ def sum_logp(logp_N: Tensor, index: ResponseIndex) -> Tensor:
 def nll_term(logp_N: Tensor, index: ResponseIndex) -> Tensor:
     """Next-token loss of the step that these tokens contribute: sum of counted tokens / counted tokens of the whole step.
 
-    Source: ORPO (arXiv 2403.07691), equation 2, over prompt and chosen answer as its authors train it.
+    Source: ORPO (arXiv 2403.07691), the first term of equation 6, over prompt and chosen answer as its authors train it.
 
     Returns:
         A scalar in the dtype of `logp_N`, nats per token; 0 with a gradient of 0 where the step counts no token.

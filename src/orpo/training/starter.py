@@ -79,12 +79,14 @@ def look_at_data(source: Any) -> FirstRows:
 
 
 def _has_test(source: Any) -> bool:
+    """Whether it has test rows beside those to train on: of a file that is called pairs-test.jsonl they are all there is."""
     from orpo.data.formats import stream_preferences
 
     try:
-        return next(iter(stream_preferences(source, split="test")), None) is not None
+        trained, tested = (next(iter(stream_preferences(source, split=split)), None) for split in (None, "test"))
     except DataError:
         return False
+    return trained is not None and tested is not None and trained.where != tested.where
 
 
 def starter(model: str, source: str, *, revision: str | None = None) -> list[Line]:
