@@ -111,6 +111,8 @@ import sys
 from transformers import AutoConfig, AutoModelForCausalLM
 import torch
 from pathlib import Path
+import orpo.training.trainer
+from orpo.system.allocator import map_large_blocks
 from randomgroups import random_groups
 from trainerruns import make_trainer
 
@@ -118,8 +120,9 @@ config = AutoConfig.for_model("llama", vocab_size=512, hidden_size=256, intermed
                               num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 rows = random_groups(4, prompt=(800, 801), answer=(600, 601))
-trainer = make_trainer(sys.argv[1], rows, model=model, engine="shared", max_steps=1, per_device_train_batch_size=1,
+trainer = make_trainer(sys.argv[1], rows, model=model, engine="shared", max_steps=2, per_device_train_batch_size=1,
                        gradient_accumulation_steps=1, gradient_checkpointing="auto", memory_budget_gib=float(sys.argv[2]))
+orpo.training.trainer.keep_freed_memory = map_large_blocks
 trainer.train()
 peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(trainer.recomputed_layers, peak)
@@ -129,7 +132,7 @@ print(trainer.recomputed_layers, peak)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_the_peak_is_the_one_that_was_expected(tmp_path: Path) -> None:
-    """Within a fifth for none, some and most of the layers: what is not in the estimate are holes of the allocator."""
+    """Within 15 % for none, some and most of the layers, every block mapped by itself: holes of the allocator are not in the estimate."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
@@ -143,5 +146,5 @@ def test_the_peak_is_the_one_that_was_expected(tmp_path: Path) -> None:
         recomputed_layers, peak = map(int, done.stdout.splitlines()[-1].split())
         assert recomputed_layers == number
         peaks.append(peak)
-        assert peak == pytest.approx(need.peak(number), rel=0.2)
+        assert peak == pytest.approx(need.peak(number), rel=0.15)
     assert peaks[0] > peaks[1] > peaks[2]
