@@ -177,6 +177,15 @@ def set_gradients(items: Iterable[nn.Parameter], number: int, dtype: torch.dtype
         parameter.grad = (torch.randn(parameter.shape, generator=chance).to(dtype).float() * scale).to(dtype)
 
 
+@pytest.fixture(params=["piece by piece", "together"])
+def update(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU: many weights in one call."""
+    if request.param == "together":
+        monkeypatch.setattr(MasterAdamW, "PIECEWISE", ())
+        monkeypatch.setattr(MasterAdamW, "LAUNCH", 40)
+
+
+@pytest.mark.usefixtures("update")
 @pytest.mark.parametrize("piece", [1, 4, 2**19])
 @pytest.mark.parametrize(
     "options", [ADAMW, {**ADAMW, "maximize": True}, {**ADAMW, "weight_decay": 0.0}], ids=["decay", "maximize", "plain"]
@@ -194,6 +203,7 @@ def test_master_adamw_is_torchs_adamw(options: dict[str, Any], piece: int, monke
         torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("update")
 def test_bf16_gradients_count_as_their_float32_values() -> None:
     own, peer = parameters(), parameters()
     optimizer, reference = MasterAdamW(own, **ADAMW), torch.optim.AdamW(peer, fused=True, **ADAMW)
@@ -209,6 +219,7 @@ def test_bf16_gradients_count_as_their_float32_values() -> None:
         torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("update")
 def test_the_gradient_scale_holds_for_one_step() -> None:
     own, peer = parameters(), parameters()
     optimizer, reference = MasterAdamW(own, **ADAMW), torch.optim.AdamW(peer, fused=True, **ADAMW)
@@ -223,6 +234,7 @@ def test_the_gradient_scale_holds_for_one_step() -> None:
         torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("update")
 def test_its_state_is_adamws() -> None:
     """A checkpoint of one can be resumed by the other."""
     own, peer = parameters(), parameters()
@@ -244,6 +256,7 @@ def test_its_state_is_adamws() -> None:
         torch.testing.assert_close(parameter, twin, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("update")
 def test_it_keeps_up_the_working_copies() -> None:
     model = Tied()
     working = WorkingWeights(model)
@@ -455,6 +468,23 @@ def test_after_training_a_model_is_an_ordinary_one(tmp_path: Path, groups: list[
     for parameter in trainer.model.parameters():
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
+
+
+def test_a_run_is_the_same_with_many_weights_in_one_call(tmp_path: Path, groups: list[TokenGroup], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for piecewise in (("cpu",), ()):
+        monkeypatch.setattr(MasterAdamW, "PIECEWISE", piecewise)
+        trainer = make_trainer(tmp_path / str(len(runs)), groups, bf16=True, bf16_weights=True, max_steps=4, max_grad_norm=0.5)
+        trainer.train()
+        runs.append(weights(trainer.model))
+    for name, weight in runs[0].items():
+        torch.testing.assert_close(runs[1][name], weight, rtol=1e-6, atol=1e-8)
+
+
+def test_runs_of_parameters_are_bounded() -> None:
+    sizes = [3, 50, 4, 5, 60, 1]
+    found = [[one.numel() for one in several] for several in precision._launches([nn.Parameter(torch.zeros(size)) for size in sizes], 10)]
+    assert found == [[3], [50], [4, 5], [60], [1]]
 
 
 def test_pieces_cover_everything_once() -> None:

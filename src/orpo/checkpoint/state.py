@@ -265,8 +265,9 @@ def save_rng(folder: Path | str, *, rank: int = 0) -> None:
     import torch
 
     state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_available() and module.is_initialized():
+            state[kind] = module.get_rng_state()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     save_state(state, folder, rng_name(rank))
@@ -292,8 +293,9 @@ def load_rng(folder: Path | str, *, rank: int = 0) -> bool:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
-        if "cuda" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
+        for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+            if kind in state and module.is_available():
+                module.set_rng_state(state[kind])
         if "mps" in state and torch.backends.mps.is_available():
             torch.mps.set_rng_state(state["mps"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

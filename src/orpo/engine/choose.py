@@ -323,7 +323,8 @@ def _has_dropout(model: nn.Module) -> bool:
 
 def _run_with_dropout(model: nn.Module, batch: PreferenceBatch, objective: Objective, budget_bytes: int) -> None:
     """A forward in training mode: dropout inside attention raises there, whatever the model calls it. Leaves the random state alone."""
-    devices = [batch.input_ids_T.device] if batch.input_ids_T.device.type == "cuda" else []
+    device = batch.input_ids_T.device
+    devices = [] if device.type == "cpu" else [device]
     model.train()
     with torch.random.fork_rng(devices), torch.no_grad():
         shared.step(model, batch, objective, budget_bytes=budget_bytes)

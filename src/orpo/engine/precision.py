@@ -1,9 +1,9 @@
 """bf16 for compute, fp32 for what is trained.
 
-On a single process on a CPU the whole step runs on bf16 working weights (matrix products are about 2.5 times as fast, and none of
-autocast's copies are made); the float32 masters are the model's own parameters before and after the step, so optimizer, checkpoints and
-everything else see an ordinary float32 model. Gradients of several micro-batches add up in float32. Elsewhere (GPUs, several processes)
-it is autocast.
+In a single process on a CPU or a CUDA device the whole step runs on bf16 working weights (on a CPU matrix products are about 2.5 times as
+fast, and none of autocast's copies are made; docs/performance.md counts the bytes); the float32 masters are the model's own parameters
+before and after the step, so optimizer, checkpoints and everything else see an ordinary float32 model. Gradients of several
+micro-batches add up in float32. Elsewhere (several processes, other devices) it is autocast.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+WORKING_DEVICES = ("cpu", "cuda")
+"""Where working weights are used unless the user says otherwise."""
 
 
 class WorkingWeights:
@@ -109,7 +112,10 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     PIECE = 2**19
-    """Numbers worked on at a time; five arrays of them stay in the cache."""
+    """Numbers worked on at a time on a CPU; five arrays of them stay in the cache."""
+    LAUNCH = 2**26
+    """Numbers that one call takes elsewhere, which bounds the float32 copies of their gradients."""
+    PIECEWISE = ("cpu",)
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **{**options, "fused": True})
@@ -121,26 +127,57 @@ class MasterAdamW(torch.optim.AdamW):
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self._prepare(parameter)
+            if parameters and parameters[0].device.type in self.PIECEWISE:
+                for parameter in parameters:
                     self._update(parameter, group)
+            else:
+                for several in _launches(parameters, self.LAUNCH):
+                    self._update_together(several, group)
         self.gradient_scale = 1.0
         if self.working is not None:
             self.working.kept_up()
         return loss
 
+    def _prepare(self, parameter: nn.Parameter) -> None:
+        if not self.state[parameter]:
+            # As torch's own AdamW keeps it, tensor and all: a checkpoint of either loads into the other.
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter.data),
+                "exp_avg_sq": torch.zeros_like(parameter.data),
+            }
+
+    def _divisor(self, device: torch.device) -> Tensor | None:
+        """The kernel was given its argument for loss scaling and divides by it, so a factor goes in as its inverse."""
+        return None if self.gradient_scale == 1.0 else torch.full((), 1.0 / self.gradient_scale, device=device)
+
+    def _update_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Many weights in one call: a GPU waits for launches, not for its cache."""
+        states = [self.state[parameter] for parameter in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        masters = [parameter.data for parameter in parameters]
+        torch._fused_adamw_(
+            masters, [parameter.grad.float() for parameter in parameters],
+            [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=group["maximize"], grad_scale=self._divisor(masters[0].device),
+        )  # fmt: skip
+        copies = [None if self.working is None else self.working.copy_of(parameter) for parameter in parameters]
+        pairs = [(copy, master) for copy, master in zip(copies, masters, strict=True) if copy is not None]
+        if pairs:
+            torch._foreach_copy_([copy for copy, _ in pairs], [master for _, master in pairs])
+
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        if not state:
-            # As torch's own AdamW keeps it, tensor and all: a checkpoint of either loads into the other.
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter.data)
-            state["exp_avg_sq"] = torch.zeros_like(parameter.data)
         state["step"] += 1
         copy = None if self.working is None else self.working.copy_of(parameter)
         beta1, beta2 = group["betas"]
-        # The kernel was given its argument for loss scaling and divides by it, so a factor goes in as its inverse.
-        divisor = None if self.gradient_scale == 1.0 else torch.tensor(1.0 / self.gradient_scale)
+        divisor = self._divisor(parameter.device)
         arrays = (parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"], copy)
         for master, gradient, average, square, working in _pieces(arrays, self.PIECE):
             gradient = gradient.float() if gradient.dtype != torch.float32 else gradient
@@ -151,6 +188,18 @@ class MasterAdamW(torch.optim.AdamW):
             )  # fmt: skip
             if working is not None:
                 working.copy_(master)  # while the master is still in the cache
+
+
+def _launches(parameters: list[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of at most `size` numbers together, or of one that has more."""
+    several: list[nn.Parameter] = []
+    for parameter in parameters:
+        if several and sum(one.numel() for one in several) + parameter.numel() > size:
+            yield several
+            several = []
+        several.append(parameter)
+    if several:
+        yield several
 
 
 def _pieces(arrays: tuple[Tensor | None, ...], size: int) -> Iterator[list[Any]]:

@@ -105,8 +105,8 @@ class Session:
         if "torch" in sys.modules:
             import torch
 
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
 
     @contextmanager
     def models_of_task(self, used: set[str]) -> Iterator[None]:

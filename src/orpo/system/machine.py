@@ -27,7 +27,7 @@ _CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best one of this machine: CUDA, then MPS, then the CPU.
+    """The device asked for, or the best one of this machine: CUDA, then XPU, then MPS, then the CPU.
 
     Under a distributed launch (`LOCAL_RANK` set) each process takes its own GPU.
 
@@ -37,14 +37,16 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     import torch
 
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+            if module.is_available():
+                return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % module.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"no device is called {str(device)!r}", where="device", expected="cuda, cuda:1, mps or cpu") from error
-    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(wanted.type, True)
+        raise UserError(f"no device is called {str(device)!r}", where="device", expected="cuda, cuda:1, xpu, mps or cpu") from error
+    checks = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
+    is_there = wanted.type not in checks or checks[wanted.type]()
     if not is_there:
         raise UserError(f"{wanted.type} is not available on this machine", where="device", mend="leave device unset, or set cpu")
     return wanted
@@ -84,8 +86,8 @@ def memory_facts(device: torch.device) -> dict[str, int | None]:
     """Total and free bytes of the device's memory; None where the system does not say."""
     import torch
 
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if device.type in ("cuda", "xpu"):
+        free, total = torch.get_device_module(device).mem_get_info(device)
         return {"total_bytes": total, "free_bytes": free}
     if device.type == "mps":
         return {"total_bytes": torch.mps.recommended_max_memory(), "free_bytes": None}
@@ -100,8 +102,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """The most of the device's memory that this process has held so far; None where the system does not say."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     try:

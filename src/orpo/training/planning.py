@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from orpo.engine.precision import WORKING_DEVICES
 from orpo.errors import UserError
 from orpo.models.adapters import ALL_LINEAR
 from orpo.models.newtokens import positions_of
@@ -284,8 +285,8 @@ def _optimizer_bytes(args: ORPOConfig) -> float:
 
 
 def _gradient_bytes(args: ORPOConfig) -> float:
-    """Per trained weight: of the bf16 working weights that a single process on a CPU computes with, else float32."""
-    has_working_weights = args.device.type == "cpu" and args.world_size == 1 and args.bf16_weights is not False
+    """Per trained weight: of the bf16 working weights that a single process computes with, else float32."""
+    has_working_weights = args.device.type in WORKING_DEVICES and args.world_size == 1 and args.bf16_weights is not False
     return 2.0 if args.compute_dtype == "bfloat16" and has_working_weights else 4.0
 
 

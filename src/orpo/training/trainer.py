@@ -26,7 +26,7 @@ from orpo.engine.choose import Compute, Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
 from orpo.engine.parallel import is_sharded, reshard, synchronised
-from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to
+from orpo.engine.precision import WORKING_DEVICES, MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
 from orpo.models.adapters import raise_rate_of_b
 from orpo.objective import METRICS, Objective, kind_of
@@ -215,7 +215,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Low-precision compute: working weights for one process on a CPU, weights gathered so where sharded, else autocast."""
+        """Low-precision compute: working weights for one process, weights gathered so where sharded, else autocast."""
         if self._uses_working_weights():
             with self._working_weights().active():
                 yield
@@ -251,7 +251,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
     def _uses_working_weights(self) -> bool:
         wanted = self.args.bf16_weights
         is_possible = self.compute_dtype == torch.bfloat16 and self.ranks.world_size == 1 and not self._is_sharded
-        is_useful = self.args.device.type == "cpu" if wanted is None else wanted
+        is_useful = self.args.device.type in WORKING_DEVICES if wanted is None else wanted
         return is_possible and is_useful
 
     # ---- training ------------------------------------------------------------------------------------------------------------------
