@@ -55,8 +55,8 @@ def find_recipe(name: str) -> Recipe:
         return known[stem]
     near = difflib.get_close_matches(stem, known, n=1)
     raise UserError(
-        f"there is no recipe {name!r}",
-        where="orpo recipes",
+        "there is no such recipe",
+        where=name,
         expected=f"one of {', '.join(known)}",
         mend=f"did you mean {near[0]!r}?" if near else None,
     )

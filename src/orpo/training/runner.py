@@ -26,6 +26,7 @@ from orpo.run.data import RunData, Tell, agree_on_rows, prepare_data
 from orpo.run.folder import COMPLETE, FAILED, RUNNING, STOPPED, RunFolder, final_weights
 from orpo.run.hold import RunHold, is_complete, options_as_facts, run_as_facts
 from orpo.run.keys import RunKeys
+from orpo.system.allocator import return_freed_memory
 from orpo.system.files import check_writable
 from orpo.system.group import agree, on_all
 from orpo.system.machine import describe_device, memory_facts, peak_memory_bytes, versions
@@ -401,6 +402,8 @@ def save_final_weights(trainer: ORPOTrainer, data: RunData) -> None:
         if trainer.args.should_save:
             export_whole_state(model, state, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids)
     elif trainer.args.should_save:
+        if trainer.args.device.type == "cpu":
+            return_freed_memory()  # that of the steps: what is written is loaded once more, beside the model that it is compared with
         if name == "adapter":
             export_adapter(model, data.tokenizer, folder / name, stop_token_ids=data.encoder.terminator_ids, is_overwriting=True)
         else:
