@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 import orpo
@@ -91,6 +92,13 @@ def test_what_is_ready_runs_for_many(agree: Agree, given: dict[str, Any]) -> Non
 @pytest.mark.parametrize("name", [str(kind.value) for kind in OptimizerNames])
 def test_every_optimizer_runs_or_is_refused(agree: Agree, name: str) -> None:
     agree({"optim": name})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [{}, {"min_lr_rate": 0.1}, {"num_decay_steps": 1}, {"num_cycles": 2}], ids=str)
+@pytest.mark.parametrize("name", [str(kind.value) for kind in SchedulerType])
+def test_every_schedule_runs_or_is_refused(agree: Agree, name: str, arguments: dict[str, Any]) -> None:
+    agree({"lr_scheduler_type": name, "lr_scheduler_kwargs": arguments})
 
 
 @pytest.mark.slow
