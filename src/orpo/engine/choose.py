@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orpo.data.stored.measures import measures_of
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.kernels import KERNELS, resolve, suited
@@ -121,6 +122,7 @@ def choose(
     router_coef: float | None = None,
     attention_kernel: str = "auto",
     compute: Compute | None = None,
+    longest: int | None = None,
 ) -> Engine:
     """Choose the engine and leave the model ready for it.
 
@@ -133,6 +135,7 @@ def choose(
         router_coef: weight of a router's auxiliary loss; None: what the model's configuration asks for.
         attention_kernel: "auto" or one of `orpo.engine.kernels.KERNELS`.
         compute: of the run; None: as the weights are.
+        longest: tokens that no row of the run exceeds, where `groups` are not all of them.
 
     Raises:
         UserError: the shared engine or a kernel was asked for and does not hold for this model.
@@ -159,7 +162,7 @@ def choose(
                 logger.info("comparing    the two engines on the first %d rows", len(rows))
             agreements = [compare(model, rows, objective, nll_scope, budget_bytes, router, **how) for how in _ways(model, kernel, compute)]
             problem = next((str(agreement) for agreement in agreements if not agreement.holds), None)
-            problem = problem or _hidden_window(core, groups, agreements[0])
+            problem = problem or _hidden_window(core, longest or int(measures_of(groups).longest_tokens.max()), agreements[0])
             if problem is None:
                 core.set_attn_implementation(attention.NAME)
                 told = "; ".join(map(str, agreements))
@@ -330,14 +333,13 @@ def _run_with_dropout(model: nn.Module, batch: PreferenceBatch, objective: Objec
         shared.step(model, batch, objective, budget_bytes=budget_bytes)
 
 
-def _hidden_window(core: Any, groups: Sequence[TokenGroup], agreement: Agreement) -> str | None:
+def _hidden_window(core: Any, longest: int, agreement: Agreement) -> str | None:
     """A restriction in the model's masks alone, of which packed attention hears nothing, that some row of the run is longer than.
 
     The rows of the check may be too short to show it (Qwen 2 MoE's window, Llama 4's chunks).
     """
     config = core.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention"))
-    longest = max(group.longest_tokens for group in groups)
     for name, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
         size = getattr(config, name, None)
         if size is not None and size < longest and kind in kinds and size not in agreement.windows:

@@ -26,7 +26,7 @@ def compile_layers(trainer: Any, stack: ExitStack) -> str | None:
         None where they are; else why not, which has been told.
     """
     args, model = trainer.args, trainer.model
-    batch = collate(rows_for_check(trainer.train_dataset), args.nll_scope).to(args.device)
+    batch = collate(rows_for_check(trainer.known_rows), args.nll_scope).to(args.device)
     expected = _values(trainer, batch)
     with ExitStack() as attempt:
         try:

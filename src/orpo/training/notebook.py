@@ -31,7 +31,7 @@ def cell_of(trainer: Any) -> str:
     """A trainer as HTML: what it trains, how far it is, its curves and newest values."""
     state = trainer.state
     name = type(getattr(trainer, "model", None)).__name__
-    return run_cell(logs_of(state), f"{name} on {len(trainer.train_dataset)} rows, step {state.global_step} of {state.max_steps or '?'}")
+    return run_cell(logs_of(state), f"{name} on {len(trainer.known_rows)} rows, step {state.global_step} of {state.max_steps or '?'}")
 
 
 class LiveTable(TrainerCallback):

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from orpo.checkpoint import current_ranks
 from orpo.config.optimizers import explain_optimizer
 from orpo.config.options import ORPOConfig
+from orpo.data.stored.windows import WindowedGroups
 from orpo.engine.choose import Compute, Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
@@ -204,6 +205,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
                 router_coef=self.args.router_aux_loss_coef,
                 attention_kernel=self.args.attention_kernel,
                 compute=Compute(self.compute_dtype, self._computing),
+                longest=self.train_dataset.longest_tokens if isinstance(self.train_dataset, WindowedGroups) else None,
             )
             require_router_gradient(self.args, self._engine.router)
         return self._engine

@@ -96,6 +96,11 @@ class WindowedGroups:
         self.report.check(1, name=f"the first {window_rows:,} rows of the stream")
         self.first: Sequence[TokenGroup] = self._first.groups
 
+    @property
+    def longest_tokens(self) -> int:
+        """What no row to come exceeds."""
+        return self._encoder.max_length
+
     def fingerprint(self) -> str:
         """Of what the stream is; its content is not read to the end."""
         facts = {"source": self.source, "template": self._encoder.describe(), "window_rows": self.window_rows, "seed": self.seed}
