@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_factory: 
     """What the page says there is: pairs.jsonl, model, orpo.yaml."""
     rows = [{"prompt": f"Question {n}?", "chosen": f"A good answer to {n}.", "rejected": f"No. {n}!"} for n in range(12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "orpo.yaml").write_text("model_name_or_path: model\ndataset_name: pairs.jsonl\nmax_steps: 2\n", encoding="utf-8")
+    (tmp_path / "orpo.yaml").write_text("model_name_or_path: model\ndataset_name: orpo-demo\nmax_steps: 2\n", encoding="utf-8")
     tokenizer = tiny_tokenizer_factory()
     tiny_model_factory("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
