@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import itertools
 import json
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from orpo.cli import main
+from orpo.cli import build_parser, command_modules, main
 from orpo.cli.completion import SHELLS, whole_parser
 from orpo.cli.doctor import FEATURES
 from orpo.config.advice import ADVICE_BY_SIZE, advice_for
@@ -251,6 +252,18 @@ class TestHelp:
             start = lines.index(f"  {title}:")
             found = [line.split()[0] for line in lines[start + 1 : start + 20] if re.match(r"    \w+(  |$)", line)]
             assert found[: len(there)] == there
+
+    def test_nothing_is_wider_than_the_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At 80 columns, in every command, and no word is lost on the way."""
+        said = {}
+        for columns in (1000, 80):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            parser = build_parser(command_modules())
+            (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+            said[columns] = [one.format_help() for one in (parser, *commands.choices.values())]
+        assert not [line for text in said[80] for line in text.splitlines() if len(line) > 80]
+        for wide, narrow in zip(said[1000], said[80], strict=True):
+            assert "".join(wide.split()) == "".join(narrow.split())
 
     @pytest.mark.parametrize("words", [["--help"], ["audit", "--help"], ["train", "--help"]])
     def test_colours_change_no_letter(self, words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
