@@ -81,6 +81,13 @@ def test_the_metrics_are_those_of_the_trainer(trained, capsys):
     assert found["log_odds_ratio"]["value"] == pytest.approx(expected["eval_log_odds_chosen"], abs=1e-4)
 
 
+def test_options_of_tasks_that_are_not_asked_for_are_told(trained, tmp_path, capsys):
+    words = ["eval", str(trained), "--tasks", "pairs", "--prompts", write_prompts(tmp_path), "--slices", "topic"]
+    assert main([*map(str, words)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note ")]
+    assert told == ["note         --prompts has no effect: the task custom is not among --tasks"]
+
+
 def test_a_second_run_computes_nothing(trained, capsys, monkeypatch):
     words = (trained, "--max_new_tokens", "4", "--limit", "6")
     first = evaluate(capsys, *words)

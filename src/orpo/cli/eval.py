@@ -186,6 +186,18 @@ def _task_values(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     return own, given
 
 
+def _idle(args: argparse.Namespace, tasks: Iterable[str]) -> list[str]:
+    """A line for each task that is not asked for although options of its own were given."""
+    from orpo.evaluate.task import known_tasks
+
+    lines = []
+    for name, task in known_tasks().items():
+        given = [f"--{option.name}" for option in task.options if getattr(args, option.name, None) not in (None, False)]
+        if given and name not in tasks:
+            lines.append(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: the task {name} is not among --tasks")
+    return lines
+
+
 def _words(given: Iterable[str]) -> list[str]:
     return [word.strip() for text in given for word in text.split(",") if word.strip()]
 
@@ -212,6 +224,8 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     options = options_of(args)
     console = stderr_console()
+    for line in _idle(args, options.tasks):
+        say(console, f"note         {line}")
     with PartBars(console) as progress:
         evaluation = Evaluation(options, tell=lambda line: say(console, line), progress=progress)
         records, errors = evaluation.run()
