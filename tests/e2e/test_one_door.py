@@ -161,7 +161,7 @@ def test_preview_shows_the_ids_of_training(run: Run, tmp_path: Path) -> None:
     shown = [int(found[1]) for _, attributes in page.tags if (found := re.match(r"id (\d+)", attributes.get("title") or ""))]
     wanted: list[int] = []
     for row, item in zip(run.rows, run.results, strict=True):
-        if row.where.row in picked and "pairs" in row.where.file and isinstance(item, TokenGroup):
+        if row.where.row in picked and isinstance(item, TokenGroup):
             wanted += np.concatenate([item.prompt_ids, *item.response_ids]).tolist()
     assert shown == wanted
 
