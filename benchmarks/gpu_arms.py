@@ -182,6 +182,7 @@ class Ours(_Stepper):
         except UserError as error:
             raise CannotRunError(str(error).splitlines()[0]) from error
         self.trainer.optimizer = cell.optimizer
+        self.forwards = self._compiled_forwards()
 
     def gradients(self, first: int, micro: int) -> None:
         from orpo.engine import attention
@@ -196,28 +197,24 @@ class Ours(_Stepper):
         with attention_implementation(unwrap(self.cell.model), name), self._compiled():
             self.trainer.training_step(self.cell.model, batch)
 
-    @contextmanager
-    def _compiled(self) -> Iterator[None]:
-        """The decoder layers compiled, attention over the packed row outside of the graphs."""
-        if not self.arm.compiled:
-            yield
-            return
-        from transformers import AttentionInterface
-
-        from orpo.engine import attention
+    def _compiled_forwards(self) -> list[Any]:
+        """The decoder layers' forward as `torch_compile: true` makes it; kept, or every turn would compile anew."""
+        from orpo.engine.compiled import compiled_layers
         from orpo.engine.parallel import decoder_layers
 
-        layers = decoder_layers(self.cell.model)
-        AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.shared_attention_forward))
-        for layer in layers:
-            if layer._compiled_call_impl is None:
-                layer._compiled_call_impl = self.__dict__.setdefault(f"of-{id(layer)}", torch.compile(layer._call_impl, dynamic=True))
+        self.layers = decoder_layers(self.cell.model) if self.arm.compiled else []
+        with compiled_layers(self.cell.model) if self.arm.compiled else nullcontext():
+            return [layer.forward for layer in self.layers]
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        for layer, forward in zip(self.layers, self.forwards, strict=True):
+            layer.forward = forward
         try:
             yield
         finally:
-            AttentionInterface.register(attention.NAME, attention.shared_attention_forward)
-            for layer in layers:
-                layer._compiled_call_impl = None
+            for layer in self.layers:
+                del layer.forward
 
 
 @contextmanager

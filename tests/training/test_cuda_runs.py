@@ -169,3 +169,11 @@ def test_the_peak_is_what_the_plan_says(method: str, tmp_path: Path) -> None:
     peak = torch.cuda.max_memory_allocated() - before
     planned = plan.memory_bytes - plan.runtime_bytes
     assert abs(peak - planned) <= 0.15 * planned, f"planned {planned / 1e9:.2f} GB, held {peak / 1e9:.2f}"
+
+
+def test_compiled_layers_follow_the_float32_run(tmp_path: Path, groups: list[TokenGroup], exact: list[float]) -> None:
+    trainer = trainer_of(tmp_path, groups, engine="shared", torch_compile=True)
+    trainer.train()
+    assert trainer.compiled == "yes"
+    assert trainer.graphs.num_late == 0
+    assert_same_trajectory(logged(trainer), exact, largest=1e-4, mean=1e-5)

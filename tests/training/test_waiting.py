@@ -140,3 +140,22 @@ def test_a_step_that_cannot_be_made_stops_the_run_where_it_is_asked_for() -> Non
         ahead.take(iterator, 1)
     ahead.close()
     assert Ahead(is_pinned=False).take(iter([]), 1) == []
+
+
+def test_graphs_that_are_compiled_in_the_middle_of_a_run_are_counted_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A callback that has torch trace a new function at steps 1 and 6 stands for a kernel that meets a shape it was not made for."""
+
+    class Compiles(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step in (1, 6):
+                torch.compile(lambda x: x + state.global_step, backend="eager")(torch.ones(2))
+
+    torch._dynamo.reset()
+    trainer = make_trainer(tmp_path, random_groups(16), max_steps=8)
+    trainer.callback_handler.callbacks.insert(0, Compiles())
+    trainer.train()
+    assert (trainer.graphs.num_graphs, trainer.graphs.num_late) == (2, 1)
+    (told,) = [record.getMessage() for record in caplog.records if "in the middle of the run" in record.getMessage()]
+    assert told.startswith("step 6: torch compiled 1 more graph in")

@@ -386,6 +386,9 @@ class _Journal(TrainerCallback):
                 **(self.folder.read() or {}).get("data", {}),
                 "train": self.data.train_report.to_dict(),
             }
+            graphs = self.trainer.graphs
+            if graphs.num_graphs:
+                facts["compiled_graphs"] = {"all": graphs.num_graphs, "after_the_first_steps": graphs.num_late}
             self.folder.write(status=status, ended_unix_s=round(time.time(), 3), last_step=step, **{"ended_by": None, **facts})
 
 

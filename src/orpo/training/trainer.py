@@ -39,6 +39,7 @@ from orpo.system.files import make_run_folder
 from orpo.system.ranks import Ranks, all_reduce_sum
 from orpo.training.ahead import Ahead
 from orpo.training.gradients import GradientMixin
+from orpo.training.graphs import GraphsCallback
 from orpo.training.guards import DivergenceGuard, NonFiniteGuard, ProofOfLearning, SignalGuard, first_cause
 from orpo.training.guards.callbacks import DivergenceCallback, LearningCallback, SignalCallback
 from orpo.training.loaders import LoaderMixin
@@ -182,6 +183,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         """Guards against steps that are not finite, runs in which nothing learns or no longer does, and weights that are destroyed."""
         self.nonfinite = NonFiniteGuard(self.args.on_nonfinite, self.args.max_nonfinite_skips, ranks=self.ranks)
         self.learning = ProofOfLearning(kind=kind_of(self.training_objective))
+        self.graphs = GraphsCallback()
+        self.add_callback(self.graphs)
         self.add_callback(LearningCallback(self.learning, lambda: self._grad_norm))
         agreed = Ranks(self.ranks.rank, self.ranks.world_size)  # what it is given is that of all ranks already
         self.divergence = DivergenceGuard(len(self.processing_class), learning_rate=self.args.learning_rate, ranks=agreed)
