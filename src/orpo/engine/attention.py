@@ -133,11 +133,12 @@ def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, s
     sizes = [group[-1].end - group[0].start for group in groups]
     outputs_HSE = []
     # Split, not sliced: the gradient of a slice is a whole row of zeros, and there would be one to add for each.
-    for group, *pieces in zip(groups, *(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True):
-        if pieces[0].shape[2] <= QUERY_BLOCK:  # a few wasted scores cost less than more calls, and nothing of the prompt is copied
-            outputs_HSE.append(_sdpa(*pieces, _group_mask(layout, group, window, query), scale))
+    parts = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    for group, queries, keys, values in zip(groups, *parts, strict=True):
+        if queries.shape[2] <= QUERY_BLOCK:  # a few wasted scores cost less than more calls, and nothing of the prompt is copied
+            outputs_HSE.append(_sdpa(queries, keys, values, _group_mask(layout, group, window, query), scale))
         else:
-            outputs_HSE += _long_group(group, *pieces, layout, scale, window)
+            outputs_HSE += _long_group(group, queries, keys, values, layout, scale, window)
     return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous()
 
 

@@ -68,7 +68,12 @@ class Engine:
     def step(self, model: nn.Module, batch: PreferenceBatch, objective: Objective, *, gradient_scale: Tensor | None = None) -> StepResult:
         """One micro-batch: loss with a graph to the model; `gradient_scale` is what it will be multiplied by (fp16)."""
         if self.name == "shared":
-            options = {"budget_bytes": self.budget_bytes, "router": self.router, "gradient_scale": gradient_scale, "kernel": self.kernel}
+            options: dict[str, Any] = {
+                "budget_bytes": self.budget_bytes,
+                "router": self.router,
+                "gradient_scale": gradient_scale,
+                "kernel": self.kernel,
+            }
             return shared.step(model, batch, objective, **options)
         return padded.step(model, batch, objective, router=self.router)
 
@@ -264,7 +269,12 @@ def compare(
         with torch.enable_grad(), compute.context():  # the caller may be an evaluation
             expected = _values(padded.step(model, batch, objective, router=router), parameters, _scale(model, compute))
             with attention_implementation(core, attention.NAME):
-                options = {"budget_bytes": budget_bytes, "router": router, "kernel": kernel, "gradient_scale": _scale(model, compute)}
+                options: dict[str, Any] = {
+                    "budget_bytes": budget_bytes,
+                    "router": router,
+                    "kernel": kernel,
+                    "gradient_scale": _scale(model, compute),
+                }
                 found = _values(shared.step(model, batch, objective, **options), parameters, options["gradient_scale"])
                 if _has_dropout(model):
                     _run_with_dropout(model, batch, objective, budget_bytes)

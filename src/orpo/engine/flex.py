@@ -58,7 +58,7 @@ def attend(
         return_aux=AuxRequest(lse=True),
     )
     if sinks_H is None:
-        return output  # type: ignore[no-any-return]
+        return output
     # A sink is one more key without a value: it takes its share of the softmax, sigmoid(lse - sink) is what is left for the others.
     left_HT = torch.sigmoid(extra.lse - sinks_H.to(extra.lse)[None, :, None])
     return (output * left_HT[..., None]).to(output.dtype)
@@ -98,7 +98,10 @@ def block_mask(layout: PackedLayout, num_rows: int, window: int | None, device: 
 
         some_QL, all_QL = visible_blocks(layout, num_rows, window)
         blocks = [sent(array, device)[None, None] for matrix in (some_QL & ~all_QL, all_QL) for array in _listed(matrix)]
-        mask: Any = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(num_rows, num_rows))
+        num_some, some, num_all, whole = blocks
+        mask: Any = BlockMask.from_kv_blocks(
+            num_some, some, num_all, whole, BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=(num_rows, num_rows)
+        )
         for name in (f"{full}{side}_{kind}" for full in ("", "full_") for side in ("q", "kv") for kind in ("num_blocks", "indices")):
             # Of what hangs on an object Dynamo takes the first sizes for fixed, though it was told that they are not.
             for size in range(2, getattr(mask, name).ndim):

@@ -37,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scal
         query[0].transpose(0, 1), key_LKE, value_LKE, cumulative_q, cumulative_k, max_q, max_k,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), **options,
     )  # fmt: skip
-    return output_THE.transpose(0, 1)[None]  # type: ignore[no-any-return]
+    return output_THE.transpose(0, 1)[None]
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from orpo.engine.parallel import norm_of, own_part
 from orpo.engine.precision import MasterAdamW, WorkingWeights
 from orpo.system.ranks import Ranks, all_reduce_max
 from orpo.training.guards import NonFiniteGuard
-from orpo.training.guards.callbacks import SignalCallback
 from orpo.training.metrics import MetricSums, response_sums
 from orpo.training.scaling import ScalingMixin
 from orpo.training.steps import StepBatch
@@ -60,7 +59,7 @@ class GradientMixin(ScalingMixin):
     sums: MetricSums
     told: StepTold | None = None
     """Of the newest step; None before the first, and where a subclass makes its steps itself."""
-    _signals: SignalCallback | None = None
+    _signals: Any = None
     _grad_norm: float | None = None
     _working: WorkingWeights | None
     zero: Any
