@@ -105,7 +105,7 @@ def _check(job: PairsJob) -> None:
         )
     if job.output.suffix != ".jsonl":
         raise UserError(f"found {str(job.output)!r}", where="--out", expected="a file *.jsonl")
-    if job.output.exists() and not (job.work / RESULT_FILE).is_file():
+    if job.output.exists() and not job.work.is_dir():  # made at the first start, before there are pairs
         raise UserError(
             "is there already, and was not made by this command", where=str(job.output), mend="choose another --out, or move it away"
         )
