@@ -120,6 +120,22 @@ def test_the_groups_are_those_that_are_made_of_the_whole_source(encoder: Templat
         assert found.report.lengths == report.lengths
 
 
+def test_several_sources_with_weights(encoder: TemplateEncoder, tmp_path: Path) -> None:
+    """The mix that is made without a stream, once in each pass: three rows of one to one of the other, until the first has none left."""
+    places = []
+    for name, number, weight in (("a", 30, 3), ("b", 25, 1)):
+        rows = [{"prompt": f"{name}{row}?", "chosen": f"good {row}", "rejected": f"bad {row}"} for row in range(number)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        places.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    whole, _ = prepare_groups(stream_preferences(places), encoder)
+    found = WindowedGroups(lambda: stream_preferences(places), encoder, window_rows=8, seed=0, means=Means())
+    num_steps = -(-len(whole) // 4)
+    seen = [group.where for step, _ in itertools.islice(found.steps(4, StreamPosition()), 2 * num_steps) for group in step]
+    assert len(whole) > 36
+    assert Counter(seen) == Counter(2 * [group.where for group in whole])
+    assert Counter(seen[: len(whole)]) == Counter(group.where for group in whole)
+
+
 def test_a_source_is_read_no_further_than_is_asked(encoder: TemplateEncoder) -> None:
     last = 0
 
