@@ -124,6 +124,42 @@ def peak_of_a_run(output_dir: str, model_folder: str, *, lora: bool = False, **o
     (Path(output_dir) / f"peak-{trainer.args.process_index}.json").write_text(json.dumps(found))
 
 
+def held_at_start(output_dir: str, model_folder: str, **options: Any) -> None:
+    """What memory a process came to hold from loading a model as it is stored until its training begins, above what it held before.
+
+    Memory of its own, without pages of the model's file: those are the page cache's, one copy for all, and given back when room is needed.
+    """
+    import threading
+    import time
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    def held() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+    samples, is_over = [held()], threading.Event()
+
+    def watch() -> None:
+        while not is_over.is_set():
+            samples.append(held())
+            time.sleep(0.02)
+
+    class Over(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+            is_over.set()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+    trainer = make_trainer(output_dir, random_groups(24), model=model, arguments={"callbacks": [Over()]}, max_steps=1, **options)
+    trainer.train()
+    thread.join()
+    found = {"bytes": max(samples) - samples[0]}
+    (Path(output_dir) / f"held-{trainer.args.process_index}.json").write_text(json.dumps(found))
+
+
 def stream_and_report(output_dir: str, rows: str, *, stop_at: int | None = None, resume: bool = False, **options: Any) -> None:
     """As `train_and_report`, from a file that is streamed; `stop_at` ends it as a kill would, behind a checkpoint."""
     import os

@@ -33,7 +33,8 @@ from trainerruns import make_trainer
 
 HOOKS = {
     "_clip_grad_norm", "_evaluate", "_finish_current_push", "_get_grad_norm", "_hp_search_setup", "_load_best_model",
-    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_push_from_checkpoint", "_save",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler", "_move_model_to_device",
+    "_push_from_checkpoint", "_save",
     "_save_checkpoint", "call_model_init", "compute_loss", "create_accelerator_and_postprocess",
     "create_optimizer", "evaluation_loop", "floating_point_ops", "get_batch_samples",
     "get_eval_dataloader", "get_test_dataloader", "get_total_train_batch_size", "get_train_dataloader", "hyperparameter_search",

@@ -32,6 +32,9 @@ def shard(
 ) -> None:
     """Spread the weights over all ranks, in place; every rank calls it, before the optimizer is made.
 
+    Weights that are trained become float32 one layer at a time, so that no rank holds the whole model in float32: what was read
+    as it is stored lies in its file's pages, which all processes of a machine share.
+
     Args:
         model: the same on every rank in shape; rank 0's values are what is spread.
         dtype: of the gathered weights and what is computed with them; gradients are summed in float32.
@@ -55,7 +58,9 @@ def shard(
         "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
     }
     for unit in units:
+        _widen(unit)
         fully_shard(unit, **options)
+    _widen(model)
     # What is left (embeddings, last norm, head) is needed again at once by the backward pass: it stays gathered in between.
     fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in _sharded_modules(model):
@@ -121,12 +126,34 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 
 def _take_from_first(model: nn.Module) -> None:
-    """Rank 0's weights on every rank, as DDP does: an adapter may have been drawn from a seed of each process's own."""
+    """Rank 0's weights on every rank, as DDP does: an adapter may have been drawn from a seed of each process's own.
+
+    Those that are the same everywhere are not written: they may be pages of a file, which would become copies.
+    """
     import torch.distributed as dist
 
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    own = torch.stack([checksum(tensor) for tensor in tensors])
+    first = own.clone()
+    dist.broadcast(first, 0)
+    differs = (own != first).to(torch.int64)
+    dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+    for tensor, is_other in zip(tensors, differs.tolist(), strict=True):
+        if is_other:
             dist.broadcast(tensor, 0)
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A sum of a tensor's bits, computed where it lies; int64, scalar."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().reshape(-1).view(bits).sum(dtype=torch.int64)
+
+
+def _widen(module: nn.Module) -> None:
+    """Weights in 16 bits that are trained and still whole become float32."""
+    for weight in module.parameters():
+        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16) and not is_shard(weight):
+            weight.data = weight.data.float()
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 _FILE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def weights_sha256(model_or_folder: torch.nn.Module | str | Path) -> str:
+def weights_sha256(model_or_folder: torch.nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> str:
     """Fingerprint of a model's weights: the same for a model and for the folder it was saved to, whatever the sharding.
 
     sha256 over name, dtype, shape and bytes of every tensor in order of name; a tensor tied to another counts once. Other dtypes are
-    other weights.
+    other weights. With a `dtype` a model's weights count as if its floating-point weights had it.
 
     Raises:
         UserError: the folder holds no safetensors.
     """
-    readers = _folder_readers(Path(model_or_folder)) if isinstance(model_or_folder, str | Path) else _model_readers(model_or_folder)
+    readers = _folder_readers(Path(model_or_folder)) if isinstance(model_or_folder, str | Path) else _model_readers(model_or_folder, dtype)
     total = hashlib.sha256()
     names = sorted(readers)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
@@ -45,13 +45,13 @@ def _tensor_digest(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def _model_readers(model: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+def _model_readers(model: torch.nn.Module, dtype: torch.dtype | None) -> dict[str, Callable[[], torch.Tensor]]:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    return {name: partial(_itself, tensor) for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: partial(_itself, tensor, dtype) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _itself(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _folder_readers(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:

@@ -35,6 +35,7 @@ from orpo.system.ranks import current_ranks
 from orpo.system.redact import redact, redact_text
 from orpo.training.guards import SignalGuard
 from orpo.training.setup import require_kernel
+from orpo.training.startmodel import load_run_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,34 +64,6 @@ class RunResult:
     weights: Path | None
     metrics: dict[str, float]
     is_already_complete: bool = False
-
-
-def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> LoadedModel:
-    """The model of a run, with room for the tokens that the chat template has added to the vocabulary."""
-    from transformers import set_seed
-
-    from orpo.models.load import load_model
-
-    set_seed(args.seed)  # new embeddings and adapters are drawn before the trainer sets its seed
-    extra = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
-    extra.pop("trust_remote_code", None)
-    loaded = load_model(
-        config["model_name_or_path"],
-        revision=config["model_revision"] or extra.pop("revision", None),
-        dtype=config["dtype"],
-        trust_remote_code=args.trust_remote_code,
-        device=args.device,
-        load_in_4bit=config["load_in_4bit"],
-        load_in_8bit=config["load_in_8bit"],
-        bnb_4bit_quant_type=config["bnb_4bit_quant_type"],
-        use_bnb_nested_quant=config["use_bnb_nested_quant"],
-        bnb_4bit_quant_storage=config["bnb_4bit_quant_storage"],
-        model_init_kwargs=extra,
-        is_adapter_trainable=not config["use_peft"],
-    )
-    if data.encoder.new_tokens and len(data.tokenizer) > loaded.model.get_input_embeddings().weight.shape[0]:
-        loaded.model.resize_token_embeddings(len(data.tokenizer))
-    return loaded
 
 
 def build_trainer(
@@ -333,7 +306,7 @@ class _Journal(TrainerCallback):
         from orpo.models.fingerprint import weights_sha256
 
         if self.args.process_index == 0 and not self.is_resumed:
-            self._starting_sha256 = weights_sha256(self.loaded.model)
+            self._starting_sha256 = weights_sha256(self.loaded.model, dtype=getattr(torch, self.loaded.facts.dtype))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero or self.trainer is None:

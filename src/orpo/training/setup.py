@@ -259,7 +259,7 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         logger.warning("dropout is on: how a step is cut into micro-batches then changes its update, and the engines cannot be compared")
     from orpo.models.load import upcast_trainable
 
-    if note := upcast_trainable(model):
+    if args.spread.kind != "fsdp2" and (note := upcast_trainable(model)):  # which does so layer by layer as it spreads them
         logger.warning("%s", note)
     return model
 

@@ -55,6 +55,11 @@ class SpreadMixin(_Base):
         with self.args.fsdp_hidden():
             super().create_accelerator_and_postprocess()
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """As in transformers; a model that is on the CPU stays as it is: `cpu:0`, as a process of several has it, would make a copy."""
+        if device.type != "cpu" or any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
+            super()._move_model_to_device(model, device)
+
     def recomputing(self) -> AbstractContextManager[int | None]:
         """`gradient_checkpointing: auto`: as few layers computed again as fit, the same number on every rank."""
         settings = self.args.gradient_checkpointing_kwargs

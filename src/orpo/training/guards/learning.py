@@ -223,14 +223,13 @@ def weight_checksums(model: torch.nn.Module) -> dict[str, int]:
     """
     import torch
 
-    from orpo.engine.parallel import own_part  # imports torch, which this file does not
+    from orpo.engine.parallel import checksum, own_part  # imports torch, which this file does not
 
-    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = {}
     for name, parameter in model.named_parameters():
         data = own_part(parameter).detach()
         if parameter.requires_grad and data.numel():
-            sums[name] = data.contiguous().view(views[data.element_size()]).sum(dtype=torch.int64)
+            sums[name] = checksum(data)
     # All in one go: asked one by one, the host would wait for the device as often as there are tensors.
     device = next(iter(sums.values())).device if sums else None
     return dict(zip(sums, torch.stack([value.to(device) for value in sums.values()]).tolist(), strict=True)) if sums else {}
