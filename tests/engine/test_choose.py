@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, choose, padded
-from orpo.engine.choose import CHECK_ANSWER_TOKENS, CHECK_PROMPT_TOKENS, Agreement, compare, rows_for_check
+from orpo.engine.choose import CHECK_ANSWER_TOKENS, CHECK_PROMPT_TOKENS, Agreement, Compute, compare, rows_for_check
 from orpo.engine.layout import collate
 from orpo.errors import UserError
 from orpo.objective import DPO, ORPO, SimPO
@@ -320,3 +320,9 @@ def test_an_ordinary_loss_under_packed_attention_is_the_usual_one(groups: list[T
     expected = model(input_ids=ids, attention_mask=mask, labels=ids).loss
     choose.choose(model, groups, OBJECTIVE)
     assert model(input_ids=ids, attention_mask=mask, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_weights_in_16_bits_are_compared_in_their_own_precision_where_float32_is_wanted() -> None:
+    """As they are until FSDP2 makes them float32, and as a frozen base stays."""
+    model = build_tiny_model("llama", num_layers=2).to(torch.bfloat16)
+    assert choose.choose(model, random_groups(4), ORPO(), compute=Compute(torch.float32)).name == "shared"

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
 def test_four_ranks_hold_one_copy_of_the_model_while_it_is_spread(stored: str, forks: Zygote, tmp_path: Path) -> None:
     shape = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 2000}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_hidden_layers=24), dtype=getattr(torch, stored))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_hidden_layers=20), dtype=getattr(torch, stored))
     model.save_pretrained(tmp_path / "model")
     in_float32 = 4 * sum(weight.numel() for weight in model.parameters())
     logs = [tmp_path / f"rank-{rank}.log" for rank in range(4)]

@@ -189,7 +189,7 @@ def _ways(model: nn.Module, kernel: str, compute: Compute) -> list[dict[str, Any
     own = _precision(model)
     dtypes = KERNELS[kernel].dtypes
     ways: list[dict[str, Any]] = [{"kernel": kernel if dtypes is None or own in dtypes else "sdpa"}]
-    if compute.dtype != own:
+    if compute.dtype not in (own, torch.float32):  # weights in 16 bits compute as they are where float32 is wanted
         ways.append({"kernel": kernel, "compute": compute})
     return ways
 
