@@ -19,7 +19,11 @@ from orpo.system.callables import CallablePackage
 
 ROOT = Path(orpo.__file__).parent
 REPOSITORY = Path(__file__).parents[2]
-OUTSIDE = {"../benchmarks/comparison/README.md": "two-comparisons.md", "../src/orpo/data/demo/GUIDELINE.md": "demo-guideline.md"}
+OUTSIDE = {
+    "../benchmarks/comparison/README.md": "two-comparisons.md",
+    "../src/orpo/data/demo/GUIDELINE.md": "demo-guideline.md",
+    "../../benchmarks/gpu.md": "../gpu-benchmark.md",
+}
 """Pages that lie beside what they are about -> the page of the site that holds them."""
 
 _MARKER = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)

@@ -62,6 +62,14 @@ def test_every_page_is_in_the_contents() -> None:
     assert not [page for page in pages if page != "index" and not re.search(rf"^(.*<)?{page}>?$", contents, re.MULTILINE)]
 
 
+def test_pages_outside_that_are_linked_have_a_place_on_the_site(generated) -> None:
+    """A link out of docs/ to a page that the site does not hold is a warning, and warnings stop `make docs`."""
+    for page in DOCS.rglob("*.md"):
+        if "_build" not in page.parts:
+            for target in re.findall(r"\]\(((?:\.\./)+[^)#]+\.md)", generated.fill(page.read_text(encoding="utf-8"))):
+                assert (page.parent / target).resolve().is_relative_to(DOCS), f"{page.name}: {target}"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
