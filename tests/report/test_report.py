@@ -192,6 +192,22 @@ def test_the_card_of_a_plain_run_has_what_the_run_measured_itself(tmp_path: Path
     assert "Nothing was measured on rows that were held out" in text
 
 
+def test_the_card_says_which_tokens_are_new(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tasks=())
+    assert "New tokens" not in (write_report(folder).card or folder).read_text(encoding="utf-8")
+    for adapter, kept in ((True, "the adapter holds their rows"), (False, "the embeddings have rows for them")):
+        facts = run_facts()
+        facts["data"]["template"]["new_tokens"] = ["<|im_start|>", "<|im_end|>", "<script>*x*"]
+        facts["configuration"]["use_peft"] = {"value": adapter, "origin": "orpo.yaml:3"}
+        write_json(folder / "run.json", facts)
+        text = (write_report(folder).card or folder).read_text(encoding="utf-8")
+        assert "## New tokens" in text
+        assert "embeddings were resized" in text
+        assert kept in text
+        assert "&lt;\\|im\\_end\\|&gt;" in text
+        assert "<script>" not in text
+
+
 def test_the_card_names_the_base_and_its_licence_as_the_base_s_own_card_does(tmp_path: Path) -> None:
     """A local base has no hub id of its own; its card may say where it is from."""
     base, folder = tmp_path / "base", make_run(tmp_path / "run", tasks=())

@@ -32,6 +32,7 @@ def main() -> None:
     converter = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(converter)
     classes: Any = sys.modules.get("conversion.base", converter)  # older scripts are one file
+    _add_former_names(getattr(classes, "ModelBase", classes.TextModel))
     _tell_tokenizer(classes.TextModel, facts)
     converter.main()
 
@@ -57,6 +58,19 @@ def _without_remote_code(load: Callable[..., Any]) -> Callable[..., Any]:
         return load(*args, **{**kwargs, "trust_remote_code": False, "local_files_only": True})
 
     return wrapped
+
+
+def _add_former_names(model: Any) -> None:
+    """Settings under the names that the converter looks for, where transformers 5 has them under others."""
+    load = model.load_hparams
+
+    def load_hparams(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = load(*args, **kwargs)
+        rotated = (found.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+        former = {"gpt2": {"n_ctx": found.get("n_positions")}, "gpt_neox": {"rotary_pct": rotated}, "cohere2": {"rotary_pct": rotated}}
+        return {**former.get(str(found.get("model_type")), {}), **found}
+
+    model.load_hparams = staticmethod(load_hparams)
 
 
 def _tell_tokenizer(text_model: Any, facts: dict[str, Any]) -> None:

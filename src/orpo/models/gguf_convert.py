@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
 from orpo.models.gguf_write import describe_tokenizer
+from orpo.models.verify import check_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,12 +140,13 @@ def quantize(program: str, path: Path, kind: str) -> None:
     """Replace a GGUF file by one with quantized weights, written by llama.cpp's llama-quantize.
 
     Raises:
-        UserError: the program refused.
+        UserError: the program refused, or what it wrote is not what the type makes of the weights.
     """
     target = path.with_name("quantized.gguf")
     done = _run([program, path.name, target.name, kind.upper()], path.parent)
     if done.returncode != 0 or not target.is_file():
         raise UserError(f"llama-quantize refused: {_last_words(done)}", where=f"--quantize {kind}")
+    check_quantized(path, target)
     os.replace(target, path)
 
 

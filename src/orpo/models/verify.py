@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _PROBE_ROWS, _PROBE_TOKENS = 2, 24
 
+_ERRORS = {8: 0.01, 6: 0.025, 5: 0.05, 4: 0.1, 3: 0.2, 2: 0.35, 1: 0.5}
+"""Root mean square error of llama.cpp's types by their bits, in that of the weights; rounded up from what was measured."""
+
 _TOLERANCES = {"float32": 1e-3, "float32 elsewhere": 2e-2, "half": 0.1}
 """Of the root mean square of the differences between logits, in standard deviations of the logits: float32 on one processor, on two kinds
 (whose products may be shortened), and 16 bits, where merging and every layer round."""
@@ -161,6 +164,29 @@ def check_converted(plain: PreTrainedModel, path: Path, kind: str, *, num_tokens
         if written.shape != values.shape:
             _refuse("GGUF file", f"{name} has shape {tuple(written.shape)}, the model's has {tuple(values.shape)}")
         _check_gap(name, (written - values).abs(), _rounding(values, kind), kind)
+
+
+def check_quantized(before: Path, after: Path) -> None:
+    """A quantized GGUF file holds the tensors of the one it was made from, as near as their types are.
+
+    Raises:
+        UserError: one is missing, or its error is beyond twice what its type makes of weights that are drawn from a normal distribution.
+    """
+    from gguf import GGUFReader, dequantize
+
+    stored, found = ({tensor.name: tensor for tensor in GGUFReader(path).tensors} for path in (before, after))
+    if stored.keys() != found.keys():
+        _refuse("GGUF file", f"its tensors differ by name, {sorted(stored.keys() ^ found.keys())[0]} first")
+    for name, tensor in found.items():
+        values = dequantize(stored[name].data, stored[name].tensor_type).astype(np.float64)
+        written = dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+        if written.shape != values.shape:
+            _refuse("GGUF file", f"{name} has shape {written.shape}, and had {values.shape}")
+        bits = re.search(r"Q(\d)", tensor.tensor_type.name)
+        bound = 2 * _ERRORS[int(bits[1])] if bits else 0.01
+        error = float(np.sqrt(np.square(written - values).mean()))
+        if not error <= bound * float(np.sqrt(np.square(values).mean())):  # nan included
+            _refuse("GGUF file", f"{name} differs by more than {tensor.tensor_type.name} rounds")
 
 
 def _check_by_name(plain: PreTrainedModel, path: Path, kind: str, num_tokens: int) -> None:

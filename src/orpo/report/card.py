@@ -154,6 +154,7 @@ def _body(facts: RunFacts) -> list[str]:
         "## Setup\n\n" + _table(("", ""), setup_section(facts).facts),
         _results(facts),
         _data(facts),
+        _new_tokens(facts),
         _use(facts),
         _options(facts),
         _versions(facts),
@@ -265,6 +266,22 @@ def _data(facts: RunFacts) -> str:
     rows += [(f"dropped: {code}", human_count(count)) for code, count in parts(train, "dropped").items() if number(count)]
     rows.append(("held out", human_count(part(facts.run, "data", "num_held_out"))))
     return "## Data\n\n" + _table(("", "rows"), rows)
+
+
+def _new_tokens(facts: RunFacts) -> str:
+    """What of the vocabulary is not the base model's: a program that takes its tokenizer or its embeddings would not know it."""
+    names = [text(name) for name in items(facts.run, "data", "template", "new_tokens")]
+    if not names:
+        return ""
+    kept = "the adapter holds their rows" if facts.configuration.get("use_peft") else "the embeddings have rows for them"
+    listed = ", ".join(escape(name) for name in names)
+    end = text(part(facts.run, "data", "template", "terminator"))
+    ending = f" An answer ends with {escape(end)}." if end in names else ""
+    return (
+        f"## New tokens\n\nThe chat template brought tokens that the base model does not have; their embeddings come from this training: "
+        f"{listed}. Where the base had no room for them its embeddings were resized; {kept}. Use the tokenizer of this folder, not that of "
+        f"the base.{ending}"
+    )
 
 
 def _use(facts: RunFacts) -> str:
