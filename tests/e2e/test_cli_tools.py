@@ -419,3 +419,19 @@ def test_the_demo_praises_no_margin_that_pushed_both_answers_away() -> None:
     change = {"margin": {"value": 0.15, "low": 0.1, "high": 0.2}, "chosen_logp": {"value": -1.0, "low": -1.5, "high": -0.5}}
     assert "less likely" in verdict(change)
     assert "leans to the good answers" not in verdict(change)
+
+
+@pytest.mark.parametrize(
+    ("form", "taken", "told"), [("merged", "folder", "this place is taken"), ("gguf", "m.gguf", "something of this name")]
+)
+def test_a_place_that_is_taken_is_told_before_a_model_is_loaded(
+    form: str, taken: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    (tmp_path / "m.gguf").write_text("mine")
+    assert main(["export", "no-such-model", "--to", form, "--out", str(tmp_path / taken)]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "--overwrite" in said
+    assert "loading" not in said

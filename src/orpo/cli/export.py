@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.system.process import quiet_libraries
 
     _check_flags(args)
+    _check_place(args)
     others = _others(args)
     quiet_libraries()
     say(stderr_console(), f"loading      {args.model}")
@@ -84,6 +85,14 @@ def run(args: argparse.Namespace) -> int:
     target = export(ready, args)
     _tell(args, str(target), sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target])
     return 0
+
+
+def _check_place(args: argparse.Namespace) -> None:
+    from orpo.models.export import require_file, require_folder
+
+    if args.to != "hub":
+        target = args.out or default_target(args.model, args.to)
+        (require_file if args.to == "gguf" else require_folder)(target, is_overwriting=args.overwrite)
 
 
 def _others(args: argparse.Namespace) -> list[tuple[ModelSource, float]]:

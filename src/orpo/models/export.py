@@ -160,10 +160,7 @@ def export_gguf(
             way, or what was written is not what the model computes.
     """
     path = Path(path)
-    if path.suffix != ".gguf":
-        raise UserError("a GGUF file's name ends in .gguf", where=str(path), mend=f"name it {path.name}.gguf")
-    if path.exists() and not (is_overwriting and path.is_file()):
-        raise UserError("something of this name is there already", where=str(path), mend="choose another name, or allow overwriting")
+    require_file(path, is_overwriting=is_overwriting)
     write = _gguf_writer(model, tokenizer, dtype=dtype, quantized=quantize, converter=converter)
     plain = merge_checked(model, is_in_place=is_in_place)
     stops = [*stop_token_ids, *_as_ids(getattr(plain.generation_config, "eos_token_id", None))]
@@ -178,6 +175,35 @@ def export_gguf(
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
+
+
+def require_file(path: Path, *, is_overwriting: bool) -> None:
+    """Stop where no GGUF file can be written; a command asks before it loads a model for nothing.
+
+    Raises:
+        UserError: another ending, or something is there.
+    """
+    if path.suffix != ".gguf":
+        raise UserError("a GGUF file's name ends in .gguf", where=str(path), mend=f"name it {path.name}.gguf")
+    if path.exists() and not (is_overwriting and path.is_file()):
+        raise UserError(
+            "something of this name is there already", where=str(path), mend="choose another name, or allow overwriting (--overwrite)"
+        )
+
+
+def require_folder(target: Path, *, is_overwriting: bool) -> None:
+    """Stop where an export would take the place of something else; a command asks before it loads a model for nothing.
+
+    Raises:
+        UserError: the place is taken.
+    """
+    is_taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
+    if is_taken and not (is_overwriting and target.is_dir() and not target.is_symlink() and _is_export(target)):
+        raise UserError(
+            "this place is taken" if not is_overwriting else "what is here is no exported model; it is not overwritten",
+            where=str(target),
+            mend="choose another folder, or allow overwriting (--overwrite)" if not is_overwriting else "choose another folder",
+        )
 
 
 def merge_checked(model: Any, *, is_in_place: bool) -> PreTrainedModel:
@@ -234,13 +260,7 @@ def _gguf_writer(
 def _staged_folder(target: Path, *, is_overwriting: bool) -> Iterator[Path]:
     """A folder to write into, which takes the target's place once the block is through, and leaves nothing behind where it is not."""
     recover_folder(target)
-    is_taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
-    if is_taken and not (is_overwriting and target.is_dir() and not target.is_symlink() and _is_export(target)):
-        raise UserError(
-            "this place is taken" if not is_overwriting else "what is here is no exported model; it is not overwritten",
-            where=str(target),
-            mend="choose another folder, or allow overwriting" if not is_overwriting else "choose another folder",
-        )
+    require_folder(target, is_overwriting=is_overwriting)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replaced_folder(target) as staging:
