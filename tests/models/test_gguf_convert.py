@@ -77,11 +77,8 @@ def build(family: str, **more: Any) -> tuple[Any, Any]:
 
 def stops_of(tokenizer: Any) -> list[int]:
     """Where llama.cpp stops: at the tokenizer's end, and at tokens whose text says that they are one."""
-    text_end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    return [
-        tokenizer.eos_token_id,
-        *([text_end] if text_end is not None and tokenizer.convert_ids_to_tokens(text_end) == "<|endoftext|>" else []),
-    ]
+    other = tokenizer.get_vocab().get("<|endoftext|>")
+    return [tokenizer.eos_token_id, *([] if other is None else [other])]
 
 
 def gap(model: Any, server: LlamaCpp, ids: list[int], tokenizer: Any) -> float:
