@@ -40,11 +40,16 @@ class SpreadMixin(_Base):
     load_whole_weights: Callable[[str | None], None]
     ranks: Ranks
     args: Any
-    known_rows: Sequence[TokenGroup]
     recomputed_layers: int | None = None
     compiled: str | None = None
     zero: Zero | None = None
     """What DeepSpeed holds, once it does."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def known_rows(self) -> Sequence[TokenGroup]:
+            """Of `LoaderMixin`."""
 
     @property
     def _is_sharded(self) -> bool:
