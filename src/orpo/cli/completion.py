@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def whole_parser(path: dict[str, str]) -> argparse.ArgumentParser:
+def whole_parser(path: dict[str, Any]) -> argparse.ArgumentParser:
     """The parser with the keys of a run as options of the commands that take them; parsing itself leaves them to the configuration.
 
     Args:
@@ -63,7 +63,7 @@ def whole_parser(path: dict[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _mark_paths(parser: argparse.ArgumentParser, path: dict[str, str]) -> None:
+def _mark_paths(parser: argparse.ArgumentParser, path: dict[str, Any]) -> None:
     """Say where a name of a file can stand: shtab reads `complete` of an action, here what it calls `FILE`."""
     for action in parser._actions:
         named = (action.metavar if isinstance(action.metavar, str) else None) or action.dest.upper()

@@ -162,7 +162,7 @@ class MasterAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         masters = [parameter.data for parameter in parameters]
         torch._fused_adamw_(
-            masters, [parameter.grad.float() for parameter in parameters],
+            masters, [parameter.grad.float() for parameter in parameters],  # type: ignore[union-attr]
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
             amsgrad=False, maximize=group["maximize"], grad_scale=self._divisor(masters[0].device),

@@ -45,7 +45,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"no device is called {str(device)!r}", where="device", expected="cuda, cuda:1, xpu, mps or cpu") from error
-    checks = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
+    checks: dict[str, Any] = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
     is_there = wanted.type not in checks or checks[wanted.type]()
     if not is_there:
         raise UserError(f"{wanted.type} is not available on this machine", where="device", mend="leave device unset, or set cpu")
