@@ -173,6 +173,7 @@ def wait(device: torch.device) -> None:
 
 def timed(stepper: Any, first: int, micro: int, device: torch.device) -> tuple[float, float]:
     """(seconds of a step, of them until the host was free)."""
+    stepper.prepare()
     wait(device)
     start = time.perf_counter()
     stepper.step(first, micro)

@@ -43,6 +43,9 @@ class Cell:
     pairs_per_row: int
     dtype: torch.dtype
     is_lora: bool
+    working: Any = None
+    """Our low-precision copies of the weights, and the optimizer that keeps them up on the same state: one for all of our arms."""
+    master: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -96,13 +99,17 @@ class _Stepper:
     def __init__(self, cell: Cell, arm: Arm, step_rows: int) -> None:
         self.cell, self.arm, self.step_rows = cell, arm, step_rows
         self.parameters = [parameter for parameter in cell.model.parameters() if parameter.requires_grad]
+        self.optimizer = cell.optimizer
+
+    def prepare(self) -> None:
+        """What is not to be timed: what another arm's turn has left to do."""
 
     def step(self, first: int, micro: int) -> None:
         self._set_checkpointing()
         self.cell.model.train()
         self.gradients(first, micro)
-        self.cell.optimizer.step()
-        self.cell.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self, first: int, micro: int) -> None:
         raise NotImplementedError
@@ -178,10 +185,11 @@ class Ours(_Stepper):
                 max_length=MAX_LENGTH, disable_tqdm=True, orpo_alpha=0.1, **options,
             )  # fmt: skip
             self.trainer = ORPOTrainer(model=cell.model, args=config, train_dataset=cell.groups, processing_class=cell.tokenizer)
+            self._share_weights()
             _ = self.trainer.engine  # compared with the padded one, in this precision and with this kernel
         except UserError as error:
             raise CannotRunError(str(error).splitlines()[0]) from error
-        self.trainer.optimizer = cell.optimizer
+        self.trainer.optimizer = self.optimizer
         self.forwards = self._compiled_forwards()
 
     def gradients(self, first: int, micro: int) -> None:
@@ -196,6 +204,22 @@ class Ours(_Stepper):
         name = attention.NAME if self.trainer.engine.name == "shared" else "sdpa"
         with attention_implementation(unwrap(self.cell.model), name), self._compiled():
             self.trainer.training_step(self.cell.model, batch)
+
+    def _share_weights(self) -> None:
+        """As `train()` does it in bf16, with one set of copies for all arms instead of one for each."""
+        if not self.trainer._uses_working_weights():
+            return
+        from orpo.engine.precision import MasterAdamW
+
+        if self.cell.working is None:
+            self.cell.working = self.trainer._working_weights()
+            self.cell.master = MasterAdamW(self.parameters, lr=self.cell.optimizer.param_groups[0]["lr"], weight_decay=0.0)
+            self.cell.master.state, self.cell.master.working = self.cell.optimizer.state, self.cell.working
+        self.trainer._working, self.optimizer = self.cell.working, self.cell.master
+
+    def prepare(self) -> None:
+        with self.trainer._computing():
+            pass  # copies that another arm's step has left behind
 
     def _compiled_forwards(self) -> list[Any]:
         """The decoder layers' forward as `torch_compile: true` makes it; kept, or every turn would compile anew."""
