@@ -235,20 +235,38 @@ def run_arms(arms: list[Arm], cell: Cell, rows: int, steps: tuple[int, int], clo
     for number in range(warm_up, warm_up + num_timed):
         if ready and clock.left_s < 5:
             break
-        for name, (stepper, micro) in ready.items():
-            if cell.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds, host = timed(stepper, number * rows, micro, cell.device)
-            results[name]["seconds"].append(seconds)
-            results[name]["host_seconds"].append(host)
-            if cell.device.type == "cuda":
-                results[name]["peak_gb"] = max(results[name].get("peak_gb", 0), torch.cuda.max_memory_allocated() / 1e9)
-            groups = cell.groups[number * rows : (number + 1) * rows]
-            results[name]["tokens"].append(sum(group.num_tokens for group in groups))
-            results[name].setdefault("flops", []).append(flops_of(cell, groups))
+        for name in list(ready):
+            take_turn(name, ready, results[name], cell, number * rows, rows)
     for name in ready:
         summarise(results[name], rows * cell.pairs_per_row, speed)
     return results
+
+
+def take_turn(name: str, ready: dict[str, tuple[Any, int]], result: dict[str, Any], cell: Cell, first: int, rows: int) -> None:
+    """One timed step of an arm. Where memory has become too small since it was tried, its next turn is with half the rows."""
+    stepper, micro = ready[name]
+    if cell.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        seconds, host = timed(stepper, first, micro, cell.device)
+    except torch.OutOfMemoryError:
+        cell.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        result["micro_rows"] = max(1, micro // 2)
+        ready[name] = stepper, result["micro_rows"]
+        return
+    except Exception as error:  # one arm that fails must not cost the others
+        result["failed"] = f"{type(error).__name__}: {error}"[:300]
+        cell.optimizer.zero_grad(set_to_none=True)
+        del ready[name]
+        return
+    groups = cell.groups[first : first + rows]
+    result["seconds"].append(seconds)
+    result["host_seconds"].append(host)
+    result["tokens"].append(sum(group.num_tokens for group in groups))
+    result.setdefault("flops", []).append(flops_of(cell, groups))
+    if cell.device.type == "cuda":
+        result["peak_gb"] = max(result.get("peak_gb", 0), torch.cuda.max_memory_allocated() / 1e9)
 
 
 def summarise(result: dict[str, Any], pairs: int, speed: float) -> None:
@@ -271,6 +289,7 @@ def run_cell(model: str, mix: str, shapes: dict[str, Shape], args: argparse.Name
     plain = [arm for arm in ARMS if not arm.with_liger]
     results = run_arms(plain, cell, rows, steps, clock, speed)
     liger = [arm for arm in ARMS if arm.with_liger]
+    cell.forget_copies()
     with liger_kernels(cell.model) if device.type == "cuda" else nullcontext():
         results |= run_arms(liger, cell, rows, steps, clock, speed)
     if args.trace and (best := best_of(results)) is not None and best.startswith("orpo"):

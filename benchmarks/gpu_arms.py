@@ -51,6 +51,12 @@ class Cell:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def forget_copies(self) -> None:
+        """Give the memory of our copies back."""
+        if self.working is not None:
+            self.working.close()
+        self.working = self.master = None
+
     def low_precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
