@@ -145,12 +145,13 @@ def test_killed_anywhere_the_same_command_goes_on(
     assert rounds.result == whole.result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "words"),
     [
         ({"patience": 1, "verify": "same", "length": True, "weights": {"length": 0.0001}, "max_similarity": 1.0}, "no longer rises"),
-        pytest.param({"min_distinct": 1.0, "temperature": 0.05}, "lost their diversity", marks=pytest.mark.slow),
-        pytest.param({"max_drift": 1.0001}, "drift in length", marks=pytest.mark.slow),
+        ({"min_distinct": 1.0, "temperature": 0.05}, "lost their diversity"),
+        ({"max_drift": 1.0001}, "drift in length"),
     ],
 )
 def test_rounds_end_by_themselves(forks: Zygote, options: dict[str, Any], tmp_path: Path, block: dict[str, Any], words: str) -> None:
