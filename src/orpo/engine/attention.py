@@ -35,7 +35,9 @@ BLOCK_DEVICES = ("cpu",)
 """Where matrix products per block are used; elsewhere scaled-dot-product attention, until it is measured there."""
 
 QUERY_BLOCK = 256
-"""Queries per block: small enough that causal attention wastes little, large enough for the matrix products to run at speed."""
+"""Rows of a group that is short enough to be one block: a few wasted products cost less than more calls."""
+SEGMENT_BLOCK = 128
+"""Most queries of a block of a longer group: few enough that their scores stay in the cache and causal attention wastes little."""
 
 
 def register() -> None:
@@ -383,8 +385,10 @@ def _cuts(segments: tuple[Segment, ...]) -> Iterator[tuple[int, int, tuple[tuple
             continue
         for segment in group:
             is_adjacent = segment.num_prefix == 0 or segment.prefix_end == segment.start
-            for block_start in range(segment.start, segment.end, QUERY_BLOCK):
-                block_end = min(block_start + QUERY_BLOCK, segment.end)
+            # Evenly: 270 rows in blocks of 256 and 14 would be one that outgrows the cache and one that is hardly worth its calls.
+            step = -(-(segment.end - segment.start) // -(-(segment.end - segment.start) // SEGMENT_BLOCK))
+            for block_start in range(segment.start, segment.end, step):
+                block_end = min(block_start + step, segment.end)
                 if is_adjacent:
                     yield block_start, block_end, ((segment.prefix_start, block_end),)
                 else:
