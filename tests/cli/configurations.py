@@ -89,7 +89,7 @@ LIKELY: dict[str, list[Any]] = {
     "neftune_noise_alpha": [5.0, 0.0],
     "label_smoothing_factor": [0.0, 0.1],
     "plugins": [["nothing.py"], ["json"], []],
-    "resume_from_checkpoint": ["true", "checkpoint-1", "nothing"],
+    "resume_from_checkpoint": ["true", True, "checkpoint-1", "nothing"],
     "run_name": ["my run", "a/b"],
     "simpo_beta": [2.0, 0.0],
     "simpo_gamma": [0.5, -1.0, 20.0],

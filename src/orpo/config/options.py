@@ -333,6 +333,7 @@ def fresh_run_dir(root: str = "runs") -> str:
 def field_types() -> dict[str, Any]:
     """Field name -> type annotation, for every field of `ORPOConfig`."""
     hints = typing.get_type_hints(ORPOConfig)
+    hints["resume_from_checkpoint"] = bool | str | None  # as transformers' own train() takes it
     return {item.name: hints[item.name] for item in fields(ORPOConfig) if item.init}
 
 
