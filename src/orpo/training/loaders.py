@@ -14,7 +14,7 @@ from orpo.data.types import TokenGroup
 from orpo.errors import UserError
 from orpo.run.scriptrows import as_groups
 from orpo.training.ahead import Ahead
-from orpo.training.setup import check_rows
+from orpo.training.setup import check_known_rows
 from orpo.training.steps import StepBatch, StepDataset, StepSampler, only_item
 from orpo.training.streams import StreamDataset, StreamSampler
 
@@ -84,7 +84,7 @@ class LoaderMixin(_Base):
         return StreamDataset(
             groups,
             sampler,
-            lambda rows: check_rows(self.model, self.processing_class, rows),
+            lambda rows: check_known_rows(self.model, self.processing_class, rows),
             max_rows=args.per_device_train_batch_size,
             max_tokens=args.microbatch_tokens,
             nll_scope=args.nll_scope,

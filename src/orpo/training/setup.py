@@ -292,10 +292,11 @@ def check_rows(model: nn.Module, tokenizer: Any, *sets: Any) -> None:
     """
     if getattr(model, "get_input_embeddings", lambda: None)() is None:
         return
-    on_all(lambda: _check_sets(model, tokenizer, _all_sets(*sets)))
+    on_all(lambda: check_known_rows(model, tokenizer, *_all_sets(*sets)))
 
 
-def _check_sets(model: Any, tokenizer: Any, sets: Sequence[Sequence[TokenGroup]]) -> None:
+def check_known_rows(model: Any, tokenizer: Any, *sets: Sequence[TokenGroup]) -> None:
+    """The same of rows that are known to be the same on every rank, without a word between them: a stream's, while a step computes."""
     for groups in sets:
         found = measures_of(groups)
         if len(found):
