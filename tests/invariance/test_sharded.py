@@ -38,6 +38,17 @@ def test_two_sharded_ranks_equal_one(architecture: str, options: dict[str, Any],
     assert_same(two, one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "options"), [("llama", FULL), ("qwen3", FULL), ("gemma3", FULL), ("llama_tied", LORA)])
+def test_four_sharded_ranks_equal_one(architecture: str, options: dict[str, Any], forks: Zygote, tmp_path: Path) -> None:
+    """Epochs of 13 rows in steps of four: three ranks have nothing but fillers in each epoch's last step."""
+    one = run(forks, tmp_path / "one", 1, architecture=architecture, max_steps=30, **options)
+    per_rank = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    four = run(forks, tmp_path / "four", 4, architecture=architecture, max_steps=30, parallelism="fsdp2", **per_rank, **options)
+    assert four["is_sharded"]
+    assert_same(four, one)
+
+
 @pytest.mark.parametrize(
     "options", [FULL, pytest.param({**LORA, "half": True}, marks=pytest.mark.slow)], ids=["full", "an adapter on a base in bf16"]
 )
