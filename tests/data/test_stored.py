@@ -190,7 +190,7 @@ def test_the_second_start_reads_and_says_so(tmp_path: Path, caplog: pytest.LogCa
     for _ in range(2):
         caplog.clear()
         notes.append(tokenised(str(path), tmp_path / "cache").note)
-        warnings.append([record.message for record in caplog.records])
+        warnings.append([record.message for record in caplog.records if record.levelno >= logging.WARNING])
     assert "written to" in notes[0]
     assert "read from" in notes[1]
     assert any("special-token text" in text for text in warnings[0])
