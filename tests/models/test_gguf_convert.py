@@ -141,7 +141,7 @@ BOUNDS = {"float16": 0.02, "bfloat16": 0.1, "q8_0": 0.4}
 @needs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BOUNDS)
-@pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_within_the_rounding_of_the_type(family: str, kind: str, tmp_path: Path) -> None:
     model, tokenizer = build(family, initializer_range=0.1)
     how = {"quantize": kind} if kind == "q8_0" else {"dtype": kind}

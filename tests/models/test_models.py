@@ -15,6 +15,7 @@ import torch
 
 from adapted import adapt
 from orpo.checkpoint.sharded import save_parts, save_weights
+from orpo.cli import main
 from orpo.engine.choose import choose
 from orpo.errors import CheckpointError, UserError
 from orpo.models import bundled
@@ -478,6 +479,24 @@ def test_adapter_on_quantized_weights(bits: int, tmp_path: Path) -> None:
     assert engine.name == "shared", engine.reason
     with pytest.raises(UserError, match="quantized"):
         merge(adapted)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_quantized_files_without_an_adapter_are_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    build_tiny_model("llama", vocab_size=384, hidden_size=64).save_pretrained(tmp_path / "base")
+    for name in ("base", "q4"):
+        build_tiny_tokenizer().save_pretrained(tmp_path / name)
+    load_model(tmp_path / "base", device="cpu", load_in_4bit=True).model.save_pretrained(tmp_path / "q4")
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    base = {"model_name_or_path": tmp_path / "q4", "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "run"}
+    flags = [text for key, value in base.items() for text in (f"--{key}", str(value))]
+    assert main([command, *flags, "--max_steps", "1", "--use_cpu", "true"]) == 2
+    told = "".join(capsys.readouterr())
+    assert "use_peft" in told
+    assert "quantized (bitsandbytes)" in told
+    assert main([command, *flags, "--max_steps", "1", "--use_cpu", "true", "--use_peft", "true"]) == 0
 
 
 # --- dtypes, devices, fingerprints ---

@@ -243,6 +243,8 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
             where="peft_config",
             expected="an adapter of weights, such as LoRA",
         )
+    if not adapters:
+        _require_weights_that_move(model)
     if encoder is not None and encoder.new_tokens:
         _grow_embeddings(model, tokenizer)
         if peft_config is not None:
@@ -262,6 +264,20 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
     if args.spread.kind != "fsdp2" and (note := upcast_trainable(model)):  # which does so layer by layer as it spreads them
         logger.warning("%s", note)
     return model
+
+
+def _require_weights_that_move(model: Any) -> None:
+    from orpo.models.quantized import stored_quantization
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not getattr(model, "is_quantized", False) or getattr(quantizer, "is_qat_trainable", False):
+        return
+    raise UserError(
+        f"the model's weights are quantized ({stored_quantization(model)}): they cannot be trained themselves",
+        where="peft_config",
+        expected="an adapter on a quantized model",
+        mend="train an adapter with peft_config, or name the model in full precision",
+    )
 
 
 def _grow_embeddings(model: Any, tokenizer: Any) -> None:
