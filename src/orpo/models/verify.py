@@ -159,11 +159,21 @@ def check_converted(plain: PreTrainedModel, path: Path, kind: str, *, num_tokens
         logger.info("%s", str(error).splitlines()[0])
         _check_by_name(plain, path, kind, num_tokens)
         return
+    turned = _stored_turned(plain)
     for name, tensor in plain.state_dict().items():
         values, written = tensor.detach().float().cpu(), found[name].float()
         if written.shape != values.shape:
             _refuse("GGUF file", f"{name} has shape {tuple(written.shape)}, the model's has {tuple(values.shape)}")
+        if name in turned:  # blocks lie along the file's rows
+            values, written = values.T, written.T
         _check_gap(name, (written - values).abs(), _rounding(values, kind), kind)
+
+
+def _stored_turned(model: PreTrainedModel) -> set[str]:
+    """Weights that the model keeps as (inputs, outputs), GPT-2's, and a GGUF file the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def check_quantized(before: Path, after: Path) -> None:
