@@ -248,7 +248,7 @@ def test_the_converter_has_no_network_and_runs_no_foreign_code(tmp_path: Path) -
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text(
         "import urllib.request, os\n"
-        "class TextModel:\n    def prepare_metadata(self): pass\n"
+        "class TextModel:\n    def prepare_metadata(self): pass\n    def load_hparams(*_): return {}\n"
         "def main():\n"
         "    import transformers\n"
         "    assert os.environ['HF_HUB_OFFLINE'] == '1' and 'https_proxy' not in os.environ\n"

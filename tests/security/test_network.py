@@ -17,12 +17,12 @@ from faults.forked import Zygote
 SOURCE = Path(orpo.__file__).parent
 SERVERS = {
     "socketserver", "http.server", "wsgiref", "xmlrpc.server", "asyncio", "flask", "fastapi", "starlette", "uvicorn", "aiohttp", "tornado",
-    "gradio", "streamlit", "multiprocessing.connection", "multiprocessing.managers",
+    "gradio", "streamlit", "multiprocessing.connection.Listener", "multiprocessing.managers",
 }  # fmt: skip
 """Modules that are there to serve."""
 PAGE = ("playground/server.py", "playground/guard.py")
 """`orpo chat --web`: on this machine alone, or with a token (`tests/playground/test_server.py`)."""
-SERVING = {"bind", "listen", "accept", "create_server", "start_server", "serve_forever", "open_connection"}
+SERVING = {"Listener", "bind", "listen", "accept", "create_server", "start_server", "serve_forever", "open_connection"}
 
 
 def servers(tree: ast.AST) -> Iterator[tuple[int, str]]:
