@@ -321,6 +321,7 @@ def _arguments(config: RunConfig, folder: Path) -> list[str]:
     return [*given, "--methods", "sft,orpo", "--learning_rates", "1e-2", "--strengths", "orpo=1", "--output", str(folder), "--json"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_signal_stops_it_and_the_same_command_goes_on(config: RunConfig, tmp_path: Path) -> None:
     """In processes of their own, as users run it."""

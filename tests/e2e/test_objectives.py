@@ -240,6 +240,7 @@ def test_a_run_resumes_with_the_same_options_and_the_same_code(home: Path, capfd
         trainer(ipo_tau=0.25).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_the_others(home: Path, capfd: Any) -> None:
     words = ["--plugins", "ipo.py", "--methods", "ipo", "--strengths", "ipo=0.5", "--learning_rates", "0.01", "--points", "1"]
     words += ["--test_fraction", "0.3", "--validation_fraction", "0.4"]

@@ -405,7 +405,12 @@ def float32(tmp_path_factory: pytest.TempPathFactory, groups: list[TokenGroup]) 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bf16_weights": False}, {"optim": "adafactor"}, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}],
+    [
+        {},
+        {"bf16_weights": False},
+        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
+        {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8},
+    ],
     ids=str,
 )
 def test_fifty_steps_in_bf16_do_not_drift_from_float32(

@@ -205,6 +205,7 @@ def test_every_kind_of_adapter_is_merged(kind: str, is_in_place: bool, tmp_path:
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_quantized_base_is_merged_into_its_weights_or_others(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tokenizer = build_tiny_tokenizer()
