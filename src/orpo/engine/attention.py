@@ -99,10 +99,10 @@ def _packed(
     """Attention over a packed row, by what the run's kernel and the model need; (1, T, H, E)."""
     if layout.kernel != "sdpa":
         return run_kernel(query, key, value, layout, scale, window, softcap, sinks_H)
+    if _is_block(query, layout, softcap, sinks_H):
+        return _BlockAttention.apply(query, key, value, layout, scale, window)
     if softcap is not None or sinks_H is not None:
         return _by_segment(query, key, value, layout, scale, window, softcap, sinks_H)
-    if query.device.type in BLOCK_DEVICES:
-        return _BlockAttention.apply(query, key, value, layout, scale, window)
     return _by_piece(query, key, value, layout, scale, window)
 
 
