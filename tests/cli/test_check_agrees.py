@@ -109,4 +109,7 @@ def test_every_recipe_trains(agree: Agree, place: Path, path: Path) -> None:
     small = {name: BASE[name] for name in ("model_name_or_path", "output_dir", "use_cpu", "max_steps")} | {"dataset_name": "many.jsonl"}
     if recipe.get("load_in_4bit"):
         small |= {"load_in_4bit": False, "use_peft": True}
+    if policy := recipe.get("on_policy"):  # it names a function of the user's
+        (place / "checks.py").write_text("def passed(prompt, answer, row):\n    return len(answer) % 2 == 0\n")
+        small |= {"rounds": 1, "on_policy": {**policy, "max_new_tokens": 8}, "per_device_train_batch_size": 1}  # few end in 8 tokens
     assert agree(small, recipe) == {"check": OK, "train": OK}, (place / "log").read_text()[-3000:]
