@@ -17,6 +17,7 @@ from orpo.engine import attention, flex, kernels, logits, padded, shared
 from orpo.engine.attention import shared_attention_forward
 from orpo.engine.choose import Compute, choose, compare
 from orpo.engine.layout import PackedLayout, collate
+from orpo.engine.rule import AttentionRule
 from orpo.objective import ORPO
 from packedrows import full_mask, inputs, layout_of, written_out
 from randomgroups import random_groups
@@ -77,7 +78,7 @@ def test_a_new_length_compiles_nothing() -> None:
     for lengths in [(150, 30, 40), (500, 20, 300), (33, 5), (900, 100, 90)]:
         layout = layout_of(lengths, (5, 2))
         leaves = [tensor.to(DEVICE, BF16).requires_grad_() for tensor in inputs(flex.padded_rows(layout.num_rows), width=64)]
-        flex.attend(*leaves, layout, 0.1).float().sum().backward()
+        flex.attend(*leaves, layout, AttentionRule(0.1)).float().sum().backward()
         counts.append(kernels.num_compiled_graphs())
     assert len(set(counts)) == 1, counts
 

@@ -17,6 +17,7 @@ from flexcpu import flex_trains_here
 from orpo.engine import attention, flex, kernels, padded, shared, varlen
 from orpo.engine.choose import Compute, attention_implementation, choose
 from orpo.engine.layout import PackedLayout, PreferenceBatch, StepResult, collate
+from orpo.engine.rule import AttentionRule
 from orpo.errors import UserError
 from orpo.objective import ORPO
 from packedrows import SMALL, full_mask, inputs, layout_of, written_out
@@ -43,7 +44,7 @@ def test_flex_attention_equals_attention_written_out(
     expected = written_out(*leaves64[:3], full_mask(layout, window), 0.3, softcap, None if sinks is None else leaves64[3])
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     with flex_trains_here():
-        found = flex.attend(*leaves[:3], layout, 0.3, window, softcap, None if sinks is None else leaves[3]).transpose(1, 2)
+        found = flex.attend(*leaves[:3], layout, AttentionRule(0.3, window, softcap, None if sinks is None else leaves[3])).transpose(1, 2)
         found.backward(direction.float())
     expected.backward(direction)
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
@@ -83,7 +84,7 @@ def test_rows_are_padded_to_whole_blocks_with_rows_that_see_themselves() -> None
     tensors = inputs(256, width=16)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = flex.attend(*tensors, SMALL, 0.3)
+        found = flex.attend(*tensors, SMALL, AttentionRule(0.3))
     torch.testing.assert_close(found[0, :, -1], tensors[2][0, :, -1].repeat_interleave(2, 0))
 
 
@@ -100,7 +101,7 @@ def test_nothing_of_a_prompt_is_copied() -> None:
             return result
 
     with torch.no_grad(), Lengths():
-        attention._by_piece(*tensors, layout_of((5, 3, 4), (280, 8)), 0.3, None)
+        attention._by_piece(*tensors, layout_of((5, 3, 4), (280, 8)), AttentionRule(0.3))
     assert lengths
     assert max(lengths) <= LONG.num_rows
 
@@ -146,7 +147,7 @@ def test_every_segment_is_a_sequence_of_flash_attention(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     tensors = inputs(SMALL.num_rows, kv=kv)
     expected = written_out(*[tensor.requires_grad_() for tensor in tensors], full_mask(SMALL, window), 0.3)
-    found = varlen.attend(*tensors, SMALL, 0.3, window).transpose(1, 2)
+    found = varlen.attend(*tensors, SMALL, AttentionRule(0.3, window)).transpose(1, 2)
     torch.testing.assert_close(found, expected)
     direction = torch.randn_like(expected)
     for left, right in zip(torch.autograd.grad(found, tensors, direction), torch.autograd.grad(expected, tensors, direction), strict=True):
@@ -162,7 +163,7 @@ def test_calls_by_group_and_by_segment_are_the_same(layout: PackedLayout, window
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", block)
         tensors = [tensor.requires_grad_() for tensor in inputs(layout.num_rows)]
-        found = attention._by_piece(*tensors, layout, 0.3, window)
+        found = attention._by_piece(*tensors, layout, AttentionRule(0.3, window))
     expected = written_out(*tensors, full_mask(layout, window), 0.3)
     torch.testing.assert_close(found, expected)
     for left, right in zip(torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
@@ -173,7 +174,7 @@ def test_a_layer_makes_one_call_for_each_short_group_and_adds_nothing_up_over_th
     """What would be launched on a GPU, once masks are made: views aside, forward and backward."""
     layout = layout_of(*[(20, 6, 9)] * 12)
     tensors = [tensor.requires_grad_() for tensor in inputs(layout.num_rows)]
-    attention._by_piece(*tensors, layout, 0.3, None)
+    attention._by_piece(*tensors, layout, AttentionRule(0.3))
     called: list[str] = []
 
     class Called(torch.utils._python_dispatch.TorchDispatchMode):
@@ -183,7 +184,7 @@ def test_a_layer_makes_one_call_for_each_short_group_and_adds_nothing_up_over_th
             return function(*args, **(kwargs or {}))
 
     with Called():
-        found = attention._by_piece(*tensors, layout, 0.3, None)
+        found = attention._by_piece(*tensors, layout, AttentionRule(0.3))
         forward = len(called)
         torch.autograd.grad(found, tensors, torch.ones_like(found))
     assert sum("scaled_dot_product" in name for name in called) == 2 * 12

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from orpo.engine.kernels import run_kernel
 from orpo.engine.layout import PackedLayout, Segment, sent
 from orpo.engine.opaque import packed_attention, use
+from orpo.engine.rule import AttentionRule
 
 NAME = "orpo_shared"
 LAYOUT_KEYWORD = "shared_layout"
@@ -69,67 +70,48 @@ def shared_attention_forward(
     Raises:
         ValueError: dropout inside attention is asked for on a packed row.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks_H = s_aux if s_aux is not None else getattr(module, "sinks", None)
     if shared_layout is None:
-        return _ordinary(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks_H, **kwargs), None
+        rule = AttentionRule(scale, sliding_window, softcap, sinks_H)
+        return _ordinary(module, query, key, value, attention_mask, dropout, rule, **kwargs), None
     if dropout:
         raise ValueError(f"attention dropout of {dropout:g} is on, which packed rows do not support; leave disable_dropout on to use them")
     if not torch.compiler.is_compiling():
         shared_layout.windows.add(sliding_window)  # a window that never reaches this call would be ignored in silence: the start looks
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for scaled-dot-product attention; behind a norm of queries and keys (Qwen 3) they are float32, values bf16.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if shared_layout.handle is not None and torch.compiler.is_compiling():
         return packed_attention(query, key, value, sinks_H, shared_layout.handle, scale, sliding_window, softcap), None
-    return _packed(query, key, value, shared_layout, scale, sliding_window, softcap, sinks_H), None
+    return _packed(query, key, value, shared_layout, AttentionRule(scale, sliding_window, softcap, sinks_H)), None
 
 
-def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
+def _packed(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Attention over a packed row, by what the run's kernel and the model need; (1, T, H, E)."""
     if layout.kernel != "sdpa":
-        return run_kernel(query, key, value, layout, scale, window, softcap, sinks_H)
-    if _is_block(query, layout, softcap, sinks_H):
-        return _BlockAttention.apply(query, key, value, layout, scale, window)
-    if softcap is not None or sinks_H is not None:
-        return _by_segment(query, key, value, layout, scale, window, softcap, sinks_H)
-    return _by_piece(query, key, value, layout, scale, window)
+        return run_kernel(query, key, value, layout, rule)
+    if _is_block(query, layout, rule):
+        return _BlockAttention.apply(query, key, value, layout, rule)
+    return (_by_piece if rule.is_plain else _by_segment)(query, key, value, layout, rule)
 
 
-def _is_block(query: Tensor, layout: PackedLayout, softcap: float | None, sinks_H: Tensor | None) -> bool:
-    return layout.kernel == "sdpa" and softcap is None and sinks_H is None and query.device.type in BLOCK_DEVICES
+def _is_block(query: Tensor, layout: PackedLayout, rule: AttentionRule) -> bool:
+    return layout.kernel == "sdpa" and rule.is_plain and query.device.type in BLOCK_DEVICES
 
 
-def _by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Plain mathematics, one segment after the other; (1, T, H, E)."""
     outputs_HSE = []
     for segment in layout.segments:
         query_HSE = query[:, :, segment.start : segment.end]
-        mask_SL = visibility(layout, segment, window, query.device)
-        outputs_HSE.append(_plain(query_HSE, _visible(key, segment), _visible(value, segment), mask_SL, scale, softcap, sinks_H))
+        mask_SL = visibility(layout, segment, rule.window, query.device)
+        outputs_HSE.append(_plain(query_HSE, _visible(key, segment), _visible(value, segment), mask_SL, rule))
     return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous()
 
 
-def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None) -> Tensor:
+def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Scaled-dot-product attention, a call for each short group and for each segment of a long one; (1, T, H, E)."""
     groups = list(_groups(layout.segments))
     sizes = [group[-1].end - group[0].start for group in groups]
@@ -138,24 +120,24 @@ def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, s
     parts = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
     for group, queries, keys, values in zip(groups, *parts, strict=True):
         if queries.shape[2] <= QUERY_BLOCK:  # a few wasted scores cost less than more calls, and nothing of the prompt is copied
-            outputs_HSE.append(_sdpa(queries, keys, values, _group_mask(layout, group, window, query), scale))
+            outputs_HSE.append(_sdpa(queries, keys, values, _group_mask(layout, group, rule.window, query), rule.scale))
         else:
-            outputs_HSE += _long_group(group, queries, keys, values, layout, scale, window)
+            outputs_HSE += _long_group(group, queries, keys, values, layout, rule)
     return torch.cat(outputs_HSE, dim=2).transpose(1, 2).contiguous()
 
 
 def _long_group(
-    group: tuple[Segment, ...], query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+    group: tuple[Segment, ...], query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule
 ) -> Iterator[Tensor]:
     """Outputs of a group's segments, from its own queries, keys and values."""
     queries = query.split([segment.end - segment.start for segment in group], dim=2)
     base = group[0].start
     for segment, query_HSE in zip(group, queries, strict=True):
         own = Segment(segment.start - base, segment.end - base, segment.prefix_start - base, segment.prefix_end - base)
-        is_causal = segment.num_prefix == 0 and (window is None or window >= segment.end - segment.start)
+        is_causal = segment.num_prefix == 0 and (rule.window is None or rule.window >= segment.end - segment.start)
         # Without a mask of its own a GPU takes flash attention.
-        mask_SL = None if is_causal else _additive(layout, visibility(layout, segment, window, query.device), query.dtype)
-        yield _sdpa(query_HSE, _visible(key, own), _visible(value, own), mask_SL, scale)
+        mask_SL = None if is_causal else _additive(layout, visibility(layout, segment, rule.window, query.device), query.dtype)
+        yield _sdpa(query_HSE, _visible(key, own), _visible(value, own), mask_SL, rule.scale)
 
 
 def _additive(layout: PackedLayout, mask_SL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,21 +181,18 @@ def _ordinary(
     value: Tensor,
     attention_mask: Tensor | None,
     dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    sinks_H: Tensor | None,
+    rule: AttentionRule,
     **kwargs: object,
 ) -> Tensor:
     """Masked attention for a call without a layout."""
-    if softcap is None and sinks_H is None:
+    if rule.is_plain:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=rule.scale, **kwargs)[0]
     num_queries, num_keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         attention_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _plain(query, key, value, attention_mask, scale, softcap, sinks_H).transpose(1, 2).contiguous()
+    return _plain(query, key, value, attention_mask, rule).transpose(1, 2).contiguous()
 
 
 def visibility(layout: PackedLayout, segment: Segment, window: int | None, device: torch.device) -> Tensor:
@@ -248,17 +227,17 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask_SL: Tensor | None, sca
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SL, is_causal=mask_SL is None, scale=scale, enable_gqa=grouped)
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks_H: Tensor | None) -> Tensor:
+def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rule: AttentionRule) -> Tensor:
     """Attention written out, softmax in float32: soft cap on the scores (Gemma 2), a learned sink per head (gpt-oss)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (query @ key.transpose(-1, -2)).float() * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
     # Not -inf: a row of padding may see nothing at all, and the NaN of its softmax would reach the others as a key of the next layer.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    if sinks_H is not None:
-        sink = sinks_H.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    if rule.sinks_H is not None:
+        sink = rule.sinks_H.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1)
@@ -295,25 +274,24 @@ class _BlockAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         layout: PackedLayout,
-        scale: float,
-        window: int | None,
+        rule: AttentionRule,
     ) -> Tensor:
         query_KTGE, key_KTE, value_KTE = _by_key_head(query, key.shape[1]), key[0].contiguous(), value[0].contiguous()
         groups = query_KTGE.shape[2]
         output_KTGE = query.new_empty(*query_KTGE.shape[:3], value.shape[3])
-        for block in plan(layout, window, groups, query.dtype):
-            weights_KSL = _weights(query_KTGE, _rows(key_KTE, block), block, scale).to(value.dtype)
+        for block in plan(layout, rule.window, groups, query.dtype):
+            weights_KSL = _weights(query_KTGE, _rows(key_KTE, block), block, rule.scale).to(value.dtype)
             output_KSE = torch.bmm(weights_KSL, _rows(value_KTE, block))
             output_KTGE[:, block.start : block.end] = output_KSE.unflatten(1, (-1, groups))
         output_THE = output_KTGE.permute(1, 0, 2, 3).flatten(1, 2)
         ctx.save_for_backward(query, key, value, output_THE)
-        ctx.layout, ctx.scale, ctx.window = layout, scale, window  # type: ignore[attr-defined]
+        ctx.layout, ctx.rule = layout, rule  # type: ignore[attr-defined]
         return output_THE[None]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output_THE = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale: float = ctx.scale  # type: ignore[attr-defined]
+        rule: AttentionRule = ctx.rule  # type: ignore[attr-defined]
         num_kv = key.shape[1]
         query_KTGE, key_KTE, value_KTE = _by_key_head(query, num_kv), key[0].contiguous(), value[0].contiguous()
         groups = query_KTGE.shape[2]
@@ -324,11 +302,11 @@ class _BlockAttention(torch.autograd.Function):
         # float32 whatever the inputs: a prefix row adds up a part from every answer behind it, and bf16 would lose the small ones.
         d_key_KTE = torch.zeros(key.shape[1:], dtype=torch.float32)
         d_value_KTE = torch.zeros(value.shape[1:], dtype=torch.float32)
-        for block in plan(ctx.layout, ctx.window, groups, query.dtype):  # type: ignore[attr-defined]
+        for block in plan(ctx.layout, rule.window, groups, query.dtype):  # type: ignore[attr-defined]
             rows = slice(block.start, block.end)
             keys_KLE = _rows(key_KTE, block)
             grad_KSE = grad_KTGE[:, rows].flatten(1, 2)
-            weights_KSL = _weights(query_KTGE, keys_KLE, block, scale)
+            weights_KSL = _weights(query_KTGE, keys_KLE, block, rule.scale)
             d_scores_KSL = torch.bmm(grad_KSE, _rows(value_KTE, block).transpose(1, 2)).float()
             d_scores_KSL.sub_(inner_KTG[:, rows].flatten(1, 2)[..., None]).mul_(weights_KSL)
             weights_KSL, d_scores_KSL = weights_KSL.to(query.dtype), d_scores_KSL.to(query.dtype)
@@ -336,8 +314,8 @@ class _BlockAttention(torch.autograd.Function):
             _add_rows(d_value_KTE, torch.bmm(weights_KSL.transpose(1, 2), grad_KSE), block)
             _add_rows(d_key_KTE, torch.bmm(d_scores_KSL.transpose(1, 2), query_KTGE[:, rows].flatten(1, 2)), block)
         # The scores were scaled inside their product (`alpha`), so the scale comes back here, once, on queries and keys alike.
-        d_query = d_query_KTGE.mul_(scale).permute(1, 0, 2, 3).flatten(1, 2).transpose(0, 1)[None]
-        return d_query, d_key_KTE.mul_(scale).to(key.dtype)[None], d_value_KTE.to(value.dtype)[None], None, None, None
+        d_query = d_query_KTGE.mul_(rule.scale).permute(1, 0, 2, 3).flatten(1, 2).transpose(0, 1)[None]
+        return d_query, d_key_KTE.mul_(rule.scale).to(key.dtype)[None], d_value_KTE.to(value.dtype)[None], None, None
 
 
 def _by_key_head(query: Tensor, num_kv: int) -> Tensor:

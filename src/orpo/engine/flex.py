@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from orpo.engine.layout import PackedLayout, sent
+from orpo.engine.rule import AttentionRule
 
 BLOCK = 128
 """Rows of a block of the mask, in both directions: FlexAttention's own."""
@@ -30,16 +31,7 @@ def padded_rows(num_rows: int) -> int:
     return max(2, -(-num_rows // BLOCK)) * BLOCK
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Attention of a packed row: query (1, H, T, E), key and value (1, K, T, E) -> (1, H, T, E).
 
     Rows behind the last segment are padding: each sees itself.
@@ -51,16 +43,16 @@ def attend(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _cap(softcap),
-        block_mask=block_mask(layout, query.shape[2], window, query.device),
-        scale=scale,
+        score_mod=None if rule.softcap is None else _cap(rule.softcap),
+        block_mask=block_mask(layout, query.shape[2], rule.window, query.device),
+        scale=rule.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    if sinks_H is None:
+    if rule.sinks_H is None:
         return output
     # A sink is one more key without a value: it takes its share of the softmax, sigmoid(lse - sink) is what is left for the others.
-    left_HT = torch.sigmoid(extra.lse - sinks_H.to(extra.lse)[None, :, None])
+    left_HT = torch.sigmoid(extra.lse - rule.sinks_H.to(extra.lse)[None, :, None])
     return (output * left_HT[..., None]).to(output.dtype)
 
 

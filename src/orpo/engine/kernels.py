@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orpo.engine import flex, varlen
 from orpo.engine.layout import PackedLayout
+from orpo.engine.rule import AttentionRule
 from orpo.errors import UserError
 
 KEY = "attention_kernel"
@@ -104,29 +105,17 @@ def _cannot(name: str, why: str) -> UserError:
     return UserError(f"{name!r} {why}", where=KEY, mend=f"{KEY}: auto, which takes sdpa wherever no other was measured to be faster")
 
 
-def run_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
+def run_kernel(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Attention of a packed row by the kernel that its layout names: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E).
 
     Raises:
         UserError: the kernel lacks what this call needs, which the model's configuration did not tell.
     """
     kernel = KERNELS[layout.kernel]
-    if (softcap is not None and not kernel.has_softcap) or (sinks_H is not None and not kernel.has_sinks):
+    if (rule.softcap is not None and not kernel.has_softcap) or (rule.sinks_H is not None and not kernel.has_sinks):
         raise _cannot(layout.kernel, "has neither soft caps nor sinks, and this model's attention asks for them")
-    if layout.kernel == "flex":
-        output = flex.attend(query, key, value, layout, scale, window, softcap, sinks_H)
-    else:
-        output = varlen.attend(query, key, value, layout, scale, window)
-    return output.transpose(1, 2).contiguous()
+    attend = flex.attend if layout.kernel == "flex" else varlen.attend
+    return attend(query, key, value, layout, rule).transpose(1, 2).contiguous()
 
 
 def num_compiled_graphs() -> int:

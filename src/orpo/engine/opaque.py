@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from orpo.engine.layout import PackedLayout, Segment
+from orpo.engine.rule import AttentionRule
 
 _NUMBERS = itertools.count()
 _LAYOUTS: weakref.WeakValueDictionary[int, PackedLayout] = weakref.WeakValueDictionary()
@@ -57,7 +59,7 @@ def packed_attention(
 ) -> Tensor:
     """(1, H, T, E), (1, K, T, E), (1, K, T, E) -> (1, T, H, E)."""
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return _ways["run"](query, key, value, _layout(handle), scale, window, softcap, sinks).contiguous()
+        return _ways["run"](query, key, value, _layout(handle), AttentionRule(scale, window, softcap, sinks)).contiguous()
 
 
 @packed_attention.register_fake
@@ -81,16 +83,16 @@ def packed_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and sinks; of sinks that there are none of an empty tensor."""
-    layout = _layout(handle)
+    layout, rule = _layout(handle), AttentionRule(scale, window, softcap, sinks)
     with torch.autocast(query.device.type, enabled=False):
-        if _ways["is_block"](query, layout, softcap, sinks):
-            context = SimpleNamespace(saved_tensors=(query, key, value, output[0]), layout=layout, scale=scale, window=window)
+        if _ways["is_block"](query, layout, rule):
+            context = SimpleNamespace(saved_tensors=(query, key, value, output[0]), layout=layout, rule=rule)
             found = (*_ways["backward"](context, grad)[:3], None)
         else:
             inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
 
-            def again(*inputs: Tensor) -> Tensor:
-                return _ways["run"](*inputs[:3], layout, scale, window, softcap, inputs[3] if sinks is not None else None)
+            def again(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+                return _ways["run"](query, key, value, layout, replace(rule, sinks_H=sinks))
 
             # Below the dispatch of an operator the ordinary autograd records nothing.
             found = torch.func.vjp(again, *inputs)[1](grad)

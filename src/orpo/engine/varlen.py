@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from orpo.engine.layout import PackedLayout, sent
+from orpo.engine.rule import AttentionRule
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Query (1, H, T, E), key and value (1, K, T, E) -> (1, H, T, E).
 
     Every segment is a sequence of its own; causality and window are aligned to the last key, as flash attention has it.
@@ -35,7 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scal
             key_LKE, value_LKE = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_LKE, value_LKE))
     output_THE: Any = varlen_attn(
         query[0].transpose(0, 1), key_LKE, value_LKE, cumulative_q, cumulative_k, max_q, max_k,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), **options,
+        scale=rule.scale, window_size=(-1 if rule.window is None else rule.window - 1, 0), **options,
     )  # fmt: skip
     return output_THE.transpose(0, 1)[None]
 
