@@ -136,13 +136,24 @@ def _value(key: str, hint: Any) -> st.SearchStrategy[Any]:
     return st.integers(0, 11).flatmap(lambda chance: NONSENSE if chance == 11 else likely)
 
 
+QUANTIZED = ("tiny-4bit", "tiny-8bit", "tiny.gguf")
+"""Bases that are stored quantized and load on a CPU."""
+PACKED = ("gptq", "awq", "fp8", "mxfp4", "torchao", "hqq", "quanto", "compressed-tensors", "aqlm", "nonsense")
+"""Methods that a base's config.json may name; most need a package or a device that is not there."""
+_BASES = ("tiny", *QUANTIZED, *(f"tiny-{method}" for method in PACKED))
+
 _SWITCHES = ("use_peft", "eval_strategy", "save_strategy", "load_best_model_at_end", "optim", "lr_scheduler_type", "lora_target_modules")
 """On which the meaning of others depends: drawn more often than the rest."""
 
 
 @st.composite
 def changes(draw: st.DrawFn) -> dict[str, Any]:
-    """Two to six keys of a run with a value each."""
+    """Two to six keys of a run with a value each; one in four on a base that is stored in another way."""
     hints = {key: hint for key, hint in key_types().items() if key not in NOT_DRAWN}
     keys = draw(st.lists(st.sampled_from(sorted(hints)) | st.sampled_from(_SWITCHES), min_size=2, max_size=6, unique=True))
-    return {key: draw(_value(key, hints[key])) for key in keys}
+    given = {key: draw(_value(key, hints[key])) for key in keys}
+    if draw(st.integers(0, 3)) == 3:
+        given["model_name_or_path"] = draw(st.sampled_from(_BASES))
+        if draw(st.booleans()):  # without an adapter every quantized base ends in one refusal
+            given["use_peft"] = True
+    return given
