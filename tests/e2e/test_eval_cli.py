@@ -17,7 +17,8 @@ import pytest
 
 from evalruns import train_tiny
 from judgeserver import Break, Say, judge_server
-from orpo.cli import main
+from orpo.cli import build_parser, command_modules, main
+from orpo.cli import eval as eval_command
 from orpo.evaluate.judging.endpoint import EndpointJudge
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -83,9 +84,35 @@ def test_the_metrics_are_those_of_the_trainer(trained, capsys):
 
 def test_options_of_tasks_that_are_not_asked_for_are_told(trained, tmp_path, capsys):
     words = ["eval", str(trained), "--tasks", "pairs", "--prompts", write_prompts(tmp_path), "--slices", "topic"]
+    words += ["--judge_url", "http://127.0.0.1:1/v1", "--judge_workers", "2", "--retry_malformed", "--top_p", "0.5"]
     assert main([*map(str, words)]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note ")]
-    assert told == ["note         --prompts has no effect: the task custom is not among --tasks"]
+    assert told == [
+        "note         --prompts has no effect: the task custom is not among --tasks",
+        "note         --top_p has no effect: no answers are made for pairs",
+        "note         --judge_url, --judge_workers, --retry_malformed have no effect: no judge is asked for pairs, as one is for mtbench, "
+        "alpacaeval, custom",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tasks", "pairs,retention", "--top_p", "0.5", "--temperature", "1"], []),
+        (["--tasks", "ifeval", "--judge", "m", "--judge_retries", "5"], ["--judge has no effect: no judge is asked for ifeval"]),
+        (["--tasks", "custom", "--judge_url", "u", "--judge_model", "m", "--judge_timeout", "9", "--retry_malformed"], []),
+        (["--tasks", "custom", "--judge", "m", "--judge_timeout", "9"], ["--judge_timeout has no effect: the judge is a model"]),
+        (["--tasks", "custom", "--judge_url", "u", "--judge_logprobs"], ["--judge_logprobs has no effect: the task alpacaeval"]),
+        (["--tasks", "alpacaeval", "--judge_url", "u", "--judge_logprobs"], []),
+        (["--tasks", "alpacaeval", "--answers", "f", "--max_new_tokens", "4"], ["--max_new_tokens has no effect: the answers are given"]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_options_of_judges_and_sampling_that_nothing_reads_are_told(words: list[str], told: list[str]) -> None:
+    args = build_parser(command_modules()).parse_args(["eval", "m", *words])
+    found = eval_command._idle(args, args.tasks.split(","))
+    assert len(found) == len(told)
+    assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
 
 
 def test_a_second_run_computes_nothing(trained, capsys, monkeypatch):

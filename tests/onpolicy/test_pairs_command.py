@@ -179,6 +179,11 @@ def test_own_answers_compete(base: Path, tmp_path: Path) -> None:
         ({"verify": None, "numeric": "answer", "choose": "right_wrong"}, "prompts without a right answer"),
         ({"out": "pairs.json"}, "a file *.jsonl"),
         ({"model": "no/such/model"}, "no/such/model"),
+        ({"verify": None, "length": True, "weights": "length=1", "verify_time_s": 9.0}, "verify_time_s: nothing reads it without verify"),
+        ({"judge_model": "m"}, "judge_model: nothing reads it without judge_url"),
+        ({"right_at": 0.5}, "right_at: nothing reads it without choose: right_wrong"),
+        ({"endpoint_workers": 2}, "--endpoint_workers: it has no address"),
+        ({"column_map": "[prompt]"}, "--column_map: found '[prompt]'"),
         ({"verify": None, "ifeval": True}, "instruction_id_list"),
     ],
 )

@@ -183,7 +183,7 @@ def test_what_is_hostile_is_text(page: Any, server: Server) -> None:
 def test_what_cannot_be_answered_is_told_and_nothing_typed_is_lost(page: Any) -> None:
     ask(page, "Hello")
     page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
-    for name, value, told in (("temperature", "-1", "temperature is -1"), ("max_new_tokens", "0", "max_new_tokens is 0")):
+    for name, value, told in (("temperature", "-1", "temperature: found -1"), ("max_new_tokens", "0", "max_new_tokens: found 0")):
         before = page.input_value(f"#{name}")
         page.fill(f"#{name}", value)
         page.fill("#question", "Still here")

@@ -24,7 +24,7 @@ from orpo.system.console import say_on_stderr
 from orpo.system.process import configure_logging, guarded_exit, let_threads_wait
 
 DESCRIPTION = "Odds Ratio Preference Optimization: from preference pairs to a tuned model, in one stage."
-_HELPERS = frozenset({"bars", "console", "helptext", "progress"})
+_HELPERS = frozenset({"bars", "console", "helptext", "optiontext", "progress"})
 
 
 def command_modules() -> dict[str, ModuleType]:

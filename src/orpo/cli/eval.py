@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo.cli.optiontext import given_flags, json_object, without_effect
 from orpo.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -91,6 +92,16 @@ def _add_task_options(parser: argparse.ArgumentParser, tasks: Mapping[str, type[
 
 
 def _add_generation(group: argparse._ArgumentGroup) -> None:
+    _add_sampling(group)
+    group.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
+    group.add_argument("--device", help="cuda, mps, cpu (the best there is)")
+    group.add_argument("--chat_template", help="as in training (the run's, else the model's own)")
+    group.add_argument("--max_length", type=int, help="pairs: most tokens of prompt and answer (the run's, else 1024)")
+    group.add_argument("--model_revision", help="of a hub model")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model; needs --model_revision")
+
+
+def _add_sampling(group: Any) -> None:
     group.add_argument("--max_new_tokens", type=int, help="of an answer (each task's own)")
     group.add_argument("--temperature", type=float, help="0 takes the likeliest token (each task's own)")
     group.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens up to this probability (1)")
@@ -100,15 +111,9 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
         default=64,
         help="most prompts at a time (64, or as many as memory holds); changes no answer beyond rounding",
     )
-    group.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
-    group.add_argument("--device", help="cuda, mps, cpu (the best there is)")
-    group.add_argument("--chat_template", help="as in training (the run's, else the model's own)")
-    group.add_argument("--max_length", type=int, help="pairs: most tokens of prompt and answer (the run's, else 1024)")
-    group.add_argument("--model_revision", help="of a hub model")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model; needs --model_revision")
 
 
-def _add_judge(group: argparse._ArgumentGroup) -> None:
+def _add_judge(group: Any) -> None:
     group.add_argument("--judge_url", metavar="URL", help="endpoint with OpenAI's protocol, such as http://127.0.0.1:8000/v1")
     group.add_argument("--judge_model", metavar="NAME", help="the model's name there")
     group.add_argument("--judge_key_env", metavar="VARIABLE", help="environment variable with the key (ORPO_JUDGE_API_KEY, OPENAI_API_KEY)")
@@ -135,7 +140,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         model=args.judge_model,
         local=args.judge,
         key_variable=args.judge_key_env,
-        options=_json_object(args.judge_options, "--judge_options"),
+        options=json_object(args.judge_options, "--judge_options"),
         wants_logprobs=args.judge_logprobs,
         num_workers=args.judge_workers,
         timeout_s=args.judge_timeout,
@@ -186,32 +191,33 @@ def _task_values(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     return own, given
 
 
-def _idle(args: argparse.Namespace, tasks: Iterable[str]) -> list[str]:
-    """A line for each task that is not asked for although options of its own were given."""
-    from orpo.evaluate.task import known_tasks
+def _idle(args: argparse.Namespace, tasks: Sequence[str]) -> list[str]:
+    """A line for the options that were given and that none of the tasks asks for."""
+    from orpo.evaluate.task import find_task, known_tasks
 
-    lines = []
-    for name, task in known_tasks().items():
-        given = [f"--{option.name}" for option in task.options if getattr(args, option.name, None) not in (None, False)]
-        if given and name not in tasks:
-            lines.append(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: the task {name} is not among --tasks")
+    known, lines = known_tasks(), []
+    for name, task in known.items():
+        if name not in tasks:
+            given = [f"--{option.name}" for option in task.options if getattr(args, option.name, None) not in (None, False)]
+            lines += without_effect(given, f"the task {name} is not among --tasks")
+    asked, named = [find_task(name) for name in tasks], ", ".join(tasks)
+    if args.answers is not None or not any(task.generates for task in asked):
+        why = "the answers are given" if args.answers is not None else f"no answers are made for {named}"
+        lines += without_effect(given_flags(args, _add_sampling), why)
+    judge = given_flags(args, _add_judge)
+    if not any(task.asks_judge for task in asked):
+        judged = ", ".join(name for name, task in known.items() if task.asks_judge)
+        return lines + without_effect(judge, f"no judge is asked for {named}, as one is for {judged}")
+    if args.judge is not None and args.judge_url is None:
+        of_models = ("--judge", "--retry_malformed")
+        return lines + without_effect([flag for flag in judge if flag not in of_models], "the judge is a model, not --judge_url")
+    if "alpacaeval" not in tasks:
+        lines += without_effect([flag for flag in judge if flag == "--judge_logprobs"], "the task alpacaeval is not among --tasks")
     return lines
 
 
 def _words(given: Iterable[str]) -> list[str]:
     return [word.strip() for text in given for word in text.split(",") if word.strip()]
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"found {text!r}", where=where, expected='a JSON object such as {"max_tokens": null, "max_completion_tokens": 2048}'
-        )
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

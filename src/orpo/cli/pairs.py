@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo.cli.optiontext import column_map, given_flags, json_object
 from orpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +61,15 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model", action="append", default=[], metavar="RUN|MODEL", help="run, model folder, hub id or GGUF file; repeatable"
     )
+    _add_endpoint(group)
+    group.add_argument("--device", help="cuda, mps, cpu (the best there is)")
+    group.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
+    group.add_argument("--chat_template", help="as in training (the run's, else the model's own)")
+    group.add_argument("--model_revision", help="of a hub model")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model; needs --model_revision")
+
+
+def _add_endpoint(group: Any) -> None:
     group.add_argument("--endpoint_url", metavar="URL", help="a server with OpenAI's protocol, such as http://127.0.0.1:8000/v1")
     group.add_argument("--endpoint_model", metavar="NAME", help="the model's name there")
     group.add_argument("--endpoint_key_env", metavar="VARIABLE", help="environment variable with its key")
@@ -68,11 +77,6 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--endpoint_workers", type=int, default=4, help="requests at a time (4)")
     group.add_argument("--endpoint_timeout", type=float, default=120.0, help="seconds for a reply (120)")
     group.add_argument("--endpoint_retries", type=int, default=5, help="further attempts for an answer (5)")
-    group.add_argument("--device", help="cuda, mps, cpu (the best there is)")
-    group.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
-    group.add_argument("--chat_template", help="as in training (the run's, else the model's own)")
-    group.add_argument("--model_revision", help="of a hub model")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model; needs --model_revision")
 
 
 def _add_option(group: argparse._ArgumentGroup, item: Any) -> None:
@@ -122,19 +126,9 @@ def task_of(args: argparse.Namespace) -> PairsJob:
     Raises:
         UserError: a value is not what it should be.
     """
-    import yaml
-
     from orpo.inference.ready import Loading
     from orpo.onpolicy.making import PairsJob
 
-    column_map = None
-    if args.column_map is not None:
-        try:
-            column_map = yaml.safe_load(args.column_map)
-        except yaml.YAMLError:
-            column_map = None
-        if not isinstance(column_map, dict):
-            raise UserError(f"found {args.column_map!r}", where="--column_map", expected="'{prompt: question}', for instance")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"found {args.limit}", where="--limit", expected="at least 1")
     return PairsJob(
@@ -144,7 +138,7 @@ def task_of(args: argparse.Namespace) -> PairsJob:
         options=_options(args),
         endpoint=_endpoint(args),
         split=args.split,
-        column_map=column_map,
+        column_map=column_map(args.column_map),
         limit=args.limit,
         loading=Loading(
             device=args.device,
@@ -184,19 +178,13 @@ def _weights(text: str) -> dict[str, float]:
 
 def _endpoint(args: argparse.Namespace) -> EndpointJudge | None:
     if args.endpoint_url is None:
-        if args.endpoint_model is not None:
-            raise UserError("it has no address", where="--endpoint_model", mend="add --endpoint_url http://127.0.0.1:8000/v1")
+        if idle := given_flags(args, _add_endpoint):
+            raise UserError("it has no address", where=", ".join(idle), mend="add --endpoint_url http://127.0.0.1:8000/v1")
         return None
     from orpo.evaluate.judging.endpoint import EndpointJudge
 
     if args.endpoint_model is None:
         raise UserError("the endpoint's model has no name", where="--endpoint_model", expected="the name that its server knows it by")
-    try:
-        options = json.loads(args.endpoint_options)
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise UserError(f"found {args.endpoint_options!r}", where="--endpoint_options", expected="a JSON object")
     key = None
     if args.endpoint_key_env is not None:
         key = os.environ.get(args.endpoint_key_env)
@@ -206,7 +194,7 @@ def _endpoint(args: argparse.Namespace) -> EndpointJudge | None:
         args.endpoint_url,
         args.endpoint_model,
         key,
-        options=options,
+        options=json_object(args.endpoint_options, "--endpoint_options"),
         num_workers=args.endpoint_workers,
         timeout_s=args.endpoint_timeout,
         num_retries=args.endpoint_retries,

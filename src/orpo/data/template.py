@@ -91,7 +91,7 @@ class TemplateEncoder:
     ) -> None:
         fit.check_lengths(max_length, max_prompt_length, truncation)
         if special_tokens_in_text not in ("warn", "split"):
-            raise UserError(f"special_tokens_in_text is {special_tokens_in_text!r}", where="special_tokens_in_text", expected="warn, split")
+            raise UserError(f"found {special_tokens_in_text!r}", where="special_tokens_in_text", expected="warn, split")
         self.tokenizer = unwrap_tokenizer(tokenizer)
         self.max_length, self.max_prompt_length, self.truncation = max_length, max_prompt_length, truncation
         self.special_tokens_in_text, self.is_strict = special_tokens_in_text, strict

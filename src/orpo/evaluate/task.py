@@ -74,12 +74,15 @@ class Task:
         help: what it measures, in a few words.
         options: those that no other task has.
         takes_answers: published answers can be given for it (`--answers`).
+        generates, asks_judge: False where it never does; options of sampling and of judges that were given in vain are said then.
     """
 
     name: ClassVar[str]
     help: ClassVar[str] = ""
     options: ClassVar[tuple[TaskOption, ...]] = ()
     takes_answers: ClassVar[bool] = False
+    generates: ClassVar[bool] = True
+    asks_judge: ClassVar[bool] = True
 
     @classmethod
     def check(cls, options: EvalOptions) -> None:

@@ -165,14 +165,15 @@ def check_generation(max_new_tokens: int, temperature: float, top_p: float, batc
     Raises:
         UserError: one is out of range.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", expected="at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}", where="temperature", expected="0 (the likeliest token) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}", where="top_p", expected="above 0, at most 1")
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}", where="batch_size", expected="at least 1")
+    ranges = {
+        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        "temperature": (temperature, 0 <= temperature < float("inf"), "0 (the likeliest token) or more"),
+        "top_p": (top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        "batch_size": (batch_size, batch_size >= 1, "at least 1"),
+    }
+    for name, (value, is_right, expected) in ranges.items():
+        if not is_right:
+            raise UserError(f"found {value:g}", where=name, expected=expected)
 
 
 def _context_tokens(model: nn.Module) -> int | None:

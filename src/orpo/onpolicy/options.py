@@ -115,6 +115,14 @@ class OnPolicyOptions:
             if not is_right:
                 raise UserError(f"found {getattr(self, key)!r}", where=key, expected=expected)
         self.rule.check()
+        for keys, is_read, by in (
+            (("judge_model", "judge_key_env"), self.judge_url, "judge_url"),
+            (("verify_time_s", "verify_memory_mib"), self.verify, "verify"),
+            (("right_at",), self.choose == "right_wrong", "choose: right_wrong"),
+        ):
+            idle = [key for key in keys if getattr(self, key) != _DEFAULTS[key]]
+            if idle and not is_read:
+                raise UserError(f"nothing reads it without {by}", where=idle[0], mend=f"give {by}, or leave {idle[0]} out")
         names = self.scorer_names()
         if not names:
             raise UserError(
@@ -193,6 +201,9 @@ class OnPolicyOptions:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return dataclasses.asdict(self)
+
+
+_DEFAULTS = {item.name: item.default for item in dataclasses.fields(OnPolicyOptions)}
 
 
 def option_hints() -> dict[str, Any]:

@@ -139,7 +139,8 @@ def _problem(problem: BaseException) -> str:
 
 
 def _shown(error: UserError) -> str:
-    return f"{error.what}; expected: {error.expected}" if error.expected else error.what
+    said = f"{error.where}: {error.what}" if error.where else error.what
+    return f"{said}; expected: {error.expected}" if error.expected else said
 
 
 def _line(value: dict[str, Any]) -> str:

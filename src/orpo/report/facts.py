@@ -273,6 +273,23 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return redacted
 
 
+def read_whole(path: Path, notes: list[str], key: str, kind: type, *, writer: str) -> dict[str, Any]:
+    """The object that a page is made of.
+
+    Args:
+        key, kind: what it holds at least.
+        writer: the command that writes it.
+
+    Raises:
+        UserError: it is damaged; there is nothing else to go by.
+    """
+    found = read_json(path, notes)
+    if found is None or not isinstance(found.get(key), kind):
+        problem = notes[0] if notes else f"holds no {key}"
+        raise UserError(problem, where=str(path), expected=f"what `{writer}` writes", mend=f"run `{writer}` again")
+    return found
+
+
 @dataclass
 class ComparisonFacts:
     """A comparison's folder, read.
@@ -303,12 +320,7 @@ def read_comparison(folder: Path) -> ComparisonFacts:
         UserError: comparison.json is damaged; there is nothing else to go by.
     """
     notes: list[str] = []
-    found = read_json(folder / COMPARISON_FILE, notes)
-    if found is None or not isinstance(found.get("methods"), dict):
-        problem = notes[0] if notes else "holds no methods"
-        raise UserError(
-            problem, where=str(folder / COMPARISON_FILE), expected="what `orpo compare` writes", mend="run `orpo compare` again"
-        )
+    found = read_whole(folder / COMPARISON_FILE, notes, "methods", dict, writer="orpo compare")
     facts = ComparisonFacts(folder, found, notes)
     _note_comparison_state(facts)
     return facts

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orpo.errors import UserError
-from orpo.report.facts import ROUNDS_FILE, read_json
+from orpo.report.facts import ROUNDS_FILE, read_whole
 from orpo.report.runpage import environment_section, short_name
 from orpo.report.sections import (
     Cell,
@@ -39,10 +38,7 @@ def rounds_page(folder: Path) -> Page:
         UserError: rounds.json is damaged; there is nothing else to go by.
     """
     notes: list[str] = []
-    found = read_json(folder / ROUNDS_FILE, notes)
-    if found is None or not isinstance(found.get("rounds"), list):
-        problem = notes[0] if notes else "holds no rounds"
-        raise UserError(problem, where=str(folder / ROUNDS_FILE), expected="what `orpo train --rounds` writes", mend="run it again")
+    found = read_whole(folder / ROUNDS_FILE, notes, "rounds", list, writer="orpo train --rounds")
     status = text(found.get("status"), "unknown")
     page = Page(folder.resolve().name, "rounds", status, "good" if status == "complete" else "open", [_what_was_done(found)])
     if status != "complete":

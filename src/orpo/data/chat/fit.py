@@ -40,12 +40,12 @@ _SYSTEM_ROLES = ("system", "developer")
 def check_lengths(max_length: int, max_prompt_length: int | None, truncation: str) -> None:
     """Raise a `UserError` for a length contract that no row could meet."""
     if max_length < 2:
-        raise UserError(f"max_length is {max_length}", where="max_length", expected="at least 2: a prompt token and an answer token")
+        raise UserError(f"found {max_length}", where="max_length", expected="at least 2: a prompt token and an answer token")
     if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
         expected = f"1 to {max_length - 1} (max_length is {max_length})"
-        raise UserError(f"max_prompt_length is {max_prompt_length}", where="max_prompt_length", expected=expected)
+        raise UserError(f"found {max_prompt_length}", where="max_prompt_length", expected=expected)
     if truncation not in POLICIES:
-        raise UserError(f"truncation is {truncation!r}", where="truncation", expected=", ".join(POLICIES))
+        raise UserError(f"found {truncation!r}", where="truncation", expected=", ".join(POLICIES))
 
 
 def num_chars(text: Text) -> int:

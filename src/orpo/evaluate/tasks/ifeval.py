@@ -279,6 +279,7 @@ class IFEvalTask(Task):
     help = "instruction following that a program can check"
     options = (TaskOption("ifeval_prompts", "file or hub id (google/IFEval)"),)
     takes_answers = True
+    asks_judge = False
 
     def __init__(self) -> None:
         self._items: list[Item] = []

@@ -55,6 +55,7 @@ class PairsTask(Task):
 
     name = "pairs"
     help = "held-out preference pairs: accuracy, margin, log-probabilities"
+    generates = asks_judge = False
     options = (
         TaskOption("data", "rows with chosen and rejected answers (those that the run held out)"),
         TaskOption("split", "split of --data"),

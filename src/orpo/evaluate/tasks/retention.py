@@ -198,6 +198,7 @@ class RetentionTask(Task):
 
     name = "retention"
     help = "perplexity on neutral text; length, repetition and loops of answers"
+    asks_judge = False
     options = (TaskOption("text", "neutral text, passages parted by blank lines (one that ships)", Path),)
 
     def __init__(self) -> None:
