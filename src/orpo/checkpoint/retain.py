@@ -87,6 +87,7 @@ def recover(run_dir: Path | str, *, ranks: Ranks = ALONE) -> None:
     """
     run_dir = Path(run_dir)
     if ranks.is_first:
+        # A staging folder may have no manifest yet to go by; its random name is ours alone, and the lock says that nobody writes in it.
         for path, _ in _set_aside(run_dir, "staging"):
             logger.info("removing %s, left by a run that was stopped while saving", path)
             fs.remove_tree(path)
@@ -155,8 +156,8 @@ def prune(run_dir: Path | str, *, keep: int | None, best: Path | str | None = No
     checkpoints = list_checkpoints(run_dir)
     newest = _newest_verified(checkpoints, max(keep, MIN_KEPT))
     if best_name in {path.name for path in checkpoints} - {path.name for path in newest}:
-        newest = newest[: max(keep - 1, MIN_KEPT)]
-    if len(newest) < MIN_KEPT:
+        newest = newest[: max(keep - 1, MIN_KEPT)]  # the best takes one of the places
+    if len(newest) < MIN_KEPT:  # of a single whole one nothing older is given up
         return []
     older = checkpoints[checkpoints.index(newest[-1]) + 1 :]
     return [path for path in older if path.name != best_name and _remove(path)]
@@ -178,6 +179,7 @@ def _remove(path: Path) -> bool:
     except CheckpointError as error:
         logger.warning("not removed: %s", error)
         return False
+    # Out of its name first, in one stroke: a kill amid the removal leaves no checkpoint that looks whole.
     aside = path.with_name(aside_name("removed", path.name))
     fs.rename(path, aside)
     fs.sync_dir(path.parent)

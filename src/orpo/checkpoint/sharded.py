@@ -57,6 +57,7 @@ def _own_part(tensor: torch.Tensor, *, writes_whole: bool) -> tuple[torch.Tensor
         return (tensor, [0] * tensor.dim()) if writes_whole else None
     position = tensor.device_mesh.get_coordinate()
     copies = zip(tensor.placements, position or (), strict=True)
+    # Of a mesh with copies the first one writes; and a small tensor may leave the last ranks with nothing.
     if any(place.is_replicate() and index for place, index in copies) or not tensor.to_local().numel():
         return None
     return tensor.to_local(), list(tensor.__create_chunk_list__()[0].offsets)
@@ -79,7 +80,7 @@ def saved_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     is_adapted = getattr(model, "peft_config", None) is not None
     if is_adapted:
         return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    kept = model.state_dict().keys()
+    kept = model.state_dict().keys()  # of the buffers; rotary frequencies, for instance, are made anew by every model
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return {**{name: weight.detach() for name, weight in model.named_parameters()}, **buffers}
 
@@ -184,6 +185,7 @@ def load_optimizer_parts(optimizer: Any, model: torch.nn.Module, folder: Path | 
     groups = [
         {**group, "params": current["params"]} for group, current in zip(saved["groups"], inner.state_dict()["param_groups"], strict=True)
     ]
+    # The groups alone: `load_state_dict` would cast the moments to their weights' dtype.
     inner.load_state_dict({"state": {}, "param_groups": groups})
     for group in inner.param_groups:
         for parameter in group["params"]:

@@ -85,10 +85,11 @@ class _Packer:
         import numpy as np
         import torch
 
+        # `type`, not `isinstance`: numpy's float64 is a float and an enum may be a str, and each has to come back as what it was.
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float:
-            return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}
+            return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}  # JSON has no word for NaN
         if isinstance(value, torch.Tensor):
             return {_TAG: "tensor", "name": self._tensor(value, place)}
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
@@ -109,6 +110,7 @@ class _Packer:
     def _dict(self, value: dict[Any, Any], place: str) -> Any:
         if all(type(key) is str for key in value) and _TAG not in value:
             return {key: self.pack(item, f"{place}.{key}") for key, item in value.items()}
+        # An optimizer's state is keyed by numbers, which JSON's keys would turn into texts.
         items = [[self.pack(key, f"{place} key"), self.pack(item, f"{place}.{key}")] for key, item in value.items()]
         return {_TAG: "dict", "items": items}
 
@@ -170,6 +172,7 @@ def _unpack_leaf(kind: str, value: dict[str, Any]) -> Any:
         if dtype.kind not in "biuf":
             raise ValueError(f"array of dtype {dtype}")
         array = np.frombuffer(base64.b64decode(value["base64"], validate=True), dtype=dtype).reshape(value["shape"])
+        # A copy, because what lies over the bytes of the file is read-only.
         return array.copy() if kind == "array" else array.reshape(()).item() if dtype.kind == "b" else array.reshape(())[()]
     if kind == "dtype":
         dtype_found = getattr(torch, value["value"])

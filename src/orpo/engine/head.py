@@ -213,7 +213,7 @@ def _called_by_chunks(hidden_ND: Tensor, module: nn.Module, job: HeadJob) -> tup
         return logits_CV.gather(1, target_C[:, None])[:, 0] - torch.logsumexp(logits_CV, 1)
 
     vocabulary = getattr(module, "out_features", None) or module.weight.shape[0]  # type: ignore[index]
-    size = max(1, job.budget_bytes // (int(vocabulary) * 4))
+    size = max(1, job.budget_bytes // (int(vocabulary) * 4))  # float32, whatever the module computes in
     target_N = job.batch.target_N
     pieces = [
         checkpoint(logps, hidden_ND[start : start + size], target_N[start : start + size], use_reentrant=False)
@@ -221,5 +221,6 @@ def _called_by_chunks(hidden_ND: Tensor, module: nn.Module, job: HeadJob) -> tup
     ]
     logp_N = torch.cat(pieces)
     evaluation = evaluate(job.objective, logp_N, job.batch.index)
+    # Of value zero; its gradient with respect to each log-probability is the objective's, which autograd then carries into the module.
     surrogate = (logp_N * evaluation.grad_N).sum()
     return evaluation.loss + surrogate - surrogate.detach(), logp_N.detach(), evaluation.sums

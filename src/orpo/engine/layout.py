@@ -61,6 +61,7 @@ class PackedLayout:
         A row of padding, behind the last segment, is a segment of itself.
         """
         padding = np.arange(self.num_rows, num_rows)
+        # The last column is an offset: a row's position is its place in the pack plus this, since positions go on behind the prefix.
         columns = np.array([(s.start, s.prefix_start, s.prefix_end, s.num_prefix - s.start) for s in self.segments]).T
         lengths = [s.end - s.start for s in self.segments]
         table = np.concatenate([np.repeat(columns, lengths, axis=1), np.stack([padding, padding, padding, -padding])], axis=1)
@@ -158,7 +159,7 @@ class PreferenceBatch:
         reference_R = index.reference_logp_sum_R
         return n, replace(
             index,
-            response_N=torch.where(response_N < 0, response_N, response_N - r.start),
+            response_N=torch.where(response_N < 0, response_N, response_N - r.start),  # negative: a token of the prompt
             nll_weight_N=index.nll_weight_N[n],
             num_tokens_R=index.num_tokens_R[r],
             chosen_B=index.chosen_B[b] - r.start,
@@ -202,6 +203,7 @@ class _Builder:
         self._segment(group.prompt_ids, np.arange(num_prompt), prefix=(prompt_start, prompt_start))
         if self.nll_scope == "sequence":
             rows = np.arange(prompt_start, prompt_start + num_prompt - 1)
+            # As if each winning answer stood behind a prompt of its own, which is what the padded rows of the paper are.
             self._predict(rows, group.prompt_ids[1:], response=-1, weight=float(sum(wins)))
         for ids, num_wins in zip(group.response_ids, wins, strict=True):
             start = self.num_rows
@@ -265,6 +267,7 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
         rejected_B=torch.from_numpy(pairs[:, 1].copy()),
         num_nll_tokens=float(sum(num_nll_tokens(group, nll_scope) for group in groups)),
         num_pairs=float(len(pairs)),
+        # None unless every answer has one: the sums of some would stand at the wrong answers.
         reference_logp_sum_R=torch.tensor(references, dtype=torch.float32) if len(references) == len(builder.lengths) else None,
     )
     return PreferenceBatch(

@@ -21,13 +21,14 @@ def pack(sizes: Sequence[int], *, num_ranks: int, max_rows: int, max_tokens: int
         [[0, 3], [2, 1]]
     """
     order = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
+    # An item above the limit fills a bin of its own; counted in full it would ask for bins that stay empty.
     num_tokens = sum(min(size, max_tokens) for size in sizes)
     per_rank = max(1, -(-len(sizes) // (num_ranks * max_rows)), -(-num_tokens // (num_ranks * max_tokens)))
     while True:
         bins = _fill(order, sizes, num_ranks * per_rank, max_rows)
         if all(len(content) <= 1 or sum(sizes[item] for item in content) <= max_tokens for content in bins):
             return sorted(bins, key=lambda content: -sum(sizes[item] for item in content))
-        per_rank += 1
+        per_rank += 1  # the bound above is of the sums; the items themselves may not part so evenly
 
 
 def _fill(order: Sequence[int], sizes: Sequence[int], num_bins: int, max_rows: int) -> list[list[int]]:

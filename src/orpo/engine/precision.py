@@ -86,6 +86,7 @@ class WorkingWeights:
     def _take(self, parameter: nn.Parameter) -> None:
         if not self._is_active:  # a backward of somebody else's, on the masters
             return
+        # Taken away from autograd, which would add the next micro-batch's to it in bf16.
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
@@ -163,7 +164,7 @@ class MasterAdamW(torch.optim.AdamW):
         masters = [parameter.data for parameter in parameters]
         torch._fused_adamw_(
             masters, [parameter.grad.float() for parameter in parameters],  # type: ignore[union-attr]
-            [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
+            [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,  # no amsgrad, hence no maxima
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
             amsgrad=False, maximize=group["maximize"], grad_scale=self._divisor(masters[0].device),
         )  # fmt: skip

@@ -104,8 +104,8 @@ def _head_installed(core: Any, job: HeadJob) -> Iterator[list[tuple[Tensor, Tens
         results.append(head_loss(hidden_states[0], module, job))
         return results[0][0].reshape(1, 1, 1).clone()  # not a view, of which FSDP2 warns at each start
 
-    module.forward = forward
+    module.forward = forward  # an attribute of this instance, which hides the class's method and hooks still surround
     try:
         yield results
     finally:
-        del module.forward
+        del module.forward  # and the class's own is found again

@@ -38,6 +38,8 @@ class StepTold:
 
 def ask(loss: Tensor, grad_norm: Tensor, nll: Tensor, *, signum: int, ranks: Ranks) -> StepTold:
     """Bring a step's numbers to the host: one reduction where there are several ranks, and one synchronisation."""
+    # One maximum serves all three: a signal that reached one rank must stop every rank after the same step, and the lowest loss is the
+    # highest of the negated ones.
     highest = torch.stack(
         [
             (~torch.isfinite(loss)).double(),
@@ -77,6 +79,7 @@ class GradientMixin(ScalingMixin):
         self.unscale_gradients()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         signum = 0 if self._signals is None else self._signals.guard.pending
+        # ZeRO keeps gradients in buffers of its own; the parameters have none.
         norm = norm_of(gradients) if self.zero is None else torch.tensor(self.zero.norm(), dtype=torch.float64)
         self.told = told = ask(loss, norm.to(loss.device), self.sums.newest_nll(), signum=signum, ranks=self.ranks)
         self._grad_norm = told.grad_norm
@@ -86,7 +89,7 @@ class GradientMixin(ScalingMixin):
         is_fine = self.nonfinite.check(
             step=self.state.global_step + 1,
             loss=told.loss,
-            grad_norm=0.0 if is_overflow else told.grad_norm,
+            grad_norm=0.0 if is_overflow else told.grad_norm,  # an overflow in fp16 is the scaler's to mend, and no fault of the rows
             groups=inputs.groups,
             logp_sums=response_sums(inputs, logps),
             is_bad_elsewhere=told.has_bad_loss,
@@ -96,6 +99,7 @@ class GradientMixin(ScalingMixin):
             if self.zero is not None:
                 self.zero.drop()
         elif self.zero is None and not is_overflow and 0 < self.args.max_grad_norm < told.grad_norm:
+            # The 1e-6 is torch's own (`clip_grad_norm_`), so that a clipped step equals transformers'.
             self._scale_gradients(gradients, self.args.max_grad_norm / (told.grad_norm + 1e-6))
 
     def _scale_gradients(self, gradients: list[Tensor], scale: float) -> None:

@@ -112,16 +112,18 @@ class StepSampler:
         """int64, the rows of the current epoch in training order, each exactly once."""
         if self.seed is None:
             return np.arange(len(self.sizes))
+        # A product and not a sum: epoch 1 of seed 0 would be epoch 0 of seed 1.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         return torch.randperm(len(self.sizes), generator=generator).numpy()
 
     def plan(self, rows: Sequence[int]) -> StepPlan:
         """Cut the rows of a step into micro-batches, and take this rank's."""
         bins = pack(self.sizes[list(rows)].tolist(), num_ranks=self.world_size, max_rows=self.max_rows, max_tokens=self.max_tokens)
-        own = bins[self.rank :: self.world_size]
+        own = bins[self.rank :: self.world_size]  # fullest first, so what is dealt out in turn weighs alike
         counted = slice(None) if self.normalise_over_all else list(rows)
         return StepPlan(
             microbatches=tuple(tuple(rows[item] for item in sorted(content)) for content in own),
+            # Every rank has to enter every collective, so one without rows runs the cheapest of the step for nothing.
             filler=min(rows, key=lambda row: int(self.sizes[row])),
             rows=tuple(rows),
             num_nll_tokens=int(self.nll_tokens[counted].sum(dtype=np.int64)),
@@ -191,6 +193,7 @@ class EpochCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % max(len(self.trainer.train_sampler), 1) == 0 or state.global_step >= state.max_steps:
+            # Only ever switched on: a callback before this one may have asked for the same.
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
             control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
             control.should_save |= args.save_strategy == SaveStrategy.EPOCH
@@ -198,4 +201,5 @@ class EpochCallback(TrainerCallback):
             control.should_log |= args.logging_strategy == IntervalStrategy.STEPS
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # All of it was done at the epoch's last step; transformers sets these again here.
         control.should_log = control.should_evaluate = control.should_save = False
