@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from orpo.errors import UserError
-from orpo.onpolicy.verifier import Verifier
+from orpo.onpolicy.verifier import START_S, Verifier
 
 HOSTILE = """
 import os, signal, subprocess, sys, time, ctypes
@@ -102,11 +103,27 @@ def test_calls_that_our_own_end_cuts_short_have_no_outcome(hostile: Path) -> Non
         found[f"{answers[number]}{number}"] = outcome
         raise KeyboardInterrupt
 
+    began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        Verifier(f"{hostile}:check", time_s=60.0, num_workers=3).call(
+        Verifier(f"{hostile}:check", time_s=600.0, num_workers=3).call(
             [{"prompt": "", "answer": one, "row": {}} for one in answers[1:]], done
         )
     assert [outcome for outcome in found.values() if "failed" in outcome] == []
+    assert time.monotonic() - began_s < START_S, "nobody waits for a call, or for a start, that has been cut short"
+
+
+@pytest.mark.parametrize("num", [1, 2, 8])
+def test_an_end_at_any_moment_of_a_start_is_an_end(hostile: Path, num: int) -> None:
+    """The first outcome ends it while the other processes are being started."""
+
+    def done(number: int, outcome: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    began_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Verifier(f"{hostile}:check", time_s=600.0, num_workers=num).call([{"prompt": "", "answer": "good", "row": {}}] * num * 2, done)
+    assert time.monotonic() - began_s < START_S
+    assert not [one for one in threading.enumerate() if one.name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from orpo.errors import UserError
 _CHILD = Path(__file__).with_name("checkchild.py")
 START_S = 120.0
 """For the imports of the user's file."""
+_LOOK_S = 0.5
 GRACE_S = 10.0
 """Beyond the limit of a call: what the process that watches it may take. After that it is gone itself."""
 _MOST_LINE = 4 << 20
@@ -73,7 +74,7 @@ class Verifier:
         try:
             worker.start()
         finally:
-            worker.stop()
+            worker.kill()
 
     def call(self, requests: Sequence[dict[str, Any]], done: Callable[[int, dict[str, Any]], None]) -> None:
         """Call it on every request (`prompt`, `answer`, `row`); `done` gets each number with {"score": …} or {"failed": why}.
@@ -89,7 +90,7 @@ class Verifier:
             if stopped.is_set():
                 return
             if not hasattr(local, "worker"):
-                local.worker = _Worker(self)
+                local.worker = _Worker(self, stopped)
                 workers.append(local.worker)
             outcome = local.worker.ask(requests[number])
             with lock:
@@ -106,24 +107,29 @@ class Verifier:
             for worker in workers:  # a thread that waits for one sees its end
                 worker.stop()
             pool.shutdown(wait=True, cancel_futures=True)
+            for worker in workers:
+                worker.kill()
 
 
 class _Worker:
     """One process that holds the user's file, and is started again when it dies."""
 
-    def __init__(self, verifier: Verifier) -> None:
-        self.verifier = verifier
+    def __init__(self, verifier: Verifier, stopped: threading.Event | None = None) -> None:
+        self.verifier, self.stopped = verifier, stopped or threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
-        self.is_stopped = False
         self._left = b""
+        self._starting = threading.Lock()
 
     def start(self) -> None:
         verifier = self.verifier
         command = [sys.executable, str(_CHILD), str(verifier.path), verifier.function, str(verifier.time_s), str(verifier.memory_mib)]
         # A group of its own: Ctrl-C is for us, and a kill reaches whatever it has started.
-        self.process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
-        )
+        with self._starting:
+            if self.stopped.is_set():
+                return
+            self.process = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
+            )
         self._left = b""
         said = self._line(START_S)
         if said is None or "ready" not in said:
@@ -158,8 +164,11 @@ class _Worker:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._left:
                 left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left) or len(self._left) > _MOST_LINE:
+                if left <= 0 or self.stopped.is_set() or len(self._left) > _MOST_LINE:
                     return None
+                # By pieces: what a call has left running may hold the pipe open after the process that is asked has been killed.
+                if not selector.select(min(left, _LOOK_S)):
+                    continue
                 part = os.read(process.stdout.fileno(), 65536)
                 if not part:
                     return None
@@ -184,4 +193,9 @@ class _Worker:
                     pipe.close()
 
     def stop(self) -> None:
-        self.kill()
+        """From another thread: end the process. Its pipes are left to the thread that waits at them, which a closed one never wakes."""
+        with self._starting:
+            process = self.process
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
