@@ -26,6 +26,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return throughput, throughput_worker, scaling
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_both_trainers_take_steps_in_turn(tmp_path: Path) -> None:
     pytest.importorskip("trl")

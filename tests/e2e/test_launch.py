@@ -156,22 +156,23 @@ def test_a_launch_without_a_flag_for_it_is_one_training(words: tuple[str, ...], 
     ],
     ids=["torchrun", "num_processes", "accelerate"],
 )
-def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read(words: tuple[str, ...], desk: Desk) -> None:
+def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read(
+    words: tuple[str, ...], desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, text = desk.type(*words)
     assert code == 0, text
     assert text.count("processes    2, gloo, fsdp2") == 1, text
     desk.assert_one_training(text, weights="adapter/adapter_model.safetensors" if "--use_peft" in words else "model/model.safetensors")
     assert (desk.run / "checkpoint-4" / "sharded").is_dir()
     # The checkpoint of the last step, in parts, is the same model.
+    monkeypatch.chdir(desk.folder)
     for name in ("run", "run/checkpoint-4"):
-        code, text = desk.type(str(BIN / "orpo"), "export", name, "--out", f"plain-{Path(name).name}")
-        assert code == 0, text
+        assert main(["export", name, "--out", f"plain-{Path(name).name}"]) == 0
     one, other = (load_file(desk.folder / f"plain-{name}" / "model.safetensors") for name in ("run", "checkpoint-4"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     if "torchrun" not in words[0]:
-        code, text = desk.type(str(BIN / "orpo"), "eval", "run/checkpoint-4", "--data", "rows.jsonl", "--tasks", "pairs")
-        assert code == 0, text
+        assert main(["eval", "run/checkpoint-4", "--data", "rows.jsonl", "--tasks", "pairs"]) == 0
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from adapted import adapt
 from llamacpp import LlamaCpp, serving
 from llamaquantize import find_library
+from orpo.cli import main
 from orpo.errors import UserError
 from orpo.models import gguf_convert
 from orpo.models.export import export_gguf
@@ -273,13 +273,14 @@ def test_the_converter_has_no_network_and_runs_no_foreign_code(tmp_path: Path) -
         (["--converter", "nowhere.py"], "there is no converter"),
     ],
 )
-def test_what_is_missing_is_named(flags: list[str], message: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     build_tiny_model("qwen2", vocab_size=384).save_pretrained(tmp_path / "model")
     build_tiny_tokenizer().save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "orpo", "export", str(tmp_path / "model"), "--to", "gguf", "--out", str(tmp_path / "m.gguf"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": "/nowhere"}, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(tmp_path / "m.gguf"), *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "m.gguf").exists()
 
 

@@ -81,9 +81,7 @@ def call(verifier: Verifier, answers: list[str], row: dict[str, Any]) -> dict[st
 def test_hostile_calls_fail_alone(hostile: Path, tmp_path: Path) -> None:
     orphan = tmp_path / "orphan"
     answers = ["good", *FAILURES, "print", "bad", "row", "orphan", "good again"]
-    began_s = time.monotonic()
     found = call(Verifier(f"{hostile}:check", time_s=2.0, memory_mib=200, num_workers=4), answers, {"points": 2.5, "file": str(orphan)})
-    assert time.monotonic() - began_s < 60
     assert sorted(found) == sorted(answers)
     for answer, words in FAILURES.items():
         if words is not None:

@@ -36,10 +36,10 @@ def _short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["loops", "one long operation", "recursion"],
 )
 def test_a_template_that_does_not_end_is_stopped_and_named(hostile: str) -> None:
-    started_s = time.monotonic()
+    started_s = time.process_time()
     with pytest.raises(DataError, match="chat template given as text ran longer than") as caught:
         TemplateEncoder(build_tokenizer(), chat_template=hostile + CHATML)
-    assert time.monotonic() - started_s < 20
+    assert time.process_time() - started_s < 20
     assert caught.value.exit_code == EXIT_USER
     assert "chat_template" in str(caught.value)
 

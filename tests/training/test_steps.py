@@ -77,9 +77,9 @@ def test_a_row_above_the_limit_has_a_micro_batch_of_its_own() -> None:
 def test_a_whole_evaluation_set_is_packed_in_no_time() -> None:
     """Looking at every bin for every row took 23 s for these."""
     sizes = np.minimum(np.random.default_rng(0).lognormal(5.5, 0.8, 5000).astype(int) + 20, 2048).tolist()
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     pack(sizes, num_ranks=1, max_rows=8, max_tokens=1024)
-    assert time.perf_counter() - start_s < 3
+    assert time.process_time() - start_s < 3
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------------------------
