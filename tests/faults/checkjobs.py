@@ -1,4 +1,4 @@
-"""`orpo check` and then `orpo train` on one configuration, as a job of the zygote: what is ready must run."""
+"""`orpo check` and then `orpo train` on one configuration, or `orpo train` alone, as a job of the zygote."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def agree(config: str, outcome: str) -> None:
     if codes["check"] == 0:
         codes["train"] = _call("train", config)
     Path(outcome).write_text(json.dumps(codes))
+    os._exit(0)
+
+
+def train(config: str, outcome: str) -> None:
+    """Write the exit code of `orpo train` on a configuration, as `agree` does."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(BUDGET_S)
+    os.chdir(Path(config).parent)
+    Path(outcome).write_text(json.dumps(_call("train", config)))
     os._exit(0)
 
 
