@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
     # Looked for in what a run writes (tests/security/test_run_folder.py).
     "HF_TOKEN": TOKEN,
     "WANDB_API_KEY": TOKEN,

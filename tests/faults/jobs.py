@@ -17,12 +17,20 @@ from orpo.data.types import TokenGroup, Where
 
 
 def import_all() -> None:
-    """What a run imports, once for all forks."""
+    """What a run imports, and what transformers makes at the first save of a process, once for all forks."""
+    import importlib.util
+    import tempfile
+
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import orpo.training.trainer  # noqa: F401
-    import tinymodels  # noqa: F401
+    from tinymodels import build_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        build_tiny_model("llama", num_layers=1).save_pretrained(folder)
+    if importlib.util.find_spec("deepspeed"):  # seconds at every start
+        import deepspeed  # noqa: F401
 
 
 def mark(text: str) -> None:
@@ -57,10 +65,12 @@ def train(
     kill_after: str | None = None,
     slow_eval_s: float = 0.0,
     slow_save_s: float = 0.0,
+    slow_publish_s: float = 0.0,
     slow_rows_s: float = 0.0,
     trouble: str | None = None,
     trouble_rank: int | None = None,
     anew: bool = False,
+    tells_stages: bool = False,
     push_at_end: bool = False,
     num_rows: int = 22,
     options: dict[str, Any] | None = None,
@@ -72,11 +82,12 @@ def train(
         engine, lora: what to train with.
         kill_at: SIGKILL this process at its n-th file operation (see `die_at`).
         kill_after: SIGKILL it as soon as something has been renamed to this (`checkpoint-6`).
-        slow_eval_s, slow_save_s, slow_rows_s: time to add to each evaluated micro-batch, before each file is synced, and to each row that
-            is prepared, so that a signal hits there.
+        slow_eval_s, slow_save_s, slow_publish_s, slow_rows_s: time to add to each evaluated micro-batch, before each file is synced, after
+            each renaming, and to each row that is prepared, so that a signal hits there.
         trouble: something to go wrong in the model, a key of `TROUBLES`.
         trouble_rank: the rank that has the trouble; None for all.
         anew: do not resume.
+        tells_stages: mark when loading, training, saving and publishing begin and a save is over, not the steps alone.
         push_at_end: call `push_to_hub()` after training, as scripts do.
         num_rows: training rows; 22 rows in steps of 4 leave a ragged tail.
         options: more fields of ORPOConfig.
@@ -90,8 +101,10 @@ def train(
         die_at(kill_at)
     if kill_after is not None:
         die_after(kill_after)
-    if slow_save_s:
-        _slow("sync_file", slow_save_s)
+    if slow_save_s or tells_stages:
+        _slow("sync_file", "saving", slow_save_s)
+    if slow_publish_s or tells_stages:
+        _slow("rename", "publishing", slow_publish_s)
     defaults: dict[str, Any] = {
         "max_steps": 14, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3, "logging_steps": 2,
         "eval_steps": 4, "eval_strategy": "steps", "save_total_limit": 2, "learning_rate": 3e-3, "warmup_steps": 2, "report_to": "none",
@@ -112,8 +125,11 @@ def train(
             _slow_evaluation(trainer, slow_eval_s)
         if trouble is not None and trouble_rank in (None, trainer.ranks.rank):
             TROUBLES[trouble](trainer)
-        _tell_steps(trainer)
-        trainer.train(resume_from_checkpoint=True if find_newest(run_dir) and not anew else None)
+        _tell_steps(trainer, tells_stages=tells_stages)
+        is_resumed = find_newest(run_dir) is not None and not anew
+        if is_resumed and tells_stages:
+            mark("loading")
+        trainer.train(resume_from_checkpoint=True if is_resumed else None)
         if push_at_end:
             trainer.push_to_hub()
     found = digests(trainer)  # of a sharded run by all ranks together
@@ -123,6 +139,9 @@ def train(
 
 def digests(trainer: Any) -> dict[str, str]:
     """sha256 of each weight and of the optimizer state, which a run that was complete at its start does not load."""
+    if trainer.zero is not None:
+        found = {name: _sha(weight) for name, weight in trainer.zero.weights()}
+        return found | {f"optimizer {name} {key}": _sha(value) for name, key, value in trainer.zero.moments()}
     found = {name: _sha(tensor) for name, tensor in trainer.model.state_dict().items()}
     for index, state in enumerate(trainer.optimizer.state_dict()["state"].values() if trainer.optimizer is not None else []):
         found |= {f"optimizer {index} {key}": _sha(value) for key, value in state.items()}
@@ -189,15 +208,18 @@ def die_after(name: str) -> None:
     fs.rename = rename
 
 
-def _slow(operation: str, seconds: float) -> None:
+def _slow(operation: str, text: str, seconds: float) -> None:
+    """Mark each call of a file operation, and wait before and after it."""
     from orpo.system import files as fs
 
     real = getattr(fs, operation)
 
     def call(*arguments: Any) -> None:
-        mark("saving")
+        mark(text)
         time.sleep(seconds)
         real(*arguments)
+        if operation == "rename":
+            time.sleep(seconds)
 
     setattr(fs, operation, call)
 
@@ -378,7 +400,7 @@ TROUBLES = {
 }
 
 
-def _tell_steps(trainer: Any) -> None:
+def _tell_steps(trainer: Any, *, tells_stages: bool) -> None:
     from transformers import TrainerCallback
 
     class Tell(TrainerCallback):
@@ -388,4 +410,11 @@ def _tell_steps(trainer: Any) -> None:
         def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
             mark("train end")
 
-    trainer.add_callback(Tell())
+    class TellStages(Tell):
+        def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+            mark("training")
+
+        def on_save(self, *arguments: Any, **keywords: Any) -> None:
+            mark("saved")
+
+    trainer.add_callback(TellStages() if tells_stages else Tell())

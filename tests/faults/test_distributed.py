@@ -118,11 +118,14 @@ def test_bad_numbers_on_one_rank_stop_both_before_the_step(trouble: str, pair: P
 
 
 def test_uneven_rows_neither_hang_nor_count_twice(forks: Zygote, pair: Pair, tmp_path: Path) -> None:
+    assert_uneven_rows_count_once(forks, pair, tmp_path / "alone")
+
+
+def assert_uneven_rows_count_once(forks: Zygote, pair: Pair, alone: Path) -> None:
     """11 rows in steps of 8 and an evaluation of 5, on two ranks and on one with the same rows per step."""
     options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1}
     assert [end.status for end in pair.train(num_rows=11, options=options)] == [0, 0], pair.text()
-    alone = tmp_path / "alone"
-    log = tmp_path / "alone.log"
+    log = alone.with_suffix(".log")
     assert forks.run("train", log, run_dir=str(alone), num_rows=11, options={**options, "gradient_accumulation_steps": 4}) == 0
     two, one = jobs.metrics(pair.run), jobs.metrics(alone)
     assert [line["step"] for line in two] == [line["step"] for line in one]

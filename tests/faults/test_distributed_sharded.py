@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,30 +11,41 @@ from typing import Any
 import pytest
 
 from faults.forked import Exit, Finished, Zygote
-from faults.test_distributed import Pair
+from faults.test_distributed import Pair, assert_uneven_rows_count_once
 from orpo.checkpoint import verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 SLOW = pytest.mark.slow
+ZERO = [SLOW, pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")]
 
 
 class ShardedPair(Pair):
-    """A run of two ranks with FSDP2."""
+    """A run of two ranks with FSDP2 or ZeRO."""
+
+    kind = "fsdp2"
 
     def train(self, *, act: Callable[[list[int]], None] | None = None, **arguments: Any) -> list[Exit]:
-        options = {**arguments.pop("options", {}), "parallelism": "fsdp2"}
+        options = {**arguments.pop("options", {}), "parallelism": self.kind}
         return super().train(act=act, options=options, **arguments)
 
 
+@pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def pair(forks: Zygote, tmp_path: Path) -> ShardedPair:
-    return ShardedPair(forks, tmp_path)
+def pair(kind: str, forks: Zygote, tmp_path: Path) -> ShardedPair:
+    pair = ShardedPair(forks, tmp_path)
+    pair.kind = kind
+    return pair
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def uninterrupted(kind: str, forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     pair = ShardedPair(forks, tmp_path_factory.mktemp("reference"))
+    pair.kind = kind
     assert [end.status for end in pair.train()] == [0, 0], pair.text()
     return Finished(pair.run)
 
@@ -81,8 +93,8 @@ def test_a_rank_that_cannot_save_stops_all_and_nothing_is_published(rank: int, p
 
 
 def test_bad_numbers_on_one_rank_stop_both_before_the_step(pair: ShardedPair) -> None:
-    """A weight that one rank alone holds is in everybody's forward pass."""
-    ends = pair.train(trouble="nan weight", trouble_rank=1)
+    """A weight that one rank alone holds is in everybody's forward pass; of ZeRO the gradient that one rank alone has is in the sum."""
+    ends = pair.train(trouble="nan weight" if pair.kind == "fsdp2" else "inf gradient", trouble_rank=1)
     assert [end.status for end in ends] == [3, 3], pair.text()
     stops = [next(line for line in pair.text(rank).splitlines() if "GuardStop" in line) for rank in range(2)]
     assert stops[0] == stops[1]
@@ -91,9 +103,8 @@ def test_bad_numbers_on_one_rank_stop_both_before_the_step(pair: ShardedPair) ->
 
 
 @SLOW
-def test_uneven_rows_neither_hang_nor_count_twice(pair: ShardedPair) -> None:
-    options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1}
-    assert [end.status for end in pair.train(num_rows=11, options=options)] == [0, 0], pair.text()
+def test_uneven_rows_neither_hang_nor_count_twice(forks: Zygote, pair: ShardedPair, tmp_path: Path) -> None:
+    assert_uneven_rows_count_once(forks, pair, tmp_path / "alone")
 
 
 @SLOW

@@ -90,15 +90,6 @@ def test_the_same_number_of_processes_gives_the_same_bits_and_nothing_is_pickled
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])
-def test_bad_numbers_stop_before_the_step(kind: str, forks: Zygote, tmp_path: Path) -> None:
-    pair = Pair(forks, tmp_path)
-    ends = pair.train(trouble="inf gradient", trouble_rank=1, options={"parallelism": kind})
-    assert [end.status for end in ends] == [3, 3], pair.text()
-    assert "GuardStop: step 5" in pair.text(0)
-    assert pair.step() == 3
-
-
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
 def test_steps_that_are_skipped_move_no_weight(kind: str, forks: Zygote, tmp_path: Path) -> None:
     found = {}
     for spread in ("ddp", kind):
