@@ -9,7 +9,7 @@ import pytest
 
 from orpo.config import compat
 from orpo.config.values import members
-from orpo.errors import UserErrors
+from orpo.errors import UserError, UserErrors
 from orpo.run.config import resolve
 from orpo.run.keys import key_types
 
@@ -197,6 +197,9 @@ IDLE = {
     "accelerator_config: {split_batches: true}": "accelerator_config has no effect",
     "label_names: [labels]": "label_names has no effect",
     "include_for_metrics: [loss]": "include_for_metrics has no effect",
+    "ddp_timeout: 60": "ddp_timeout has no effect without several processes",
+    "save_on_each_node: true": "save_on_each_node has no effect without several processes",
+    "disable_tqdm: true": "disable_tqdm has no effect on a command",
 }
 
 
@@ -228,3 +231,8 @@ def test_settings_of_checkpointing_that_nobody_knows(key: str, write) -> None:
     assert f"{key}: unknown setting 'use_reentrnat'" in problems_of(write(f"gradient_checkpointing: true\n{key}: {{use_reentrnat: 1}}\n"))
     assert "did you mean 'use_reentrant'?" in problems_of(None, f"--{key}", "use_reentrnat=true", "--gradient_checkpointing")
     resolve(write(f"gradient_checkpointing: true\n{key}: {{use_reentrant: false}}\n"))
+
+
+def test_a_backend_that_this_machine_has_no_use_for_is_named_with_one_process_too(write) -> None:
+    with pytest.raises(UserError, match="ddp_backend: found 'nccl', and there is no accelerator"):
+        resolve(write("ddp_backend: nccl\nuse_cpu: true\n")).training_args()

@@ -135,7 +135,7 @@ class TemplateEncoder:
                 result = self._settle(draft, None)
             else:
                 ids = [self._prefix_ids + next(batch) for _ in draft.texts]
-                self._verify(draft, ids[1:])
+                self._verify(draft, ids[1:])  # not the first, the prompt: whole conversations are what transformers renders
                 result = self._settle(draft, ids)
             if self.is_strict and isinstance(result, Dropped):
                 raise unusable_row(result)
@@ -269,6 +269,7 @@ class TemplateEncoder:
         if self.truncation == "drop" and max(prompt_chars, *answer_chars) > most:
             reason = "prompt_too_long" if prompt_chars > most else "too_long"
             return Dropped(reason, preference.where, f"{max(prompt_chars, *answer_chars)} characters")
+        # A lone surrogate comes in by a JSON escape and cannot be encoded; the tokenizer would raise for the whole batch.
         if not is_unicode(strings_of([preference.prompt, preference.responses, preference.tools])):
             return Dropped("invalid_text", preference.where, "a lone surrogate")
         texts = self._texts_for(preference.chat_template_kwargs)
@@ -300,6 +301,7 @@ class TemplateEncoder:
         if not self._is_fast:
             return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         backend = self.tokenizer.backend_tokenizer
+        # What a tokenizer's file or a call before has set would go on to hold here: the backend is one object, shared with its wrapper.
         backend.encode_special_tokens = False
         if backend.truncation is not None:
             backend.no_truncation()
@@ -316,7 +318,7 @@ class TemplateEncoder:
         for conversation, ids in zip(draft.conversations, full_ids, strict=False):
             self._num_to_verify -= 1
             expected = texts.render.reference_ids(conversation, draft.preference.tools)
-            if expected[: len(ids)] != ids:
+            if expected[: len(ids)] != ids:  # ours end at the terminator; a template may print more behind it
                 raise OrpoError(f"{draft.preference.where}: ids differ from those of apply_chat_template(tokenize=True)")
 
     # Ids to a group.
@@ -346,6 +348,7 @@ class TemplateEncoder:
     def _fit_lengths(self, draft: TurnDraft, joined: Joined) -> Joined | Dropped:
         """The length contract, decided once for the group."""
         num_prompt, longest = len(joined.prompt_ids), max(map(len, joined.responses))
+        # At exactly `max_length` no token of an answer would be left.
         is_long_prompt = num_prompt >= self.max_length or num_prompt > (self.max_prompt_length or num_prompt)
         if not is_long_prompt and num_prompt + longest <= self.max_length:
             return joined

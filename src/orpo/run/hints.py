@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orpo.errors import UserError
+from orpo.system.place import read_place
 
 _VARIABLE = re.compile(r"\$\{\w+\}|\$[A-Za-z_]\w*|%[A-Za-z_]\w*%")
 _PLACES = (
@@ -58,6 +59,10 @@ _EVALUATION_ROWS = ("eval_fraction", "dataset_test_split", "eval_dataset_name")
 _OF_EVALUATIONS = ("per_device_eval_batch_size", "eval_on_start", "metric_for_best_model", "greater_is_better")
 _OF_THE_HUB = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 _OF_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+_OF_SEVERAL_PROCESSES = (
+    *("ddp_backend", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout"),
+    *("log_level_replica", "log_on_each_node", "save_on_each_node"),
+)
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 """Schedules that transformers makes without a warm-up."""
 _SWITCHES: list[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]] = [
@@ -77,6 +82,7 @@ _SWITCHES: list[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]
     (_OF_THE_HUB, _is("push_to_hub", True), "without `push_to_hub: true`"),
     (_OF_TRACKIO, lambda values: "trackio" in str(values.get("report_to")), "without `report_to: trackio`"),
     (("warmup_steps",), lambda values: str(_name(values.get("lr_scheduler_type"))) not in _WITHOUT_WARMUP, "with that lr_scheduler_type"),
+    (_OF_SEVERAL_PROCESSES, lambda values: not _is_alone(values), "without several processes"),
     (("early_stopping_threshold",), lambda values: values.get("early_stopping_patience") is not None, "without early_stopping_patience"),
 ]
 """(options, whether they have an effect, why they have none)."""
@@ -90,7 +96,16 @@ def notes_without_switch(values: Mapping[str, Any], given: set[str]) -> list[str
         idle = [key for key in keys if key in given and values[key] not in (None, False)]
         if idle and not is_on(values):
             notes.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {why}")
+    if "disable_tqdm" in given:
+        notes.append("disable_tqdm has no effect on a command, which has a progress line of its own; in Python it is transformers'")
     return notes + _notes_of_local_places(values, given)
+
+
+def _is_alone(values: Mapping[str, Any]) -> bool:
+    try:
+        return read_place(os.environ).world_size == 1
+    except UserError:  # told when the processes meet
+        return False
 
 
 def _notes_of_local_places(values: Mapping[str, Any], given: set[str]) -> list[str]:

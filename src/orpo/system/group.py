@@ -42,6 +42,10 @@ def join(*, use_cpu: bool, backend: str | None, timeout_s: float) -> bool:
 
     place = adopt(os.environ)
     group_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if backend not in (None, "gloo", "mpi") and (use_cpu or not _has_accelerator()):
+        raise UserError(
+            f"found {backend!r}, and there is no accelerator to use it on", where="ddp_backend", mend="leave it out: gloo is chosen"
+        )
     if max(place.world_size, group_size) == 1:
         return use_cpu
     if dist.is_initialized() or (not use_cpu and _has_accelerator()):
@@ -50,10 +54,6 @@ def join(*, use_cpu: bool, backend: str | None, timeout_s: float) -> bool:
             return False
         require_group(group_size, place)
         return use_cpu or not _has_accelerator()
-    if backend not in (None, "gloo", "mpi"):
-        raise UserError(
-            f"found {backend!r}, and there is no accelerator to use it on", where="ddp_backend", mend="leave it out: gloo is chosen"
-        )
     _meet(place, timeout_s, min(timeout_s, JOIN_S))
     return True
 

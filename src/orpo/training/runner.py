@@ -273,9 +273,10 @@ def describe_schedule(trainer: ORPOTrainer) -> str:
     steps = args.max_steps if args.max_steps > 0 else -(-len(sampler) * args.num_train_epochs // 1)
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     objective = trainer.training_objective
+    recomputed = ", activations recomputed" if args.gradient_checkpointing is True else ""
     return (
         f"{steps:g} steps of {sampler.rows_per_step} rows, {trainable / 1e6:,.1f} M weights trained, {args.compute_dtype}, "
-        f"{kind_of(objective).describe(objective)}, learning rate {args.learning_rate:g}"
+        f"{kind_of(objective).describe(objective)}, learning rate {args.learning_rate:g}{recomputed}"
     )
 
 

@@ -81,6 +81,7 @@ def prompt_budgets(
     share = most if max_prompt_length is not None else min(most, max(max_length // 2, max_length - longest_tokens))
     if prompt_tokens <= share:
         return []
+    # A middle step: from the share to all that there is would give up more of the answers than headers need.
     return sorted({min(budget, prompt_tokens) for budget in (share, (share + most) // 2, most)})
 
 
@@ -135,7 +136,7 @@ def _first_fitting(candidates: Sequence[list[Message]], budget: int, measure: Me
 
 def _cut_longest(messages: list[Message], num_lead: int, budget: int, policy: str, measure: Measure, spans: Spans) -> list[Message] | None:
     """The longest message of the last turn cut from one side until the prompt fits; None if nothing of it would be left."""
-    is_prefill = messages[-1]["role"] == "assistant"
+    is_prefill = messages[-1]["role"] == "assistant"  # the beginning of the answer itself, of which nothing may go
     choices = range(num_lead, len(messages) - is_prefill)
     if not choices:
         return None
@@ -145,6 +146,7 @@ def _cut_longest(messages: list[Message], num_lead: int, budget: int, policy: st
     num_kept = len(tokens)
     excess = measure(messages) - budget
     while excess > 0:
+        # The tokens of a text alone are not those of the rendered prompt, so a cut is measured, and made again if it was too small.
         num_kept -= excess
         if num_kept < 1:
             return None

@@ -87,7 +87,7 @@ def _load(text: str, where: Where) -> Any:
         return Dropped("wrong_type", where, "nested too deeply")
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, which Python refuses to convert (sys.set_int_max_str_digits)
         return Dropped("wrong_type", where, str(error).split(";")[0])
 
 
@@ -122,7 +122,7 @@ def read_json_lines(open_file: Opener, name: str, max_row_bytes: int) -> Iterato
 def _lines(stream: BinaryIO, name: str, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """(1-based number, bytes) of each line; None in place of the bytes of a line that is too long."""
     number = 0
-    while raw := stream.readline(max_bytes + 2):
+    while raw := stream.readline(max_bytes + 2):  # two more for the line's end, which counts for nothing
         number += 1
         if number == 1:
             raw = raw.removeprefix(BOM)
@@ -142,7 +142,7 @@ class _Window:
         self.name = name
         self.text, self.position, self.is_complete = "", 0, False
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # keeps the first half of a character that a chunk cuts in two
         self._mark, self._line, self._column = 0, 1, 1
         self._is_first = True
 
@@ -226,6 +226,7 @@ def _element(window: _Window, where: Where, max_row_bytes: int) -> Any:
     while True:
         try:
             value, end = decoder.raw_decode(window.text, window.position)
+            # "12" at the end of what was read may be the beginning of "123", which is valid JSON too.
             is_whole = end + _NUMBER_TAIL < len(window.text) or window.is_complete
         except json.JSONDecodeError as error:
             is_whole = False

@@ -107,6 +107,7 @@ class TokenCache:
             return found, True
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock(key, wait):
+            # Asked again: whoever held the lock may have written it meanwhile.
             if (found := self.find(key)) is not None:
                 return found, True
             self._sweep(key)
@@ -145,7 +146,7 @@ class TokenCache:
                 continue
             with suppress(OSError, Timeout):
                 if match[1] == key:
-                    fs.remove_tree(path)
+                    fs.remove_tree(path)  # of this key we hold the lock ourselves
                 else:
                     with FileLock(self.folder / f"{match[1]}.lock", blocking=False):
                         fs.remove_tree(path)

@@ -123,7 +123,7 @@ class WindowedGroups:
                 digest, before = fingerprint(window.groups), self.report.to_state()
                 if position.window and digest != position.window:
                     raise _changed(position)
-                if pass_number == 0:
+                if pass_number == 0:  # each row counts once, however often it is trained on
                     self.report.forget_duplicates()
                     self.report.merge(window.report)
                 num_groups += len(window.groups)
@@ -145,6 +145,7 @@ class WindowedGroups:
 
     def order(self, pass_number: int, start: int, num_groups: int) -> list[int]:
         """The order of a window's groups."""
+        # From a list: each number is mixed in by itself, where a sum would give neighbours the same order.
         return np.random.default_rng([self.seed, pass_number, start]).permutation(num_groups).tolist()
 
     def _windows(self, start: int, means: Means) -> Iterator[_Window]:
@@ -154,7 +155,7 @@ class WindowedGroups:
         if first is not None and start == 0:
             yield first  # known already
             start = first.num_rows
-        for _ in itertools.islice(rows, start):
+        for _ in itertools.islice(rows, start):  # a source of which nothing is known but that it gives rows in order
             pass
         groups, report = [], DataReport()
         for part, some in encode_all(_aligned(rows, self.window_rows), self._encoder, means, self._set_aside):
