@@ -324,14 +324,16 @@ def test_the_batch_script_is_one_that_bash_reads() -> None:
     subprocess.run(["bash", "-n", str(LAUNCH / "slurm.sbatch")], check=True)
 
 
-def test_accelerate_that_starts_one_of_several_is_stopped(desk: Desk) -> None:
+def test_accelerate_that_starts_one_of_several_is_stopped(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It sets an address to meet at, and no more, when it has no GPUs to start processes for."""
-    code, text = desk.type(
-        sys.executable, "-m", "orpo", "train", "run.yaml",
-        ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
-    )  # fmt: skip
-    assert code == 2, text
-    assert "orpo train --num_processes N" in text
+    monkeypatch.chdir(desk.folder)
+    names = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "run.yaml"]) == 2
+    assert "orpo train --num_processes N" in capsys.readouterr().err
 
 
 # ---- the rules, without processes

@@ -14,6 +14,8 @@ from faults import jobs
 from faults.forked import Exit, Finished, Zygote, await_text, last_step, marks, send
 from orpo.checkpoint import find_newest, read_manifest, verify
 
+SLOW = pytest.mark.slow
+
 pytestmark = pytest.mark.distributed
 
 
@@ -67,7 +69,9 @@ def uninterrupted(forks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Fi
     return Finished(pair.run)
 
 
-@pytest.mark.parametrize(("line", "rank"), [("step 5", 0), ("step 5", 1), ("saving", 0), ("saving", 1)])
+@pytest.mark.parametrize(
+    ("line", "rank"), [("step 5", 0), ("saving", 1), pytest.param("step 5", 1, marks=SLOW), pytest.param("saving", 0, marks=SLOW)]
+)
 def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
     line: str, rank: int, pair: Pair, uninterrupted: Finished
 ) -> None:
@@ -94,7 +98,7 @@ def test_an_exception_on_one_rank_is_told_once(rank: int, pair: Pair) -> None:
     assert pair.step() == 3
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=SLOW)])
 def test_a_rank_that_cannot_save_stops_all_and_nothing_is_published(rank: int, pair: Pair, uninterrupted: Finished) -> None:
     """A failure inside the save, where ranks wait for each other."""
     ends = pair.train(trouble="full disk", trouble_rank=rank)
@@ -158,7 +162,7 @@ def _resume_on(forks: Zygote, run: Path, num_ranks: int, **arguments: Any) -> st
     return text
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, 3, pytest.param(2, marks=SLOW)])
 def test_any_number_of_processes_goes_on_with_the_rows_of_the_first_start(
     num_ranks: int, forks: Zygote, pair: Pair, uninterrupted: Finished
 ) -> None:
@@ -189,10 +193,19 @@ def test_other_rows_of_a_step_are_refused_unless_allowed(forks: Zygote, pair: Pa
     assert "rows_per_step" not in text
 
 
-@pytest.mark.parametrize(("line", "options"), [("step 4", {}), ("evaluating", {"slow_eval_s": 0.05}), ("saving", {"slow_save_s": 0.02})])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("line", "rank", "options"),
+    [
+        ("step 4", 1, {}),
+        ("evaluating", 0, {"slow_eval_s": 0.05}),
+        ("saving", 0, {"slow_save_s": 0.02}),
+        pytest.param("step 4", 0, {}, marks=SLOW),
+        pytest.param("evaluating", 1, {"slow_eval_s": 0.05}, marks=SLOW),
+        pytest.param("saving", 1, {"slow_save_s": 0.02}, marks=SLOW),
+    ],
+)
 def test_sigterm_on_one_rank_stops_all_at_one_step(
-    line: str, options: dict[str, Any], rank: int, pair: Pair, uninterrupted: Finished
+    line: str, rank: int, options: dict[str, Any], pair: Pair, uninterrupted: Finished
 ) -> None:
     """SIGTERM on one rank stops all at one step."""
     line = "step 3" if line == "saving" and rank == 1 else line

@@ -94,8 +94,9 @@ def _is_killed_at(number: int, forks: Zygote, run: Path, kind: str) -> bool:
 @pytest.mark.parametrize(
     ("kind", "numbers"),
     [
-        ("padded", [3, 30, 17]), ("padded", [30, 1, 25]), ("shared", [19, 8, 12]), ("shared", [41, 5, 2]), ("lora", [24, 11, 20]),
-        ("bf16", [31, 14, 6]), ("dropout", [44, 9, 10]),
+        ("padded", [3, 30, 17]), ("shared", [41, 5, 2]), ("lora", [24, 11, 20]), ("bf16", [31, 14, 6]),
+        pytest.param("padded", [30, 1, 25], marks=pytest.mark.slow), pytest.param("shared", [19, 8, 12], marks=pytest.mark.slow),
+        pytest.param("dropout", [44, 9, 10], marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_kills_in_the_stages_of_saves(
