@@ -385,7 +385,7 @@ def test_every_file_may_be_missing_by_itself(tmp_path: Path) -> None:
     (bare / "metrics.jsonl").unlink()
     report = write_report(bare)
     assert "There is no metrics.jsonl: no curves." in report.notes
-    assert any(note.startswith("No held-out pairs were evaluated yet: orpo eval") for note in report.notes)
+    assert any(note.startswith("Nothing was compared with the model before the training yet: orpo eval") for note in report.notes)
     lost = make_run(tmp_path / "lost", tasks=("pairs",))
     (lost / "run.json").unlink()
     assert any("no run.json" in note for note in write_report(lost).notes)
@@ -456,7 +456,7 @@ def test_the_command_says_where_things_are(tmp_path: Path, capsys: pytest.Captur
     assert code == 0
     assert f"page         {folder / 'report.html'}" in out
     assert f"model card   {folder / 'README.md'}" in out
-    assert "note         No held-out pairs were evaluated yet" in err
+    assert "note         Nothing was compared with the model before" in err
     code, out, _ = run(capsys, folder, "--output", tmp_path / "other.html", "--no_card")
     assert (code, out) == (0, f"page         {tmp_path / 'other.html'}\n")
 

@@ -39,7 +39,7 @@ def curve_section(facts: RunFacts) -> Section:
     }
     if any(section.figures.values()):
         section.lead.append(
-            "From metrics.jsonl, over optimizer steps. Every point is the mean since the log before; dashed: held-out rows."
+            "From metrics.jsonl, over optimizer steps. Every point is the mean since the log before; dashed, with rings: held-out rows."
         )
         if len(logs.training) >= _SMOOTH_FROM:
             section.lead.append("Bold lines are running means over the faint ones.")
@@ -57,7 +57,9 @@ def lines(
     line = {"color": colour, "width": 2, "dash": dash}
     if not smooth or len(x) < _SMOOTH_FROM:
         mode = "lines+markers" if dash != "solid" else shown["mode"]
-        return [{**shown, "mode": mode, "x": x, "y": _rounded(y), "line": line, "marker": {"color": colour, "size": 5}}]
+        # A short run has one point of each, where no dash is to be seen.
+        marker = {"color": colour, "size": 5} if dash == "solid" else {"color": colour, "size": 8, "symbol": "circle-open"}
+        return [{**shown, "mode": mode, "x": x, "y": _rounded(y), "line": line, "marker": marker}]
     faint = {**shown, "x": x, "y": _rounded(y), "line": {**line, "width": 1}, "opacity": 0.28, "showlegend": False, "hoverinfo": "skip"}
     return [faint, {**shown, "x": x, "y": _rounded(running_mean(y, max(3, len(y) // _WINDOW_SHARE))), "line": line}]
 

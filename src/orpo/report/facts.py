@@ -197,7 +197,7 @@ def _note_state(facts: RunFacts) -> None:
         facts.notes.append(f"{facts.logs.num_not_finite} logged values are not finite numbers; they leave gaps in the curves.")
     has_pairs = "pairs" in facts.results or facts.demo
     if facts.run and facts.status == "complete" and not has_pairs:
-        facts.notes.append(f"No held-out pairs were evaluated yet: orpo eval {facts.folder}")
+        facts.notes.append(f"Nothing was compared with the model before the training yet: orpo eval {facts.folder}")
 
 
 def read_logs(path: Path, notes: list[str], *, is_expected: bool = True) -> Logs:

@@ -57,7 +57,7 @@ _ADAPTER = (
 _4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 _EVALUATION_ROWS = ("eval_fraction", "dataset_test_split", "eval_dataset_name")
 _OF_EVALUATIONS = ("per_device_eval_batch_size", "eval_on_start", "metric_for_best_model", "greater_is_better")
-_OF_THE_HUB = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+_OF_THE_HUB = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "hub_token")
 _OF_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 _OF_SEVERAL_PROCESSES = (
     *("ddp_backend", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout"),
