@@ -75,9 +75,12 @@ def test_adapters_are_compared_through_their_wrapper(groups: list[TokenGroup]) -
     assert model.get_base_model().config._attn_implementation == attention.NAME
 
 
-def test_a_model_without_trainable_weights_is_compared_by_values(groups: list[TokenGroup]) -> None:
+def test_a_model_without_trainable_weights_is_compared_by_values(groups: list[TokenGroup], caplog: pytest.LogCaptureFixture) -> None:
     model = build("llama").requires_grad_(False)
-    assert choose.choose(model, groups, OBJECTIVE).name == "shared"
+    with caplog.at_level(logging.INFO):
+        assert choose.choose(model, groups, OBJECTIVE).name == "shared"
+    assert "log-probabilities differ" in caplog.text
+    assert "gradients" not in caplog.text, "nothing is said of what was not compared"
 
 
 @pytest.mark.parametrize("objective", [SimPO(), DPO()], ids=str)

@@ -92,28 +92,25 @@ class Agreement:
 
     Attributes:
         logp_difference: of token log-probabilities, nats; the largest in float32, the mean in low precision.
-        gradient_difference: the largest of the sampled parameters, relative.
+        gradient_difference: the largest of the sampled parameters, relative; None where nothing is trained.
         dtype: the lowest precision that the model computes in.
         windows: sliding windows that packed attention was told of.
     """
 
     logp_difference: float
-    gradient_difference: float
+    gradient_difference: float | None
     dtype: torch.dtype
     windows: frozenset[int | None] = frozenset()
 
     @property
     def holds(self) -> bool:
-        return (
-            self.logp_difference <= LOGP_TOLERANCE[self.dtype] and self.gradient_difference <= GRADIENT_TOLERANCE[self.dtype]
-        )  # a NaN compares false
+        gradient = 0.0 if self.gradient_difference is None else self.gradient_difference
+        return self.logp_difference <= LOGP_TOLERANCE[self.dtype] and gradient <= GRADIENT_TOLERANCE[self.dtype]  # a NaN compares false
 
     def __str__(self) -> str:
         which = "by at most" if self.dtype == torch.float32 else "in the mean by"
-        return (
-            f"log-probabilities differ {which} {self.logp_difference:.1e} nats, "
-            f"gradients by {self.gradient_difference:.1e} of their norm ({str(self.dtype).removeprefix('torch.')})"
-        )
+        gradients = "" if self.gradient_difference is None else f", gradients by {self.gradient_difference:.1e} of their norm"
+        return f"log-probabilities differ {which} {self.logp_difference:.1e} nats{gradients} ({str(self.dtype).removeprefix('torch.')})"
 
 
 def choose(
@@ -294,11 +291,13 @@ def _precision(model: nn.Module) -> torch.dtype:
     return next((kind for kind in (torch.bfloat16, torch.float16) if kind in dtypes), torch.float32)
 
 
-def _gradient_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest distance of a gradient from what it should be, relative to its norm."""
+def _gradient_difference(found: list[Tensor], expected: list[Tensor]) -> float | None:
+    """The largest distance of a gradient from what it should be, relative to its norm; None where there is no gradient."""
+    if not expected:
+        return None
     norms = [float(gradient.norm()) for gradient in expected]
-    floor = max(NEGLIGIBLE_GRADIENT * max(norms, default=0.0), 1e-12)
-    return max((float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(found, expected, norms, strict=True)), default=0.0)
+    floor = max(NEGLIGIBLE_GRADIENT * max(norms), 1e-12)
+    return max(float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(found, expected, norms, strict=True))
 
 
 @contextmanager

@@ -98,6 +98,9 @@ def notes_without_switch(values: Mapping[str, Any], given: set[str]) -> list[str
             notes.append(f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect {why}")
     if "disable_tqdm" in given:
         notes.append("disable_tqdm has no effect on a command, which has a progress line of its own; in Python it is transformers'")
+    loading = values.get("model_init_kwargs")
+    if isinstance(loading, Mapping) and "attn_implementation" in loading and _name(values.get("engine")) != "padded":
+        notes.append("model_init_kwargs: attn_implementation has no effect on the shared engine, which brings its own attention")
     return notes + _notes_of_local_places(values, given)
 
 
