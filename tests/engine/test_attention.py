@@ -134,12 +134,15 @@ def test_visibility_is_the_full_mask_restricted_to_a_segment(layout: PackedLayou
 def test_scaled_dot_product_attention_per_segment_is_the_same() -> None:
     """The way for devices without the CPU's block products."""
     query, key, value = [tensor.float() for tensor in inputs(SMALL.segments[-1].end)]
+    repeated_key, repeated_value = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
     outputs = []
     for segment in SMALL.segments:
         mask = visibility(SMALL, segment, 4, CPU)
         rows = slice(segment.start, segment.end)
         outputs.append(
-            attention._sdpa(query[:, :, rows], attention._visible(key, segment), attention._visible(value, segment), mask, 8**-0.5)
+            attention._sdpa(
+                query[:, :, rows], attention._visible(repeated_key, segment), attention._visible(repeated_value, segment), mask, 8**-0.5
+            )
         )
     found, _ = shared_attention_forward(nn.Module(), query, key, value, None, sliding_window=4, shared_layout=SMALL)
     torch.testing.assert_close(torch.cat(outputs, dim=2).transpose(1, 2), found)

@@ -154,6 +154,113 @@ def test_every_kind_of_module_is_proven_on_its_own() -> None:
             assert found == 1
 
 
+def adapted(architecture: str = "llama", **options: Any) -> Any:
+    """A tiny model with an adapter that does something: a new one's B is 0."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    model: Any = get_peft_model(build_tiny_model(architecture), LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    return model.train()
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, True),
+    "rank-stabilised": ({"use_rslora": True}, True),
+    "of several ranks": ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}, True),
+    "dropout": ({"lora_dropout": 0.1}, False),
+    "DoRA": ({"use_dora": True}, False),
+    "bias": ({"lora_bias": True}, False),
+    "trained bias": ({"bias": "all"}, True),
+}
+
+
+@pytest.mark.parametrize(("options", "is_lean"), ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_an_adapted_layer_is_one_function_where_peft_adds_one_product(architecture: str, options: dict[str, Any], is_lean: bool) -> None:
+    """Qwen 2 has biases; where they are trained, the layers that have one stay as they are."""
+    model = adapted(architecture, **options)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    torch.manual_seed(0)
+    expected_logp_N, expected = gradients(model)
+    with fused_modules(model):
+        node = layer(torch.ones(1, 3, 32)).grad_fn
+        torch.manual_seed(0)
+        logp_N, found = gradients(model)
+    is_trained_bias = options.get("bias") == "all" and architecture == "qwen2"
+    assert type(node).__name__.startswith("_AdaptedLinear") == (is_lean and not is_trained_bias)
+    torch.testing.assert_close(logp_N, expected_logp_N, rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_an_adapter_that_is_switched_off_or_merged_or_listened_to_is_left_to_peft() -> None:
+    model, ids = adapted(), torch.arange(5)[None]
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    with model.disable_adapter():
+        base = logits()
+    plain = logits()
+    assert (plain - base).abs().max() > 0.1
+    with fused_modules(model):
+        torch.testing.assert_close(logits(), plain, rtol=1e-5, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(), base, rtol=1e-5, atol=1e-5)
+        heard: list[Any] = []
+        layer.lora_A["default"].register_forward_hook(lambda *_: heard.append(1))
+        logits()
+        assert heard == [1]
+        model.merge_adapter()
+        torch.testing.assert_close(logits(), plain, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+
+
+def test_a_form_that_cuts_an_adapters_gradient_is_noticed_while_its_b_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    with fused_modules(model) as number:
+        pass
+    right = fused._AdaptedLinear.backward
+
+    def wrong(ctx: Any, *grads: Tensor) -> Any:
+        found = list(right(ctx, *grads))
+        found[3] = torch.zeros_like(found[3])
+        return tuple(found)
+
+    monkeypatch.setattr(fused._AdaptedLinear, "backward", staticmethod(wrong))
+    with fused_modules(model) as left:
+        assert left == number - 3 * 7
+
+
+def test_an_adapted_layer_in_bf16_is_no_worse_than_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    exact, exact_grads = gradients(model)
+    model = model.bfloat16()
+    monkeypatch.setattr(fused, "_is_equal", lambda *_: True)
+
+    def errors() -> tuple[float, float]:
+        logp_N, found = gradients(model)
+        squares = sum((found[name].float() - value).square().sum() for name, value in exact_grads.items())
+        return (logp_N - exact).abs().mean().item(), float(squares) ** 0.5
+
+    plain = errors()
+    with fused_modules(model):
+        lean = errors()
+    assert lean[0] <= 1.3 * plain[0] + 0.002
+    assert lean[1] <= 1.3 * plain[1] + 0.005
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_adapters_on_the_mlp_are_called(frozen: bool) -> None:
     from peft import LoraConfig, get_peft_model

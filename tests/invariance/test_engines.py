@@ -210,6 +210,19 @@ def test_a_group_of_four_answers_equals_its_six_pairs() -> None:
         assert (gradient - apart[1][name]).norm() <= 1e-4 * apart[1][name].norm()
 
 
+def test_a_soft_cap_is_kept_where_scaled_dot_product_attention_was_chosen(batch: PreferenceBatch) -> None:
+    """transformers 5.17 chooses it for Gemma 2 and drops the cap; 5.2x refuses in the middle of a forward pass."""
+    model = build("gemma2")
+    model.config._attn_implementation = "eager"
+    expected = padded.token_logps(model, batch).detach()
+    model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(padded.token_logps(model, batch).detach(), expected, rtol=0, atol=0)
+    assert model.config._attn_implementation == "eager"
+    llama = build("llama")
+    padded.token_logps(llama, batch)
+    assert llama.config._attn_implementation == "sdpa"
+
+
 # --- gradient checkpointing --------------------------------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,9 @@ def _by_segment(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout,
 
 def _by_piece(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
     """Scaled-dot-product attention, a call for each short group and for each segment of a long one; (1, T, H, E)."""
+    if (num_sharing := query.shape[1] // key.shape[1]) > 1:
+        # On CUDA the kernels that take a mask have no grouped heads; asked for both, torch writes out all scores in float32.
+        key, value = (tensor.repeat_interleave(num_sharing, dim=1) for tensor in (key, value))
     groups = list(_groups(layout.segments))
     sizes = [group[-1].end - group[0].start for group in groups]
     outputs_HSE = []
@@ -222,9 +225,8 @@ def _visible(tensor: Tensor, segment: Segment) -> Tensor:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask_SL: Tensor | None, scale: float) -> Tensor:
-    """With a mask, or causal without one."""
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SL, is_causal=mask_SL is None, scale=scale, enable_gqa=grouped)
+    """With a mask, or causal without one; as many key heads as query heads."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SL, is_causal=mask_SL is None, scale=scale)
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rule: AttentionRule) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from orpo.data.types import TokenGroup
 from orpo.engine.layout import PreferenceBatch, StepResult
 from orpo.engine.router import Router, routing, rows_in_padded, with_routing
+from orpo.engine.shared import unwrap
+from orpo.models.softcap import honour_soft_cap
 from orpo.objective import Objective, evaluate
 
 
@@ -41,6 +43,7 @@ def token_logps(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right
 
 def _forward(model: nn.Module, batch: PreferenceBatch, pad_side: str = "right", router: Router | None = None) -> tuple[Tensor, Any, Tensor]:
     """(token log-probabilities, what the model returned, where each packed token lies in the padded rows)."""
+    honour_soft_cap(unwrap(model))  # not for this call alone: checkpointed layers run again in the backward pass
     sequences = [(group, ids) for group in batch.groups for ids in group.response_ids]
     length = max(len(group.prompt_ids) + len(ids) for group, ids in sequences)
     device = batch.input_ids_T.device

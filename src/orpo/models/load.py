@@ -36,6 +36,7 @@ from orpo.models.gguf_read import load_gguf
 from orpo.models.inparts import model_from_parts
 from orpo.models.options import ModelOptions
 from orpo.models.quantized import quantization_arguments, stored_quantization
+from orpo.models.softcap import honour_soft_cap
 from orpo.models.tokenizer import as_tokenizer, settle_padding
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
 from orpo.system.parts import has_weights_in_parts
@@ -404,6 +405,7 @@ def _with_facts(
     stored_dtype: torch.dtype | None,
     notes: tuple[str, ...],
 ) -> LoadedModel:
+    honour_soft_cap(model)
     in_memory = dtype_name(model.dtype)
     stored = dtype_name(stored_dtype) if stored_dtype is not None else None
     quantization = "4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else stored_quantization(model)
