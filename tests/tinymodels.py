@@ -135,7 +135,9 @@ def build_tiny_model(
     config = AutoConfig.for_model(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Named, since transformers 5.17 takes scaled-dot-product attention here, which drops the cap.
+        how = {"attn_implementation": "eager"} if "attn_logit_softcapping" in extra else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
         _shake_constant_weights(model)
     return model.eval()
 

@@ -68,10 +68,34 @@ def own_loss(model: Any, group: TokenGroup) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ["shared", "padded"])
+def test_routers_that_a_model_keeps_to_itself_are_missed_only_where_a_loss_is_asked_for(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GraniteMoE's class does under transformers 5.17."""
+    model = build("qwen3_moe")
+    expected, _ = run(engine, model, collate(GROUPS), None)
+    forward = type(model).forward
+
+    def silent(self: Any, *args: Any, output_router_logits: bool = False, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", silent)
+    assert router_of(model, COEF) == Router(COEF, 2)
+    result, _ = run(engine, model, collate(GROUPS), Router(0.0, 2))
+    assert result.router is None
+    assert result.loss == expected.loss
+    with pytest.raises(UserError, match="router_aux_loss_coef: 0"):
+        run(engine, model, collate(GROUPS), Router(COEF, 2))
+
+
+@pytest.mark.parametrize("engine", ["shared", "padded"])
 @pytest.mark.parametrize("architecture", list(MIXTURES))
 def test_each_groups_loss_is_transformers_own(architecture: str, engine: str) -> None:
     """The mean by tokens of what transformers' function says of each group; its gradients too."""
     model = build(architecture)
+    with torch.no_grad():
+        if model(input_ids=torch.ones(1, 3, dtype=torch.long), output_router_logits=True).router_logits is None:
+            pytest.skip("this version's class gives no logits of its routers")
     router = router_of(model, COEF)
     assert router == Router(COEF, 2)
     result, gradients = run(engine, model, collate(GROUPS), router)

@@ -90,7 +90,7 @@ def _has_loss(core: Any) -> bool:
     return takes and function is not None and list(inspect.signature(function).parameters) == _TAKEN
 
 
-def routing(output: Any, router: Router, batch: PreferenceBatch, rows_T: Tensor | None = None) -> RouterResult:
+def routing(output: Any, router: Router, batch: PreferenceBatch, rows_T: Tensor | None = None) -> RouterResult | None:
     """The auxiliary loss and the load of a forward pass.
 
     Args:
@@ -98,7 +98,22 @@ def routing(output: Any, router: Router, batch: PreferenceBatch, rows_T: Tensor 
         router: what is asked.
         batch: the micro-batch; `token_weight` of it says what a token counts.
         rows_T: where the batch's tokens lie in the router's rows, in packed order; None: they are those.
+
+    Returns:
+        None where the model keeps its routers to itself and no loss is asked for.
+
+    Raises:
+        UserError: the model keeps them to itself and a loss is asked for (GraniteMoE under transformers 5.17, whose own loss is 0 then).
     """
+    if getattr(output, "router_logits", None) is None:
+        if not router.coef:
+            return None
+        raise UserError(
+            "this model's class in the installed transformers gives no logits of its routers, so there is no auxiliary loss to add",
+            where="router_aux_loss_coef",
+            expected="a class that returns router_logits",
+            mend="a newer transformers, or router_aux_loss_coef: 0, which trains without the loss",
+        )
     logits = [layer.reshape(-1, layer.shape[-1]) for layer in output.router_logits]
     # Without what an attention kernel pads the row with.
     logits = [layer[: batch.num_tokens] if rows_T is None else layer.index_select(0, rows_T) for layer in logits]
@@ -151,6 +166,8 @@ def rows_in_padded(batch: PreferenceBatch, starts: Sequence[int], length: int) -
     return torch.cat(rows)
 
 
-def with_routing(result: StepResult, routed: RouterResult, router: Router) -> StepResult:
-    """A micro-batch's result with the router's part of the loss."""
+def with_routing(result: StepResult, routed: RouterResult | None, router: Router) -> StepResult:
+    """A micro-batch's result with the router's part of the loss, if there is one."""
+    if routed is None:
+        return result
     return replace(result, loss=result.loss + router.coef * routed.loss, router=replace(routed, loss=routed.loss.detach()))
