@@ -403,3 +403,18 @@ def test_doctor_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["matmul_gflops"] == {}
     assert main(["doctor", "--quick"]) == 0
     assert "compute    " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", ["40", "80", "200"])
+@pytest.mark.parametrize("name", list(command_modules()))
+def test_a_usage_error_stands_below_the_usage(
+    name: str, width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    parser = orpo.cli.build_parser(command_modules(), name)
+    (subparsers,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    with pytest.raises(SystemExit):
+        subparsers.choices[name].error("what is wrong")
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"usage: orpo {name}")
+    assert last == f"orpo {name}: error: what is wrong"

@@ -199,6 +199,7 @@ IDLE = {
     "include_for_metrics: [loss]": "include_for_metrics has no effect",
     "ddp_timeout: 60": "ddp_timeout has no effect without several processes",
     "save_on_each_node: true": "save_on_each_node has no effect without several processes",
+    "run_name: mine": "run_name has no effect without a tracker",
     "disable_tqdm: true": "disable_tqdm has no effect on a command",
     "model_init_kwargs: {attn_implementation: eager}": "attn_implementation has no effect on the shared engine",
 }

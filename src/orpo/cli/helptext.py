@@ -42,7 +42,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         usage, gap, rest = super().format_help().partition("\n\n")
         width, hanging = self._width, " " * len("usage: orpo ")
         lines = [part for line in usage.splitlines() for part in textwrap.wrap(line, width, subsequent_indent=hanging, **_WHOLE_WORDS)]
-        return "\n".join(lines) + gap + rest
+        return "\n".join(lines) + (gap + rest or "\n")  # alone it stands before an error, which begins a line of its own
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """What argparse calls for descriptions: lines stay lines, tables stay tables, and nothing is wider than the terminal."""

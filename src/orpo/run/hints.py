@@ -58,7 +58,7 @@ _4BIT = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"
 _EVALUATION_ROWS = ("eval_fraction", "dataset_test_split", "eval_dataset_name")
 _OF_EVALUATIONS = ("per_device_eval_batch_size", "eval_on_start", "metric_for_best_model", "greater_is_better")
 _OF_THE_HUB = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "hub_token")
-_OF_TRACKIO = ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+_OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 _OF_SEVERAL_PROCESSES = (
     *("ddp_backend", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout"),
     *("log_level_replica", "log_on_each_node", "save_on_each_node"),
@@ -80,6 +80,7 @@ _SWITCHES: list[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], bool], str]
     (_OF_EVALUATIONS, lambda values: any(values.get(key) for key in _EVALUATION_ROWS), "without rows to evaluate on"),
     (("eval_delay",), lambda values: not _is("eval_strategy", "no")(values), "without `eval_strategy: steps` (or epoch)"),
     (_OF_THE_HUB, _is("push_to_hub", True), "without `push_to_hub: true`"),
+    (("run_name",), lambda values: values.get("report_to") not in (None, "none", [], ["none"]), "without a tracker (report_to)"),
     (_OF_TRACKIO, lambda values: "trackio" in str(values.get("report_to")), "without `report_to: trackio`"),
     (("warmup_steps",), lambda values: str(_name(values.get("lr_scheduler_type"))) not in _WITHOUT_WARMUP, "with that lr_scheduler_type"),
     (_OF_SEVERAL_PROCESSES, lambda values: not _is_alone(values), "without several processes"),

@@ -27,6 +27,7 @@ class Ahead:
 
     def take(self, steps: Iterator[StepBatch], count: int) -> list[StepBatch]:
         """The next `count` steps; fewer, or none, at the end."""
+        # By identity: what was fetched ahead of another epoch's iterator is of rows that are over.
         taken = self._next.result() if self._next is not None and self._of is steps else self._fetch(steps, count)
         self._of, self._next = steps, self._thread.submit(self._fetch, steps, count)
         return taken

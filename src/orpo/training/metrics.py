@@ -43,6 +43,7 @@ class MetricSums:
     def __init__(self, device: torch.device, *, world_size: int = 1) -> None:
         self.world_size = world_size
         self._weights = _weights_of(world_size).to(device)
+        # Millions of tokens between two logs: in float32 the last ones would no longer change the sum.
         self.values = torch.zeros(len(METRICS) + len(_EXTRAS), dtype=torch.float64, device=device)
         self.load_YE: Tensor | None = None
         """Tokens that chose each expert of each layer; None where there are no experts."""
@@ -92,6 +93,7 @@ class MetricSums:
 
     def end_step(self, loss: Tensor, num_rows: int) -> None:
         """An optimizer step is done: this rank's loss, whose mean over ranks is the step's, and the rows of the whole step."""
+        # A share from each rank, so that the sum over ranks counts the step once, whoever adds it up.
         self.values[len(METRICS)] += loss.to(self.values) / self.world_size
         self.values[len(METRICS) + 1] += 1 / self.world_size
         self.values[len(METRICS) + 3] += num_rows / self.world_size

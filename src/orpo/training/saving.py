@@ -232,7 +232,7 @@ class CheckpointMixin(_Base):
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / checkpoint_name(self.state.best_global_step))
             self._load_best_model()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)  # writes the final weights
-        return TrainOutput(self.state.global_step, math.nan, {})
+        return TrainOutput(self.state.global_step, math.nan, {})  # no step was made that had a loss
 
     def load_whole_weights(self, checkpoint: str | None) -> None:
         """Before the model is sharded: the weights of a checkpoint that has them whole."""

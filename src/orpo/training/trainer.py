@@ -327,6 +327,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         """
         self.sums.start()
         model.train()
+        # Schedule-free optimizers have two sets of weights, one to train and one to evaluate with, and have to be told.
         if callable(optimizer_train := getattr(self.optimizer, "train", None)):
             optimizer_train()
         loss = torch.zeros((), device=self.args.device)
@@ -393,14 +394,14 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             for microbatch in inputs.microbatches:
                 result = self._evaluate_microbatch(microbatch)
                 totals[:-1] += result.sums
-                totals[-1] += result.loss / self.args.world_size
+                totals[-1] += result.loss / self.args.world_size  # a rank divides by its share of the counts, as in training
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         reshard(self.model)
         self._make_room()
         self.model.train(is_training)
         *values, loss = all_reduce_sum(totals).tolist()
         found = means(dict(zip(METRICS, values, strict=True)), reward_scale=self._reward_scale)
-        found.pop("grad_share/odds_ratio", None)
+        found.pop("grad_share/odds_ratio", None)  # of gradients, which an evaluation does not make
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {"loss": loss, **found}.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))  # type: ignore[arg-type]
 
