@@ -96,7 +96,7 @@ def test_samples_follow_the_seed_and_repeated_prompts_differ(model, tokenizer, e
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.6)])
 def test_first_tokens_are_drawn_from_the_models_distribution(model, tokenizer, encoder, temperature, top_p):
     """Frequencies of 3000 draws against the probabilities, computed apart."""
-    from orpo.inference.generate import _RowNoise
+    from orpo.inference.noise import RowNoise
 
     with torch.no_grad():
         logits = 0.3 * model(torch.tensor([encoder.prompt_ids("Hi").tolist()])).logits[0, -1]
@@ -106,8 +106,8 @@ def test_first_tokens_are_drawn_from_the_models_distribution(model, tokenizer, e
     expected = np.zeros_like(p)
     expected[kept] = p[kept] / p[kept].sum()
     count = 3000
-    noise = _RowNoise(list(range(count)), temperature, top_p, torch.device("cpu"))
-    drawn = np.bincount(noise(torch.zeros(count, 1), logits.expand(count, -1)).argmax(-1).numpy(), minlength=len(p)) / count
+    noise = RowNoise(list(range(count)), temperature, top_p)
+    drawn = np.bincount(noise(torch.zeros(count, 1), logits.repeat(count, 1)).argmax(-1).numpy(), minlength=len(p)) / count
     assert drawn[expected == 0].sum() == 0
     assert np.abs(drawn - expected).sum() / 2 < 0.5 * np.sqrt(len(kept) / count)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from faults.disks import small_disk
 from judgeserver import Break, Dribble, Say, Status, judge_server
 from orpo.cli import main
 from orpo.data.formats import load_preferences
@@ -171,6 +173,7 @@ def test_own_answers_compete(base: Path, tmp_path: Path) -> None:
         ({"model": None}, "nobody is asked"),
         ({"num_samples": 1}, "two answers make a pair"),
         ({"temperature": 0.0}, "fewer than two different answers"),
+        ({"judge_url": "http://127.0.0.1:9/v1"}, "the judge's model has no name"),
         ({"verify": "gone.py:f"}, "no such file"),
         ({"verify": None, "numeric": "gone"}, "have no 'gone'"),
         ({"verify": None, "length": True}, "length has no weight"),
@@ -201,6 +204,63 @@ def test_a_file_of_others_is_not_overwritten(base: Path, tmp_path: Path, capsys:
     assert main(words(base, tmp_path / "pairs.jsonl")) == 2
     assert "was not made by this command" in capsys.readouterr().err
     assert (tmp_path / "pairs.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("change", ["one line more", "no line left"])
+def test_pairs_that_somebody_has_changed_are_kept(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    out = tmp_path / "pairs.jsonl"
+    assert main(words(base, out)) == 0
+    made = out.read_text()
+    out.write_text(made + "\n" if change == "one line more" else "")
+    for options in ({}, {"choose": "all"}):
+        capsys.readouterr()
+        assert main(words(base, out, **options)) == 2
+        assert "was changed since it was made" in " ".join(capsys.readouterr().err.split())
+    assert out.read_text() == (made + "\n" if change == "one line more" else "")
+    out.unlink()
+    assert main(words(base, out)) == 0
+    assert out.read_text() == made
+
+
+@pytest.mark.parametrize("place", ["file/pairs.jsonl", "file/deeper/pairs.jsonl", "folder.jsonl"])
+def test_places_that_cannot_be(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert main(words(base, tmp_path / place)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is a file" in said or "is a folder" in said
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Full in every phase: while answers, scores, candidates or pairs are written."""
+    options = {"dtype": "float32", "no_audit": True}
+    whole = tmp_path / "whole.jsonl"
+    assert main(words(base, whole, **options)) == 0
+    codes = []
+    with small_disk(tmp_path / "disk", "tmpfs", 1 << 20) as folder:
+        ballast = folder / "ballast"
+        for room_kib in (0, 8, 16, 24, 32, 48, 1024):
+            ballast.unlink(missing_ok=True)
+            free = shutil.disk_usage(folder).free
+            ballast.write_bytes(b"x" * max(0, free - room_kib * 1024))
+            capsys.readouterr()
+            codes.append(main(words(base, folder / "pairs.jsonl", **options)))
+            said = capsys.readouterr().err
+            assert codes[-1] == 0 or "No space left" in said, said
+        assert set(codes[:2]) == {2}
+        assert codes[-1] == 0
+        assert read(folder / "pairs.jsonl") == read(whole)
+        keys = [line["key"] for line in answers_of(folder / "pairs.jsonl.work")]
+        assert len(keys) == len(set(keys)) == 48
+
+
+def test_a_folder_of_a_hub_set_is_read(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        write(tmp_path / "set" / "data" / f"{split}-00000-of-00001.jsonl", [{"prompt": f"{split} {n}?"} for n in range(count)])
+    from orpo.onpolicy.asked import read_asked
+
+    assert [one.prompt for one in read_asked(str(tmp_path / "set"), split="train").prompts] == [f"train {n}?" for n in range(3)]
 
 
 def test_a_verifier_that_fails_ends_clearly_and_answers_are_kept(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +307,12 @@ def test_what_a_server_has_cut_is_not_chosen(base: Path, tmp_path: Path) -> None
     assert {(row["chosen"], row["rejected"]) for row in read(out)} == {("aeiou" * 2, "aeiou")}
 
 
-@pytest.mark.parametrize("action", [Break(), Break(in_body=True), Dribble(), Status(500), Status(200, b"<html>"), Say(None), Status(400)])
+NO_CHOICE, LIMITED = Status(200, b'{"choices": []}'), Status(429, b"slow down", {"Retry-After": "0.01"})
+
+
+@pytest.mark.parametrize(
+    "action", [Break(), Break(in_body=True), Dribble(), Status(500), Status(200, b"<html>"), Say(None), Status(400), NO_CHOICE, LIMITED]
+)
 def test_endpoints_that_hang_lie_or_break(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], action: Any) -> None:
     """What it has answered before is kept; afterwards the same command asks for the rest."""
     out = tmp_path / "pairs.jsonl"
@@ -277,13 +342,14 @@ def test_endpoints_that_hang_lie_or_break(base: Path, tmp_path: Path, capsys: py
 
 
 def started(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "orpo", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    return subprocess.Popen([sys.executable, "-m", "orpo", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["loading", "answers", "scores", "result"])
-def test_a_kill_loses_nothing(base: Path, tmp_path: Path, phase: str) -> None:
-    """Killed in a phase, the same command makes the very file that an unbroken one makes, and samples no known answer again."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_loses_nothing(base: Path, tmp_path: Path, phase: str, how: signal.Signals) -> None:
+    """Killed or interrupted in a phase, the same command makes the very file that an unbroken one makes, and samples no answer again."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "pairs.jsonl"
     options = {"batch_size": 4, "dtype": "float32"}
     assert main(words(base, whole, **options)) == 0
@@ -294,8 +360,10 @@ def test_a_kill_loses_nothing(base: Path, tmp_path: Path, phase: str) -> None:
     process = started(words(base, out, **options), tmp_path)
     while process.poll() is None and not watched.exists():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    said = process.communicate()[1].decode()
+    assert process.returncode in ((0, 130) if how == signal.SIGINT else (0, -signal.SIGKILL)), said
+    assert "Traceback" not in said
     kept = answers_of(work)
     assert main(words(base, out, **options)) == 0
     assert answers_of(work)[: len(kept)] == kept

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,29 @@ def test_damaged_rounds_are_told_or_shown(tmp_path: Path, content: str, capsys: 
 def test_another_configuration_is_refused(whole: Rounds, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(whole.config), "--rounds", "3", "--learning_rate", "0.5"]) == 2
     assert "holds rounds of another configuration (learning_rate)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_several_processes_are_refused_before_anything(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would do all of the rounds, into the same files; the first one says so."""
+    from orpo.errors import OrpoError
+    from orpo.onpolicy.rounds import run_rounds
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OrpoError) as found:
+        run_rounds(None, print, list, list)  # type: ignore[arg-type]
+    assert found.value.exit_code == 2
+    assert ("without --num_processes" in str(found.value)) == (rank == "0")
+
+
+@pytest.mark.slow
+def test_rounds_with_several_processes_end_at_once(options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**options, "output_dir": str(tmp_path / "run")}))
+    command = [sys.executable, "-m", "orpo", "train", str(path), "--rounds", "2", "--num_processes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("a launcher has started 2 processes") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

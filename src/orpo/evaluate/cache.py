@@ -89,6 +89,8 @@ class Cache:
         except OSError as error:
             self._needs_newline = True
             raise UserError(
-                f"a result cannot be kept: {error.strerror}", where=str(path), mend="make room or choose another --output; nothing is lost"
+                f"a result cannot be kept: {error.strerror}",
+                where=str(path),
+                mend="make room, or choose another place; what was kept before is not lost",
             ) from error
         self._needs_newline = False

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from orpo.inference.prefix import NotSharedError, Shared, Sharing, decoding_attention
+
 GROWTH = 1.5
 """Room is made for so many times the tokens that are there."""
 MIN_ROOM_TOKENS = 64
@@ -51,12 +53,24 @@ class Job:
 
     def run(self, prompts: list[np.ndarray], seeds: list[int]) -> list[list[int]]:
         """New ids of each prompt, its stop token included and what follows it cut off."""
+        from orpo.engine.shared import unwrap
+
+        if len({prompt.tobytes() for prompt in prompts}) < len(prompts):
+            with decoding_attention(unwrap(self.model)) as can_share:
+                if can_share:
+                    try:
+                        return self._run(prompts, seeds, can_share=True)
+                    except NotSharedError:  # before any answer is given
+                        pass
+        return self._run(prompts, seeds, can_share=False)
+
+    def _run(self, prompts: list[np.ndarray], seeds: list[int], *, can_share: bool) -> list[list[int]]:
         ids, mask = self._padded(prompts)
         width = ids.shape[1]
         room = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit - width)
         noise = None if self.noise is None else self.noise(seeds)
         cache = roomy_cache(self.model)
-        self._read_once(prompts, ids, mask, cache)
+        sharing = self._read_once(prompts, ids, mask, cache, can_share)
         rows = list(range(len(prompts)))
         found: dict[int, list[int]] = {}
         while rows:
@@ -68,11 +82,12 @@ class Job:
             rows = [rows[place] for place in kept]
             if rows and cache is not None:
                 index = torch.tensor(kept, device=ids.device)
+                for kept_too in (noise, sharing):
+                    if kept_too is not None:
+                        kept_too.select(kept)
                 cache.batch_select_indices(index)
                 ids = ids[index]
                 mask = torch.cat([mask[index], mask.new_ones(len(kept), ids.shape[1] - mask.shape[1])], dim=1)
-                if noise is not None:
-                    noise.select(kept)
         return [found[row] for row in range(len(prompts))]
 
     def _padded(self, prompts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -86,15 +101,19 @@ class Job:
             mask[row, width - len(ids) :] = 1
         return input_ids.to(device), mask.to(device)
 
-    def _read_once(self, prompts: list[np.ndarray], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> None:
+    def _read_once(
+        self, prompts: list[np.ndarray], ids: Tensor, mask: Tensor, cache: DynamicCache | None, can_share: bool
+    ) -> Sharing | None:
         """Where prompts are there several times: fill the cache with each of them once, and hand its keys and values to all its rows.
+
+        What is handed is shared where the model can, and copied elsewhere.
 
         The last token is left for `generate`, which needs one to go on from.
         """
         numbers: dict[bytes, int] = {}
         row_of = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in prompts]
         if cache is None or len(numbers) == len(prompts) or ids.shape[1] < MIN_SHARED_TOKENS:
-            return
+            return None
         first = torch.tensor([row_of.index(number) for number in range(len(numbers))], device=ids.device)
         # One token more, which nobody keeps: so positions and masks are those that `generate` makes for this model.
         self.model.generate(
@@ -106,11 +125,13 @@ class Job:
             past_key_values=cache,
         )
         rows = torch.tensor(row_of, device=ids.device)
+        sharing = Sharing(row_of) if can_share else None
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer):
-                layer.spread(rows)
+                layer.spread(rows, sharing)
             else:
                 layer.batch_select_indices(rows)
+        return sharing
 
     def _stretch(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, room: int, noise: Any, width: int) -> Tensor:
         """Go on until enough rows have ended, all of them have, or there is no more room."""
@@ -168,36 +189,64 @@ def roomy_cache(model: Any) -> DynamicCache | None:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, in buffers with room for more tokens: `keys` and `values` are views of what is filled."""
+    """Keys and values of one layer, in buffers with room for more tokens: `keys` and `values` are views of what is filled.
 
+    Attributes:
+        shared: what rows of one prompt share (the prompt but for its last token), kept apart; None where each row has all of its own.
+    """
+
+    keys: Tensor
+    values: Tensor
+    shared: Shared | None = None
     _rooms: list[Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens, shapes (B, K, L, E)."""
+        """Append tokens, shapes (B, K, L, E).
+
+        Raises:
+            NotSharedError: the model's attention did not read what is shared.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self._rooms = [self.keys, self.values]
+            self._begin(key_states, value_states)
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if end > self._rooms[0].shape[2]:
             self._rooms = [_moved(filled, max(int(end * GROWTH), end + MIN_ROOM_TOKENS)) for filled in (self.keys, self.values)]
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, start:end] = states
         self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        if self.shared is not None:
+            self.shared.offer(self.keys)
         return self.keys, self.values
+
+    def _begin(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        self._rooms = [self.keys, self.values]
+
+    def get_seq_length(self) -> int:
+        """Tokens of a row, shared ones included."""
+        if not self.is_initialized:
+            return 0
+        return int(self.keys.shape[2]) + (0 if self.shared is None else self.shared.num_tokens)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, in ascending order: they move up within the buffers."""
-        end = self.get_seq_length()
+        end = self.keys.shape[2]
         for room in self._rooms:
             for target, source in enumerate(indices.tolist()):
                 if target != source:
                     room[target, :, :end] = room[source, :, :end]
         self._rooms = [room[: len(indices)] for room in self._rooms]
         self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        if self.shared is not None:
+            self.shared.select()
 
-    def spread(self, rows: Tensor) -> None:
-        """Make rows anew out of those that are there: row `i` becomes a copy of `rows[i]`."""
+    def spread(self, rows: Tensor, sharing: Sharing | None = None) -> None:
+        """Make rows anew out of those that are there: row `i` has the tokens of `rows[i]`, as a copy or, with `sharing`, together."""
+        if sharing is not None:
+            self.shared = Shared(self.keys.contiguous(), self.values.contiguous(), sharing)
+            self._begin(*(filled.new_empty(len(rows), filled.shape[1], 0, filled.shape[3]) for filled in (self.keys, self.values)))
+            return
         end = self.get_seq_length()
         num_tokens = max(int(end * GROWTH), end + MIN_ROOM_TOKENS)
         self._rooms = [_moved(filled, num_tokens, rows) for filled in (self.keys, self.values)]

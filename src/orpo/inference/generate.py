@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
     from orpo.data.template import TemplateEncoder
     from orpo.data.types import Text
+    from orpo.inference.noise import RowNoise
 
 STOP, LENGTH, TOO_LONG = "stop", "length", "prompt_too_long"
 BATCH_SIZE = 64
 """Large, since answers that have ended leave the batch."""
-NUM_LIKELIEST = 256
-"""So many tokens hold `top_p` nearly always; they are found ten times as fast as all of them are sorted."""
 _MAX_CACHE_BYTES = 4 * 2**30
 """Most memory for the keys and values of a batch, padding included."""
 _USUAL_TOKEN_BYTES = 128 * 2**10
@@ -123,8 +122,8 @@ def generate(
 
     todo = _that_fit(ids, limit, lambda row: keep(row, Answer("", 0, TOO_LONG)))
     seeds = _stream_seeds(ids, seed, count_occurrences(ids) if occurrences is None else occurrences)
-    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, _noise(model, temperature, top_p), on_token)
-    with inference(model, compute_dtype), _plain_generation_config(model):
+    job = Job(model, encoder.terminator_ids, max_new_tokens, limit, _noise(temperature, top_p), on_token)
+    with _decoding(model, compute_dtype, max_new_tokens):
         max_tokens = _MAX_CACHE_BYTES // _token_bytes(model, compute_dtype)
         for rows in _batches(todo, [len(one) for one in ids], batch_size, max_tokens, max_new_tokens, limit):
             for row, tokens in zip(rows, job.run([ids[row] for row in rows], [seeds[row] for row in rows]), strict=True):
@@ -143,11 +142,11 @@ def _that_fit(ids: Sequence[np.ndarray], limit: int | None, too_long: Callable[[
     return [row for row in todo if not limit or len(ids[row]) < limit]
 
 
-def _noise(model: nn.Module, temperature: float, top_p: float) -> Callable[[list[int]], _RowNoise] | None:
+def _noise(temperature: float, top_p: float) -> Callable[[list[int]], RowNoise] | None:
     """What makes a batch's noise from its rows' seeds; None where the likeliest token is taken."""
-    if temperature == 0:
-        return None
-    return partial(_RowNoise, temperature=temperature, top_p=top_p, device=next(model.parameters()).device)
+    from orpo.inference.noise import RowNoise
+
+    return None if temperature == 0 else partial(RowNoise, temperature=temperature, top_p=top_p)
 
 
 def _prompt_ids(model: nn.Module, tokenizer: Any, encoder: TemplateEncoder, prompts: Sequence[Text | np.ndarray]) -> list[np.ndarray]:
@@ -245,6 +244,15 @@ def _batches(
 
 
 @contextmanager
+def _decoding(model: nn.Module, compute_dtype: torch.dtype | None, max_new_tokens: int) -> Iterator[None]:
+    """The model as it decodes."""
+    from orpo.inference.packed import packed_linears
+
+    with inference(model, compute_dtype), packed_linears(model, max_new_tokens), _plain_generation_config(model):
+        yield
+
+
+@contextmanager
 def _plain_generation_config(model: nn.Module) -> Iterator[None]:
     """A model's own generation_config (repetition penalty, sampling, stop tokens) would mix with what is asked for here."""
     from transformers import GenerationConfig
@@ -257,51 +265,6 @@ def _plain_generation_config(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         core.generation_config = before
-
-
-class _RowNoise:
-    """Sampling as the largest of log-probabilities plus Gumbel noise, each row from its own generator.
-
-    transformers draws for a whole batch from one stream, so that an answer would depend on its neighbours.
-    """
-
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: torch.device) -> None:
-        import torch
-
-        self.temperature, self.top_p, self.device = temperature, top_p, device
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows."""
-        self.generators = [self.generators[row] for row in rows]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        scores = scores.float() / self.temperature
-        if self.top_p < 1:
-            scores = scores.masked_fill(_is_unlikely(scores.softmax(-1), self.top_p), -torch.inf)
-        # float32 is fine enough: of some ten thousand draws the least, which decides, is thousands of its steps away from 0.
-        uniform = torch.stack([torch.rand(scores.shape[-1], generator=generator) for generator in self.generators])
-        return scores - uniform.log_().neg_().log_().to(scores)
-
-
-def _is_unlikely(probabilities_BV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Which tokens are not among the likeliest that together reach `top_p`; the one that crosses the line is, and what is as likely."""
-
-    ordered = probabilities_BV.topk(min(NUM_LIKELIEST, probabilities_BV.shape[-1])).values
-    cutoff = _last_kept(ordered, top_p)
-    is_flat = ordered.sum(-1) < top_p
-    if bool(is_flat.any()):
-        cutoff[is_flat] = _last_kept(probabilities_BV[is_flat].sort(-1, descending=True).values, top_p)
-    return probabilities_BV < cutoff
-
-
-def _last_kept(ordered: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The probability of the token that crosses the line, of each row, from the likeliest on."""
-    import torch
-
-    return ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, torch.inf).min(-1, keepdim=True).values
 
 
 def _answer(tokenizer: Any, ids: list[int], stop_ids: tuple[int, ...]) -> Answer:

@@ -36,6 +36,8 @@ class NoPairsError(UserError):
 
 WORK_SUFFIX = ".work"
 RESULT_FILE, CANDIDATES_FILE = "result.json", "candidates.jsonl"
+WRITTEN_FILE = "written.json"
+"""Hash of the pairs that are about to be put in place: whoever changes them afterwards keeps his changes."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,45 @@ def _check(job: PairsJob) -> None:
         raise UserError(
             "nobody is asked for answers", where="--model", mend="--model RUN|MODEL, or --endpoint_url URL --endpoint_model NAME"
         )
+    _check_count(job)
     if job.output.suffix != ".jsonl":
         raise UserError(f"found {str(job.output)!r}", where="--out", expected="a file *.jsonl")
-    if job.output.exists() and not job.work.is_dir():  # made at the first start, before there are pairs
+    above = next(folder for folder in job.output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file", where="--out", expected="a folder that is there, or can be made", mend="choose another place")
+    if job.output.is_dir():
+        raise UserError(f"{job.output} is a folder", where="--out", mend="name a file in it")
+    if job.output.exists() and hashlib.sha256(job.output.read_bytes()).hexdigest() not in _own_hashes(job):
+        what = "was changed since it was made" if job.work.is_dir() else "is there already, and was not made by this command"
+        raise UserError(what, where=str(job.output), mend="choose another --out, or move it away; what was sampled is kept")
+
+
+def _check_count(job: PairsJob) -> None:
+    """Whether there can be two different answers to a prompt, before any is sampled."""
+    options = job.options
+    num_asked = len(job.models) + (job.endpoint is not None)
+    if options.keep_answers or num_asked > 1:
+        return
+    if options.num_samples < 2:
         raise UserError(
-            "is there already, and was not made by this command", where=str(job.output), mend="choose another --out, or move it away"
+            "two answers make a pair", where="num_samples", expected="at least 2 of one model", mend="--num_samples 4, for instance"
         )
+    if options.temperature == 0 and job.endpoint is None:
+        raise UserError(
+            "at temperature 0 a model gives the same answer every time, and a prompt has fewer than two different answers",
+            where="temperature", mend="--temperature 0.8, for instance",
+        )  # fmt: skip
+
+
+def _own_hashes(job: PairsJob) -> set[str]:
+    """Of what this command has written; a kill may have come before or after the file was put in place."""
+    found = set()
+    for name in (RESULT_FILE, WRITTEN_FILE):
+        try:
+            found.add(str(json.loads((job.work / name).read_text(encoding="utf-8"))["sha256"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _identity(job: PairsJob, asked: AskedPrompts) -> str:
@@ -189,6 +224,7 @@ def _choose(
     if not rows:
         raise NoPairsError(_nothing(groups, left_out, scoring), where=str(job.prompts), mend=_advice(left_out, job.options))
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    write_atomically(job.work / WRITTEN_FILE, json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
     write_atomically(job.output, data)
     return _finish(job, asked, groups, scoring, rows, left_out, num_covered, num_missing, identity, data, tell)
 

@@ -184,7 +184,7 @@ class OnPolicyOptions:
         if self.reward:
             found.append(RewardScorer("reward", self.reward, loading.device))
         if self.judge or self.judge_url:
-            found.append(JudgeScorer("judge", lambda: self._judge().build(loading)))
+            found.append(JudgeScorer("judge", lambda: self._judge().build(loading), None if self.judge_url else self.judge))
         if self.logp:
             if model is None:
                 raise UserError("no model of this machine is asked", where="logp", mend="add --model")

@@ -30,7 +30,7 @@ from orpo.onpolicy.options import OnPolicyOptions
 from orpo.run.config import RunConfig, as_facts
 from orpo.run.folder import COMPLETE, RUNNING, final_weights
 from orpo.system.files import write_atomically
-from orpo.system.ranks import current_ranks
+from orpo.system.launch import refuse_several
 from orpo.system.redact import redact
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ FORMAT = 1
 ORIGIN = "the rounds"
 _HELD_OUT_SEED = 1_000_003
 """Added to the seed for held-out answers: every round draws with the same noise, so that rounds differ by their weights."""
+_ALONE = (
+    "start it without a launcher and without --num_processes; on several: orpo pairs … --out pairs.jsonl, then "
+    "orpo train --dataset_name pairs.jsonl --num_processes N"
+)
 _OF_THE_SOURCE = ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name", "eval_fraction", "column_map")
 _FREE = frozenset({"output_dir", "rounds", "resume_from_checkpoint", "allow_changed_resume"})
 
@@ -146,14 +150,13 @@ def run_rounds(config: RunConfig, tell: Tell, callbacks: Callable[[], Sequence[T
         What `rounds.json` holds, and `is_already_complete`.
 
     Raises:
-        UserError: anything wrong with configuration, prompts, scorers or folder.
+        UserError: anything wrong with configuration, prompts, scorers or folder, or a launcher has started several processes.
         GuardStop, SignalStop: the training of a round was stopped; the same call goes on.
     """
     from orpo.checkpoint import RunLock
 
+    refuse_several("train --rounds", _ALONE)
     num_rounds, options, pairs = read_options(config)
-    if current_ranks().world_size > 1:
-        raise UserError("rounds run in one process", where="rounds", mend="start it without a launcher; sampling and training take turns")
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder):

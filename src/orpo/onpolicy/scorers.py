@@ -14,7 +14,7 @@ from orpo.data.types import Dropped, Preference, TokenGroup
 from orpo.errors import UserError
 from orpo.evaluate.cache import Cache
 from orpo.evaluate.judging.judges import Conversation, Judge, ask_all, fill
-from orpo.evaluate.judging.local import RewardModel, as_messages
+from orpo.evaluate.judging.local import RewardModel, as_messages, is_reward_model
 from orpo.evaluate.judging.verdicts import read_choice
 from orpo.evaluate.tasks.custom import QUESTION, SYSTEM_PROMPT
 from orpo.models.fingerprint import content_key
@@ -236,8 +236,6 @@ class RewardScorer:
     device: str | None = None
 
     def check(self, asked: Sequence[Asked]) -> None:
-        from orpo.evaluate.judging.local import is_reward_model
-
         if not is_reward_model(self.model):
             raise UserError("is no reward model", where=f"reward: {self.model}", expected="a sequence classifier with one output")
 
@@ -259,14 +257,18 @@ class JudgeScorer:
 
     name: str
     build: Callable[[], Judge | RewardModel]
+    local: str | None = None
 
     def check(self, asked: Sequence[Asked]) -> None:
-        pass
+        if self.local is None:  # a server's is made in no time, and asked nothing
+            self.build()
+        elif is_reward_model(self.local):
+            raise UserError("a reward model scores answers one by one", where=f"judge: {self.local}", mend="name it with --reward")
 
     def marks(self, groups: Sequence[AskedGroup], cache: Cache, progress: Progress) -> Marks:
         judge = self.build()
         if isinstance(judge, RewardModel):
-            raise UserError("a reward model scores answers one by one", where="judge", mend="name it with --reward")
+            raise UserError("a reward model scores answers one by one", where=self.name, mend="name it with --reward")
         meetings = [(number, first, second) for number, group in enumerate(groups) for first, second in _meetings(group)]
         asked = [_question(groups[number], *order) for number, first, second in meetings for order in ((first, second), (second, first))]
         replies = ask_all(judge, asked, cache, progress=lambda done, total: progress(f"verdicts of {self.name}", done, total)).replies

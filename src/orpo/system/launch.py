@@ -25,8 +25,12 @@ def started_by(environ: Mapping[str, str]) -> str | None:
     return "a launcher (RANK is set)" if "RANK" in environ else None
 
 
-def refuse_several(command: str) -> None:
+def refuse_several(command: str, mend: str | None = None) -> None:
     """Stop a command that one process does where a launcher has started several: each would do all of it, into the same files.
+
+    Args:
+        command: as it is typed behind `orpo`.
+        mend: what to do instead, where it is not to start the command alone.
 
     Raises:
         UserError: on process 0.
@@ -45,7 +49,7 @@ def refuse_several(command: str) -> None:
     raise UserError(
         f"{place.said_by} is {place.world_size}: a launcher has started {place.world_size} processes, and this command is done by one",
         where=f"orpo {command}",
-        mend=f"start it alone: orpo {command} …; `orpo train` is what several processes do together",
+        mend=mend or f"start it alone: orpo {command} …; `orpo train` is what several processes do together",
     )
 
 

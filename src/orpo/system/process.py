@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from orpo.errors import EXIT_BUG, EXIT_OK, GuardStop, OrpoError, SignalStop, ToldElsewhereError
+from orpo.errors import EXIT_BUG, EXIT_OK, GuardStop, OrpoError, SignalStop, ToldElsewhereError, UserError
 from orpo.system.console import say_on_stderr
 from orpo.system.place import own_rank
 
@@ -28,6 +29,16 @@ def let_threads_wait() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(SPIN_VARIABLE, SPIN_COUNT)
+
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+"""What a disk says that is full or must not be written on; wherever in a command that is met."""
+_DISK_MEND = "make room, or choose another place; the same command goes on"
+
+
+def _file_of(error: OSError) -> str:
+    """The file, where the system names it: not for what fails in the middle of a write."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "the disk of the results"
 
 
 def guarded_exit(command: str, run: Callable[[], int]) -> int:
@@ -54,7 +65,11 @@ def guarded_exit(command: str, run: Callable[[], int]) -> int:
     except BrokenPipeError:  # `orpo … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            told = UserError(f"a file cannot be written: {error.strerror}", where=_file_of(error), mend=_DISK_MEND)
+            say_on_stderr(f"orpo {command}: {told}")
+            return told.exit_code
         print(redact_text(traceback.format_exc()), file=sys.stderr)
         print("This is a bug in orpo: please report it with the lines above.", file=sys.stderr)
         return EXIT_BUG

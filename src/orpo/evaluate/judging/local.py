@@ -104,34 +104,42 @@ class RewardModel:
         self.identity: dict[str, Any] = {"kind": "reward", "weights": weights_sha256(self.model)}
 
     def scores(self, pairs: Sequence[tuple[Text, str]], cache: Cache, *, progress: Callable[[int, int], None] | None = None) -> list[float]:
-        """The reward of each (prompt, answer). One at a time: padding shifts the position that many reward heads read."""
+        """The reward of each (prompt, answer), many at a time where that gives the model's own scores (`rewards.py`)."""
         import torch
 
-        found = []
-        device = next(self.model.parameters()).device
-        for number, (prompt, answer) in enumerate(pairs):
-            messages = as_messages(prompt)
-            key = content_key(judge=self.identity, messages=messages, answer=answer)
-            value = cache.get(key)
-            if value is None:
-                inputs = self._inputs(messages, answer)
-                with torch.no_grad():
-                    value = float(self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits[0, 0])
-                cache.put(key, value)
-            found.append(value)
-            if progress is not None:
-                progress(number + 1, len(pairs))
-        return found
+        from orpo.evaluate.judging.rewards import batches, choose_way
+
+        conversations = [as_messages(prompt) for prompt, _ in pairs]
+        keys = [
+            content_key(judge=self.identity, messages=messages, answer=answer)
+            for messages, (_, answer) in zip(conversations, pairs, strict=True)
+        ]
+        todo = list({key: place for place, key in reversed(list(enumerate(keys))) if key not in cache}.values())[::-1]
+        texts = [self._inputs(conversations[place], pairs[place][1]) for place in todo]
+        num_done = len(pairs) - len(todo)
+        with torch.no_grad():
+            way = choose_way(self.model, texts)
+            for batch in batches(texts):
+                for number, score in zip(batch, way(self.model, [texts[number] for number in batch]), strict=True):
+                    cache.put(keys[todo[number]], score)
+                num_done += len(batch)
+                if progress is not None:
+                    progress(num_done, len(pairs))
+        return [float(cache.get(key)) for key in keys]
 
     def _inputs(self, messages: list[dict[str, Any]], answer: str) -> dict[str, torch.Tensor]:
         """Through the chat template where there is one; else as a pair of texts, as older reward models take it."""
+        import inspect
+
         if getattr(self.tokenizer, "chat_template", None):
             conversation = [*messages, {"role": "assistant", "content": answer}]
             encoded = self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
         else:
             prompt = "\n\n".join(str(message["content"]) for message in messages)
             encoded = self.tokenizer(prompt, answer, return_tensors="pt", truncation=True)
-        return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
+        taken = inspect.signature(self.model.forward).parameters  # an encoder's token_type_ids tell prompt and answer apart
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in encoded.items() if name in taken}
 
 
 def as_messages(prompt: Text) -> list[dict[str, Any]]:
