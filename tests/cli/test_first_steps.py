@@ -20,7 +20,7 @@ from orpo.cli import build_parser, command_modules, main
 from orpo.cli.completion import SHELLS, whole_parser
 from orpo.cli.doctor import FEATURES
 from orpo.config.advice import ADVICE_BY_SIZE, advice_for
-from orpo.config.shipped import FOLDER, find_recipe, list_recipes
+from orpo.config.shipped import FOLDER, find_recipe, list_launch_files, list_recipes
 from orpo.run.config import resolve
 from orpo.system.installing import bundled_line, pip_line, requirements_of
 
@@ -51,6 +51,15 @@ class TestRecipes:
         assert main(["recipes", "demo", "lora-7b"]) == 2
         assert "another content" in capsys.readouterr().err
         assert copy.read_text() == "mine: true\n"
+
+    def test_files_for_launchers_are_copied_by_their_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        files = sorted((FOLDER / "launch").iterdir())
+        assert sorted(file.path for file in list_launch_files()) == [path for path in files if path.suffix != ".pyc" and path.is_file()]
+        monkeypatch.chdir(tmp_path)
+        for file in list_launch_files():
+            assert main(["recipes", file.name, "--to", "."]) == 0
+            assert (tmp_path / file.name).read_bytes() == file.path.read_bytes()
+            assert file.command.format(file.name) in capsys.readouterr().out
 
     def test_a_misspelt_name_is_told_before_anything_is_copied(self, tmp_path: Path, capsys: Any) -> None:
         assert main(["recipes", "demo", "lora-7", "--to", str(tmp_path / "new")]) == 2

@@ -137,6 +137,16 @@ def train(
         (Path(run_dir) / "final.json").write_text(json.dumps(found))
 
 
+def leave_at_the_start() -> None:
+    """Rank 1 is gone before the ranks have agreed on what to do."""
+    from orpo.system.group import agree, join
+
+    join(use_cpu=True, backend=None, timeout_s=15.0)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    agree({"seed": 1})
+
+
 def digests(trainer: Any) -> dict[str, str]:
     """sha256 of each weight and of the optimizer state, which a run that was complete at its start does not load."""
     if trainer.zero is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -251,6 +252,18 @@ def test_full_disk_at_the_first_save_says_what_is_known(small_disk: Path) -> Non
     with pytest.raises(CheckpointError, match=r"it needs more than [\d,]+ bytes, [\d,]+ are free"):
         publish(small_disk, 1, lambda folder: _tensors(folder, 8), facts={})
     assert _names(small_disk) == []
+
+
+def test_a_limit_on_file_sizes_is_no_full_disk(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="larger than may be written here") as found:
+            publish(tmp_path, 3, _writer(b"x" * 100_000), facts={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "ulimit -f" in str(found.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_disk_full_at_the_manifest_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,13 @@ def test_a_killed_rank_takes_the_others_along_and_nothing_is_half_published(
     pair.finish(uninterrupted)
 
 
+def test_a_rank_killed_before_the_run_has_begun_is_told_without_a_traceback(forks: Zygote, pair: Pair) -> None:
+    ends = forks.run_ranks("leave_at_the_start", pair.logs)
+    assert [end.status for end in ends] == [1, -signal.SIGKILL]
+    assert "LostContactError: rank 0 lost contact with another process" in pair.text(0)
+    assert "Traceback" not in pair.text(0)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_one_rank_is_told_once(rank: int, pair: Pair) -> None:
     """An exception on one rank: the others leave, and the first cause is told once."""

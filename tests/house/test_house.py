@@ -43,9 +43,9 @@ MOST_LINES, MOST_FUNCTION_LINES = 450, 70
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted name inside the package -> file; `__init__` for the package itself."""
+    """Dotted name inside the package -> file; `__init__` for the package itself. Recipes are copied, not imported."""
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in sorted(set(ROOT.rglob("*.py")) - set((ROOT / "recipes").rglob("*.py"))):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
     return found

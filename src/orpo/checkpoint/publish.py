@@ -24,8 +24,9 @@ from orpo.system.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_TEXTS = ("no space left on device", "disk quota exceeded", "file too large", "os error 28", "os error 122", "os error 27")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL_TEXTS = ("no space left on device", "disk quota exceeded", "os error 28", "os error 122")
+_TOO_LARGE_TEXTS = ("file too large", "os error 27")
 
 
 class PeerError(OrpoError):
@@ -180,6 +181,13 @@ def _explain(error: BaseException, run_dir: Path, written_bytes: int) -> BaseExc
     """An error of the disk, told with figures; any other error as it is."""
     if isinstance(error, OrpoError) or not isinstance(error, Exception):
         return error
+    if (isinstance(error, OSError) and error.errno == errno.EFBIG) or any(text in str(error).lower() for text in _TOO_LARGE_TEXTS):
+        return CheckpointError(
+            f"a file of the checkpoint is larger than may be written here ({error}); what was written of it has been removed, earlier "
+            "checkpoints are untouched",
+            where=str(run_dir),
+            mend="raise the limit on file sizes (ulimit -f), or point output_dir at another disk; the same command resumes",
+        )
     is_full = (isinstance(error, OSError) and error.errno in _FULL) or any(text in str(error).lower() for text in _FULL_TEXTS)
     if not is_full and not isinstance(error, OSError):
         return error

@@ -1,6 +1,7 @@
 """List the configurations that come with the package, or copy some to change them: orpo recipes [NAME …] [--to FOLDER]
 
-`orpo train recipes/NAME.yaml` uses one as it stands, from any folder; keys given as flags go before it.
+`orpo train recipes/NAME.yaml` uses one as it stands, from any folder; keys given as flags go before it. Files for launchers of several
+processes are copied in the same way, by their whole names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 from pathlib import Path
 
 NAME = "recipes"
-HELP = "list the packaged configurations, or copy them"
+HELP = "list the packaged configurations and files for launchers, or copy them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List or copy."""
-    from orpo.config.shipped import copy_recipe, find_recipe, list_recipes
+    from orpo.config.shipped import copy_recipe, find_recipe, list_launch_files, list_recipes
     from orpo.system.console import print_json, report_console, say
 
     chosen = [find_recipe(name) for name in args.names]  # all of the names before the first copy
     copies = [copy_recipe(recipe, Path(args.to)) for recipe in chosen]
-    shown = chosen or list_recipes()
+    shown = chosen or [*list_recipes(), *list_launch_files()]
     if args.json:
         facts = [{"name": recipe.name, "about": recipe.about, "path": str(recipe.path)} for recipe in shown]
         print_json({"recipes": facts, "copies": [str(path) for path in copies]})
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for path in copies:
         say(console, f"copied       {path}")
     if copies:
-        say(console, f"next         orpo check {copies[0]} --dataset_name YOUR.jsonl")
+        say(console, f"next         {chosen[0].command.format(copies[0])}")
         return 0
     width = max(len(recipe.name) for recipe in shown) + 2
     for recipe in shown:

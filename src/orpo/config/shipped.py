@@ -1,4 +1,4 @@
-"""The recipes that come with the package: commented configurations to start from.
+"""The recipes that come with the package: commented configurations to start from, and files for launchers of several processes.
 
 They are package data, so that `orpo train recipes/demo.yaml`, as documents write it, works from a wheel and in any folder: a path
 `recipes/NAME.yaml` that is not there means the packaged one.
@@ -16,18 +16,42 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 _PREFIX = "recipes"
 
 
+_LAUNCH = {
+    "fsdp2.yaml": ("accelerate: FSDP2", "accelerate launch --config_file {} --num_processes 8 -m orpo train run.yaml"),
+    "zero3.yaml": ("accelerate: DeepSpeed's ZeRO-3", "accelerate launch --config_file {} --num_processes 8 -m orpo train run.yaml"),
+    "zero2.json": ("DeepSpeed: ZeRO-2", "orpo train run.yaml --num_processes 8 --deepspeed {}"),
+    "zero3.json": ("DeepSpeed: ZeRO-3", "orpo train run.yaml --num_processes 8 --deepspeed {}"),
+    "slurm.sbatch": ("Slurm: several machines, one task per GPU", "sbatch {} run.yaml"),
+    "ray_train.py": ("Ray Train: one worker per process, started again when one is lost", "python {} 8 run.yaml"),
+}
+"""Files for launchers: what each is for, and the command that uses it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A packaged configuration: `name` without its ending, and the first sentence of its comment."""
+    """A packaged file.
+
+    Attributes:
+        name: of a configuration without its ending, of a file for a launcher with it.
+        path: where it is.
+        about: the first sentence of its comment, or what it is for.
+        command: what uses it, with `{}` in the place of the file.
+    """
 
     name: str
     path: Path
     about: str
+    command: str = "orpo check {} --dataset_name YOUR.jsonl"
 
 
 def list_recipes() -> list[Recipe]:
-    """All of them, by name."""
+    """All configurations, by name."""
     return [Recipe(path.stem, path, _about(path)) for path in sorted(FOLDER.glob("*.yaml"))]
+
+
+def list_launch_files() -> list[Recipe]:
+    """All files for launchers."""
+    return [Recipe(name, FOLDER / "launch" / name, *told) for name, told in _LAUNCH.items()]
 
 
 def _about(path: Path) -> str:
@@ -42,14 +66,16 @@ def _about(path: Path) -> str:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe by name, with or without `recipes/` and `.yaml`.
+    """A recipe by name, with or without `recipes/` and `.yaml`; a file for a launcher by its name.
 
     Raises:
         UserError: there is none of that name.
     """
     import difflib
 
-    known = {recipe.name: recipe for recipe in list_recipes()}
+    known = {recipe.name: recipe for recipe in [*list_recipes(), *list_launch_files()]}
+    if Path(name).name in known:
+        return known[Path(name).name]
     stem = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     if stem in known:
         return known[stem]

@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+
+from orpo.errors import OrpoError
+
+_LOST_CONTACT = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)|broken pipe|socket|store|timed out", re.IGNORECASE)
+
+
+class LostContactError(OrpoError):
+    """Another process of the run was killed or cannot be reached. Its own error, where it had one, is the cause and is told there."""
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error is only about the connection to other processes."""
+    import torch.distributed as dist
+
+    is_of_torch = isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_LOST_CONTACT.search(str(error))))
+    return is_of_torch or isinstance(error, LostContactError)
+
+
+def lost_contact(rank: int, error: BaseException) -> LostContactError:
+    """What to tell of such an error."""
+    if isinstance(error, LostContactError):
+        return error
+    summary = (str(error).splitlines() or [type(error).__name__])[0]
+    return LostContactError(f"rank {rank} lost contact with another process, which was killed or cannot be reached ({summary[:200]})")
+
+
+@contextmanager
+def _told_when_lost(rank: int) -> Iterator[None]:
+    """Around a collective at any time, also before a run's own watch over its processes begins (`training.guards.peers`)."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost_contact(error):
+            raise lost_contact(rank, error) from None
+        raise
 
 
 class Ranks:
@@ -44,7 +81,8 @@ class TorchRanks(Ranks):
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with _told_when_lost(self.rank):
+            dist.all_gather_object(values, value)
         return values
 
     def max(self, values: Sequence[int]) -> list[int]:
@@ -53,7 +91,8 @@ class TorchRanks(Ranks):
 
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
         reduced = torch.tensor(list(values), dtype=torch.int64, device=device)
-        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        with _told_when_lost(self.rank):
+            dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
         return [int(value) for value in reduced.tolist()]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from typing import Any
 from orpo.checkpoint.publish import PeerError
 from orpo.errors import EXIT_BUG
 from orpo.system.files import flags
-from orpo.system.ranks import Ranks
+from orpo.system.ranks import Ranks, is_lost_contact, lost_contact
 
 _FAILURE_NAME = ".failure.json"
-_LOST_CONTACT = re.compile(r"gloo|nccl|processgroup|connection (closed|reset|refused)|broken pipe|socket|store|timed out", re.IGNORECASE)
 _WAIT_S = 2.0
 
 
@@ -45,16 +43,10 @@ def first_cause(run_dir: Path | str, ranks: Ranks) -> Iterator[None]:
     except PeerError:
         raise
     except BaseException as error:
-        if not _is_lost_contact(error):
+        if not is_lost_contact(error):
             _note(path, ranks.rank, error)
             raise
         raise _peer_error(path, ranks.rank, error) from None
-
-
-def _is_lost_contact(error: BaseException) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_LOST_CONTACT.search(str(error))))
 
 
 def _note(path: Path, rank: int, error: BaseException) -> None:
@@ -76,8 +68,7 @@ def _peer_error(path: Path, rank: int, error: BaseException) -> PeerError:
         except (OSError, ValueError):
             time.sleep(0.05)
     if not note:
-        summary = (str(error).splitlines() or [type(error).__name__])[0]
-        return PeerError(f"rank {rank} lost contact with another process, which was killed or cannot be reached ({summary[:200]})")
+        return PeerError(str(lost_contact(rank, error)))
     peer = PeerError(f"rank {rank} stops because rank {note['rank']} failed first: {note['error'].splitlines()[0]}")
     peer.exit_code = note["exit_code"]
     return peer
