@@ -68,7 +68,7 @@ def _peer_error(path: Path, rank: int, error: BaseException) -> PeerError:
         except (OSError, ValueError):
             time.sleep(0.05)
     if not note:
-        return PeerError(str(lost_contact(rank, error)))
+        return PeerError(f"{lost_contact(rank, error)}; the same command goes on from the newest checkpoint")
     peer = PeerError(f"rank {rank} stops because rank {note['rank']} failed first: {note['error'].splitlines()[0]}")
     peer.exit_code = note["exit_code"]
     return peer
