@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from orpo.errors import SignalStop
+from orpo.system.place import own_rank
 from orpo.system.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class SignalGuard:
         self._is_held = False
         self._first_s = 0.0
         self._earlier: dict[signal.Signals, Any] = {}
+        self._is_first = own_rank() == 0  # of processes that a launcher signals all alike; one of them says it
         self._echo_s = _ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> SignalGuard:
@@ -97,7 +99,7 @@ class SignalGuard:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first_s and now - self._first_s >= self._echo_s:
-            os.write(2, b"second signal: leaving at once; published checkpoints are whole\n")
+            self._say(b"second signal: leaving at once; published checkpoints are whole\n")
             os._exit(128 + signum)
         if self._first_s:
             return
@@ -106,4 +108,8 @@ class SignalGuard:
             self.stop(signum)
         self.pending = signum
         name = signal.Signals(signum).name.encode()
-        os.write(2, name + b": saving after this step, then leaving; send it again to leave at once\n")
+        self._say(name + b": saving after this step, then leaving; send it again to leave at once\n")
+
+    def _say(self, text: bytes) -> None:
+        if self._is_first:
+            os.write(2, text)
