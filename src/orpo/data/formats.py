@@ -315,7 +315,7 @@ def strict_error(dropped: Dropped) -> DataError:
         f"{dropped.reason}: {REASONS[dropped.reason]}{detail}",
         where=str(dropped.where),
         expected="a row that can be trained on",
-        mend="repair or remove the row, or run without strict, which drops and counts such rows",
+        mend="repair or remove the row, or leave strict_data out (strict, in Python): such rows are then dropped and counted",
     )
 
 

@@ -412,7 +412,7 @@ def unusable_row(dropped: Dropped) -> DataError:
     return DataError(
         f"{text} [{dropped.reason}]" + (f": {dropped.detail}" if dropped.detail else ""),
         where=str(dropped.where),
-        mend="mend the row, or drop such rows by running without --strict",
+        mend="mend the row, or leave strict_data out (strict, in Python): such rows are then dropped and counted",
     )
 
 
