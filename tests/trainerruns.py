@@ -70,22 +70,37 @@ def train_and_report(
     architecture: str = "llama",
     resume: bool = False,
     half: bool = False,
+    by_name: bool = False,
+    per_machine: int | None = None,
     **options: Any,
 ) -> None:
-    """A run of one or more ranks: every rank leaves its weights, rank 0 the logs and an evaluation, for a test to compare."""
+    """A run of one or more ranks: every rank leaves its weights, rank 0 the logs and an evaluation, for a test to compare.
+
+    With `by_name` the trainer loads the model itself, from a folder. `per_machine` ranks are told that they share a
+    machine.
+    """
+    import os
     from pathlib import Path
 
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    arguments: dict[str, Any] = {"eval_dataset": {"a": random_groups(7, seed=1, kinds=("pair", "sft")), "b": random_groups(1, seed=2)}}
+    arguments: dict[str, Any] = {"processing_class": build_tiny_tokenizer()}
+    arguments |= {"eval_dataset": {"a": random_groups(7, seed=1, kinds=("pair", "sft")), "b": random_groups(1, seed=2)}}
     if lora:
         arguments["peft_config"] = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = random_groups(num_rows, kinds=("pair", "pair", "four", "sft", "partial", "pair"))
-    model = build_tiny_model(architecture, num_layers=3 if architecture == "gemma3" else 2)
+    model: Any = build_tiny_model(architecture, num_layers=3 if architecture == "gemma3" else 2)
     if half:
         model.to(torch.bfloat16)
+    if per_machine is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(per_machine)
+    if by_name:
+        folder = Path(output_dir) / f"start-{os.environ.get('RANK', '0')}"
+        model.save_pretrained(folder)
+        arguments["processing_class"].save_pretrained(folder)
+        model = str(folder)
     trainer = make_trainer(output_dir, rows, model=model, arguments=arguments, **options)
     trainer.train(resume_from_checkpoint=True if resume else None)
     evaluation = trainer.evaluate()
@@ -104,66 +119,52 @@ def train_and_report(
         (Path(output_dir) / "report.json").write_text(json.dumps(report))
 
 
-def peak_of_a_run(output_dir: str, model_folder: str, *, lora: bool = False, **options: Any) -> None:
-    """Three steps of a model of some size; every rank leaves what memory it came to hold above what it held before the model was loaded."""
+def held_by_a_run(output_dir: str, flags: list[str]) -> None:
+    """What memory a run's process came to hold above what it held before its model was loaded, as `orpo train` loads and trains it.
+
+    Every rank leaves held-RANK.json: `start`, memory of its own until training begins, without pages of the model's file (those are the
+    page cache's, one copy for all, and given back when room is needed); `training`, all that is resident, from there to the end.
+    """
+    import threading
+    import time
     from pathlib import Path
 
-    from peft import LoraConfig
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import TrainerCallback
+
+    from orpo.run.config import resolve
+    from orpo.run.data import prepare_data
+    from orpo.training.runner import build_trainer
+    from orpo.training.startmodel import load_run_model
 
     def held(name: str) -> int:
         return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) * 1024
 
-    floor = held("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=torch.float32)
-    arguments = {"peft_config": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")} if lora else {}
-    trainer = make_trainer(output_dir, random_groups(24), model=model, arguments=arguments, max_steps=3, **options)
-    trainer.train()
-    found = {"bytes": held("VmHWM") - floor}
-    (Path(output_dir) / f"peak-{trainer.args.process_index}.json").write_text(json.dumps(found))
-
-
-def held_at_start(output_dir: str, model_folder: str, **options: Any) -> None:
-    """What memory a process came to hold from loading a model as it is stored until its training begins, above what it held before.
-
-    Memory of its own, without pages of the model's file: those are the page cache's, one copy for all, and given back when room is needed.
-    """
-    import threading
-    import time
-    from contextlib import suppress
-    from pathlib import Path
-
-    from transformers import AutoModelForCausalLM, TrainerCallback
-
-    def held() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
-
-    samples, is_over = [held()], threading.Event()
+    is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.is_set():
-            samples.append(held())
+            samples.append(held("RssAnon:"))
             time.sleep(0.02)
 
-    class OverError(Exception):
-        pass
-
-    class Over(TrainerCallback):
+    class Begin(TrainerCallback):
         def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
             is_over.set()
-            raise OverError
+            found["start, resident"] = held("VmHWM:") - floor
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 
+    config = resolve(None, [f"--output_dir={output_dir}", *flags])
+    args = config.training_args()
+    data = prepare_data(config, args, lambda line: None)
+    samples, floor = [held("RssAnon:")], held("VmRSS:")
+    found: dict[str, Any] = {}
+    Path("/proc/self/clear_refs").write_text("5")
     thread = threading.Thread(target=watch)
     thread.start()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
-    trainer = make_trainer(output_dir, random_groups(24), model=model, arguments={"callbacks": [Over()]}, max_steps=1, **options)
-    with suppress(OverError):
-        trainer.train()
+    trainer = build_trainer(config, args, data, load_run_model(config, args, data).model, [Begin()])
+    trainer.train()
     thread.join()
-    found = {"bytes": max(samples) - samples[0]}
-    (Path(output_dir) / f"held-{trainer.args.process_index}.json").write_text(json.dumps(found))
+    found |= {"start": max(samples) - samples[0], "training": held("VmHWM:") - floor, "is_sharded": is_sharded(trainer.model)}
+    (Path(output_dir) / f"held-{args.process_index}.json").write_text(json.dumps(found))
 
 
 def stream_and_report(output_dir: str, rows: str, *, stop_at: int | None = None, resume: bool = False, **options: Any) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +116,22 @@ def slurm_names(rank: int, job: str) -> dict[str, str]:
 # ---- one training
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "words",
     [
         (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo", "train", "run.yaml"),
-        pytest.param((str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2"), marks=pytest.mark.slow),
-        pytest.param((str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo.cli", "train", "run.yaml"), marks=pytest.mark.slow),
-        pytest.param(
-            (str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "-m", "orpo", "train", "run.yaml"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param((str(BIN / "torchrun"), "--nproc_per_node", "3", str(BIN / "orpo"), "train", "run.yaml"), marks=pytest.mark.slow),
+        (str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2"),
+        (str(BIN / "torchrun"), "--nproc_per_node", "2", "-m", "orpo.cli", "train", "run.yaml"),
+        (str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "-m", "orpo", "train", "run.yaml"),
+        (str(BIN / "torchrun"), "--nproc_per_node", "3", str(BIN / "orpo"), "train", "run.yaml"),
     ],
     ids=["torchrun", "num_processes", "torchrun of the package", "accelerate", "three of the script"],
 )
 def test_a_launch_without_a_flag_for_it_is_one_training(words: tuple[str, ...], desk: Desk) -> None:
+    """By default the sharded launch below and the signal to the short form prove what these do."""
     code, text = desk.type(*words)
     assert code == 0, text
     desk.assert_one_training(text, world_size=3 if "3" in words else 2)
@@ -214,6 +214,8 @@ def test_a_script_under_torchrun_is_one_training(desk: Desk, model_folder: Path)
 
 # ---- a stop
 
+WITHOUT_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+
 
 @pytest.mark.slow
 @pytest.mark.distributed
@@ -223,15 +225,17 @@ def test_a_script_under_torchrun_is_one_training(desk: Desk, model_folder: Path)
     [
         (["--learning_rte", "1"], "did you mean 'learning_rate'"),
         (["--fsdp", "--fsdp_config", '{"transformer_layer_cls_to_wrap": "LlamaLayer"}'], "no module of LlamaForCausalLM is a LlamaLayer"),
+        (["--parallelism", "fsdp2", "--use_peft", "--load_in_4bit"], "bitsandbytes packs four-bit weights anew on a CPU"),
+        pytest.param(["--parallelism", "zero3"], "needs the package deepspeed, which is not installed", marks=WITHOUT_DEEPSPEED),
     ],
-    ids=["a wrong key", "a layer that there is not"],
+    ids=["a wrong key", "a layer that there is not", "packed weights", "deepspeed is not installed"],
 )
 def test_what_is_wrong_on_all_processes_is_told_once_with_exit_code_2(flags: list[str], told: str, desk: Desk) -> None:
     code, text = desk.type(str(BIN / "orpo"), "train", "run.yaml", "--num_processes", "2", *flags)
     assert code == 2, text
     assert text.count(told) == 1, text
     assert "Traceback" not in text
-    assert not list(desk.run.glob("checkpoint-*"))
+    assert "loading  " not in text, "before a model is read"
 
 
 @pytest.mark.distributed

@@ -24,6 +24,8 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "a_loss"}
 LORA = {"lora": True, "learning_rate": 1e-2}
+STORED_IN_BF16 = {"half": True, "by_name": True}
+"""A model that is read as it is stored: whole weights of a checkpoint, in float32, must not be rounded to that."""
 
 
 def train(forks: Zygote, folder: Path, num_ranks: int, parallelism: str, **options: Any) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def losses(report: dict[str, Any]) -> list[float]:
         pytest.param((2, "ddp"), (2, "fsdp2"), {"architecture": "gemma3"}, marks=pytest.mark.slow),
         pytest.param((2, "fsdp2"), (2, "ddp"), LORA, marks=pytest.mark.slow),
         pytest.param((2, "fsdp2"), (2, "ddp"), BEST, marks=pytest.mark.slow),
+        pytest.param((2, "ddp"), (2, "fsdp2"), STORED_IN_BF16, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_checkpoint_goes_on_with_other_processes(

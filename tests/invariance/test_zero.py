@@ -13,7 +13,8 @@ from faults.forked import Zygote
 from faults.jobs import metrics
 from faults.test_distributed import Pair
 from invariance.test_ranks import assert_same, run
-from invariance.test_sharded_resume import BEST, assert_goes_on, losses, train
+from invariance.test_sharded import ZERO_3
+from invariance.test_sharded_resume import BEST, STORED_IN_BF16, assert_goes_on, losses, train
 from orpo.checkpoint import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -23,8 +24,6 @@ FULL: dict[str, Any] = {"engine": "shared", "max_steps": 30}
 UNEVEN: dict[str, Any] = {**FULL, "max_tokens_per_microbatch": 20}
 LORA: dict[str, Any] = {**FULL, "lora": True, "gradient_checkpointing": True, "learning_rate": 1e-2}
 LORA_OF_RESUME = {"lora": True, "learning_rate": 1e-2}
-ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-"""Every weight in parts, also those of a tiny model."""
 
 
 @pytest.mark.parametrize("zero", [{"parallelism": "zero2"}, {"deepspeed": ZERO_3}], ids=["zero2", "zero3"])
@@ -69,6 +68,7 @@ def test_bf16_over_two_ranks_stays_near_one(options: dict[str, Any], zero: dict[
         ((2, "zero2"), (2, "ddp"), BEST),
         ((2, "zero3"), (2, "zero3"), BEST),
         ((2, "zero2"), (2, "zero2"), BEST),
+        ((1, "auto"), (2, "zero3"), STORED_IN_BF16),
     ],
 )  # fmt: skip
 def test_a_checkpoint_goes_on_with_other_processes(

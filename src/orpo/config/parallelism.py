@@ -65,6 +65,11 @@ class Parallelism:
     def is_sharded(self) -> bool:
         return self.kind != "ddp"
 
+    @property
+    def spreads_weights(self) -> bool:
+        """Whether the weights themselves are in parts, layer by layer."""
+        return self.kind in ("fsdp2", "zero3")
+
 
 def parallelism_of(values: Mapping[str, Any], environ: Mapping[str, str]) -> Parallelism:
     """What a configuration without problems asks for."""

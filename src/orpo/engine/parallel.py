@@ -17,6 +17,7 @@ from orpo.engine.precision import total_norm
 from orpo.engine.shared import unwrap
 from orpo.engine.zero import is_under_zero, own_row, whole_weight
 from orpo.errors import UserError
+from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.system.group import on_all
 from orpo.system.ranks import all_reduce_sum, current_ranks
 
@@ -32,8 +33,8 @@ def shard(
 ) -> None:
     """Spread the weights over all ranks, in place; every rank calls it, before the optimizer is made.
 
-    Weights that are trained become float32 one layer at a time, so that no rank holds the whole model in float32: what was read
-    as it is stored lies in its file's pages, which all processes of a machine share.
+    Weights come to have the dtype that they are trained in one layer at a time, so that no rank holds the whole model in float32: what was
+    read as it is stored lies in its file's pages, which all processes of a machine share.
 
     Args:
         model: the same on every rank in shape; rank 0's values are what is spread.
@@ -48,19 +49,21 @@ def shard(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    units = on_all(lambda: _units(model, layers, per_replica))
+    units = on_all(lambda: _units(model, layers, per_replica, dtype))
+    device = next(model.parameters()).device.type
     _take_from_first(model)
     options: dict[str, Any] = {
-        "mesh": _mesh(next(model.parameters()).device.type, per_replica),
+        "mesh": _mesh(device, per_replica),
         "reshard_after_forward": reshards,
         # Not autocast: the casts of all layers would be kept for the backward pass, a whole model in 16 bits on every rank.
         "mp_policy": MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offloads and device != "cpu" else OffloadPolicy(),  # there they are on a CPU
     }
+    wanted = spread_dtype(model)
     for unit in units:
-        _widen(unit)
+        settle_dtype(_whole(unit), wanted)
         fully_shard(unit, **options)
-    _widen(model)
+    settle_dtype(_whole(model), wanted)
     # What is left (embeddings, last norm, head) is needed again at once by the backward pass: it stays gathered in between.
     fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in _sharded_modules(model):
@@ -69,11 +72,11 @@ def shard(
     require_sharded(model)
 
 
-def _units(model: nn.Module, layers: Sequence[str], per_replica: int) -> list[nn.Module]:
+def _units(model: nn.Module, layers: Sequence[str], per_replica: int, dtype: torch.dtype) -> list[nn.Module]:
     size = current_ranks().world_size
     if per_replica and size % per_replica:
         raise UserError(f"{size} processes cannot form replicas of {per_replica}", where="fsdp", mend="full_shard spreads over all of them")
-    _refuse_quantized(model)
+    _refuse_quantized(model, dtype)
     return decoder_layers(model, layers)
 
 
@@ -114,7 +117,7 @@ def _mesh(device: str, per_replica: int) -> Any:
     return init_device_mesh(device, (size // per_replica, per_replica), mesh_dim_names=("replicate", "shard"))
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def _refuse_quantized(model: nn.Module, dtype: torch.dtype) -> None:
     odd = next(((name, weight.dtype) for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
     if odd is not None:
         raise UserError(
@@ -122,6 +125,20 @@ def _refuse_quantized(model: nn.Module) -> None:
             where="fsdp",
             expected="weights stored as floating-point numbers",
             mend="bnb_4bit_quant_storage: bfloat16, or parallelism: ddp",
+        )
+    if next(model.parameters()).device.type == "cpu" and any(
+        getattr(weight, "quant_state", None) is not None for weight in model.parameters()
+    ):
+        raise UserError(
+            "bitsandbytes packs four-bit weights anew on a CPU, which their parts do not survive", where="fsdp", mend="parallelism: ddp"
+        )
+    packed = (weight.dtype for weight in model.parameters() if getattr(weight, "quant_state", None) is not None)
+    if rounded := next((kind for kind in packed if dtype not in (torch.float32, kind)), None):
+        given, wanted = (str(kind).removeprefix("torch.") for kind in (rounded, dtype))
+        raise UserError(
+            f"packed weights are stored as {given} and gathered in {wanted}, which would round their bits",
+            where="bnb_4bit_quant_storage",
+            mend=f"bnb_4bit_quant_storage: {wanted}",
         )
 
 
@@ -149,11 +166,8 @@ def checksum(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(bits).sum(dtype=torch.int64)
 
 
-def _widen(module: nn.Module) -> None:
-    """Weights in 16 bits that are trained and still whole become float32."""
-    for weight in module.parameters():
-        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16) and not is_shard(weight):
-            weight.data = weight.data.float()
+def _whole(module: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in module.parameters() if not is_shard(weight)]
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:

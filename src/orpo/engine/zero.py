@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ class Zero:
 
     Args:
         model: whole, the same on every rank in shape; rank 0's values are what is spread. Changed in place.
+        layers: its modules that are spread one after the other under stage 3.
         optimizer: made for its weights.
         settings: DeepSpeed's configuration as far as the user has given it; `zero_optimization` with its stage at least.
         dtype: of the weights that are computed with; gradients are added up and weights are kept in float32.
@@ -42,7 +43,14 @@ class Zero:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, settings: Mapping[str, Any], dtype: torch.dtype, max_grad_norm: float
+        self,
+        model: nn.Module,
+        layers: Iterable[nn.Module],
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        max_grad_norm: float,
     ) -> None:
         on_all(lambda: _check(model, optimizer))
         if next(model.parameters()).device.type == "cpu":
@@ -57,8 +65,14 @@ class Zero:
         self._base = optimizer
         self._is_dropped = False
         self.stage = int(settings["zero_optimization"]["stage"])
-        exact = {} if dtype == torch.float32 else {name: weight.detach() for name, weight in model.named_parameters()}
+        exact = {
+            name: weight.detach()
+            for name, weight in model.named_parameters()
+            if weight.requires_grad and dtype not in (torch.float32, weight.dtype)
+        }
         config = _configuration(model, settings, dtype=dtype, max_grad_norm=max_grad_norm)
+        if self.stage == 3:
+            _spread(model, layers, config, dtype)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         self._require_applied()
         self._set_masters(exact)
@@ -245,6 +259,18 @@ def _configuration(model: nn.Module, settings: Mapping[str, Any], *, dtype: torc
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {**sized, **given},
     }
+
+
+def _spread(model: nn.Module, layers: Iterable[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Put weights into parts layer by layer, in `dtype`: DeepSpeed itself converts the whole model first, on every rank."""
+    import deepspeed
+
+    for module in (*layers, model):
+        for weight in module.parameters():
+            if not hasattr(weight, "ds_id"):
+                # A copy: DeepSpeed writes rank 0's values into it, and pages of a file that are written to stay this process's own.
+                weight.data = weight.data.to(dtype, copy=True)
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
 
 
 def whole_weight(weight: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.models.find import ModelSource, explain_failure, read_json
 from orpo.system.parts import has_weights_in_parts, read_parts, shapes_of_parts
 
@@ -90,12 +91,42 @@ def put_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, use_gradient
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=use_gradient_checkpointing)
     elif use_gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
+    needs_base = not starts_without_base(peft_config)
+    if needs_base:
+        settle_dtype(model.parameters(), spread_dtype(model))
     try:
-        adapted = get_peft_model(model, text_layers_only(peft_config, model))
+        with nullcontext() if needs_base else _as_it_will_be(model):
+            adapted = get_peft_model(model, text_layers_only(peft_config, model))
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise _does_not_fit(error, peft_config) from error
     pin_base(adapted)
     return adapted
+
+
+def starts_without_base(peft_config: PeftConfig) -> bool:
+    """Whether an adapter's first weights are made without a look at those of its base."""
+    from peft import LoraConfig
+
+    needs = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora")
+    is_drawn = getattr(peft_config, "init_lora_weights", None) in (True, "gaussian")
+    return type(peft_config) is LoraConfig and is_drawn and not any(getattr(peft_config, name, None) for name in needs)
+
+
+@contextmanager
+def _as_it_will_be(model: PreTrainedModel) -> Iterator[None]:
+    """A model that was read as it is stored shows the dtype that it will have, and no values: an adapter's weights are drawn in its base's
+    dtype, and would be rounded to it."""
+    import torch
+
+    dtype = spread_dtype(model)
+    stored = {} if dtype is None else {weight: weight.data for weight in model.parameters()}
+    for weight, values in stored.items():
+        weight.data = torch.empty(1, dtype=dtype, device=values.device).expand(values.shape)
+    try:
+        yield
+    finally:
+        for weight, values in stored.items():
+            weight.data = values
 
 
 def _does_not_fit(error: Exception, peft_config: PeftConfig) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from orpo.errors import UserError
@@ -9,6 +10,9 @@ from orpo.system.machine import bf16_is_fast
 
 if TYPE_CHECKING:
     import torch
+
+SPREAD_DTYPE = "spread_dtype"
+"""Attribute of a model that was read as it is stored, to be spread over processes: the dtype that its weights come to have then."""
 
 _DTYPES = {
     "float32": "float32",
@@ -47,6 +51,23 @@ def upcast_trainable(model: torch.nn.Module) -> str | None:
     for parameter in coarse:
         parameter.data = parameter.data.to(torch.float32)
     return f"{sum(p.numel() for p in coarse):,} trainable weights were in {names} and are trained in float32"
+
+
+def settle_dtype(weights: Iterable[torch.nn.Parameter], wanted: torch.dtype | None) -> None:
+    """Bring weights into the dtype that they are trained in, in place: `wanted`, where it is given, and float32 for what is trained."""
+    import torch
+
+    for weight in weights:
+        if wanted is not None and weight.is_floating_point() and weight.dtype != wanted:
+            weight.data = weight.data.to(wanted)
+        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+            weight.data = weight.data.float()
+
+
+def spread_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """What the weights of a model that was read as it is stored come to be when they are spread; None for every other model."""
+    found: torch.dtype | None = getattr(model, SPREAD_DTYPE, None)
+    return found
 
 
 def computing_dtype(device: str | torch.device | None) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -206,6 +207,27 @@ def check_config(config: Any, source: ModelSource) -> None:
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code:
         raise UserError(f"transformers has no causal language model of type {config.model_type!r}", where=source.name, expected=expected)
+
+
+def weight_files(source: ModelSource, hub: Mapping[str, Any]) -> list[Path]:
+    """The safetensors files of a folder or of the hub, fetched where they are not here yet; none where it has only others.
+
+    Args:
+        hub: transformers' arguments about revision and network.
+    """
+    from transformers.utils.hub import cached_file
+
+    if source.is_local:
+        return sorted(Path(source.location).glob("*.safetensors"))
+    wanted = {name: hub[name] for name in ("revision", "local_files_only") if name in hub}
+
+    def fetched(name: str) -> list[Path]:
+        path = cached_file(source.location, name, **wanted, _raise_exceptions_for_missing_entries=False)
+        return [Path(path)] if isinstance(path, str) else []
+
+    if index := fetched("model.safetensors.index.json"):
+        return [path for name in sorted(set(read_json(index[0])["weight_map"].values())) for path in fetched(name)]
+    return fetched("model.safetensors")
 
 
 def hub_commit(source: ModelSource, revision: str | None) -> str | None:

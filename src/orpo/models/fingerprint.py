@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.models.find import ModelSource, weight_files
+from orpo.models.options import ModelOptions
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +93,31 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
             counts[file.get_slice(name).get_dtype()] += 1
     common = _FILE_DTYPES.get(counts.most_common(1)[0][0]) if counts else None
     return getattr(torch, common) if common else None
+
+
+def only_dtype(files: Iterable[Path]) -> torch.dtype | None:
+    """The float dtype of all weights in these files; None where they differ, or are of another kind."""
+    import torch
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a dict
+    return getattr(torch, _FILE_DTYPES[next(iter(found))]) if len(found) == 1 and found <= _FILE_DTYPES.keys() else None
+
+
+def dtype_to_read(source: ModelSource, options: ModelOptions, hub: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that weights are read in: as they are stored where they will be spread, if all of them are stored alike.
+
+    Args:
+        hub: as of `weight_files`.
+    """
+    import torch
+
+    if not options.is_spread or options.dtype != torch.float32:  # some models keep some weights in float32 where 16 bits are asked for
+        return options.dtype
+    return only_dtype(weight_files(source, hub)) or options.dtype
 
 
 def content_key(**parts: Any) -> str:

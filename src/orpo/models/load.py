@@ -19,7 +19,7 @@ from orpo.errors import UserError
 from orpo.models.adapters import HUB_COMMIT, about_base, adapter_base, is_adapted, load_adapter, merge, set_generation
 from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
 from orpo.models.dequantize import dequantized
-from orpo.models.dtype import computing_dtype, dtype_name, parse_dtype, upcast_trainable
+from orpo.models.dtype import SPREAD_DTYPE, computing_dtype, dtype_name, parse_dtype, spread_dtype, upcast_trainable
 from orpo.models.find import (
     ModelSource,
     check_config,
@@ -31,7 +31,7 @@ from orpo.models.find import (
     hub_commit,
     read_config,
 )
-from orpo.models.fingerprint import stored_dtype, weights_sha256
+from orpo.models.fingerprint import dtype_to_read, stored_dtype, weights_sha256
 from orpo.models.gguf_read import load_gguf
 from orpo.models.inparts import model_from_parts
 from orpo.models.options import ModelOptions
@@ -130,6 +130,7 @@ def load_model(
     is_adapter_trainable: bool = False,
     adapter_base: str | None = None,
     is_dequantized: bool = False,
+    is_spread: bool = False,
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer, in eval mode, on the best device.
 
@@ -144,10 +145,10 @@ def load_model(
         is_adapter_trainable: of an adapter folder: go on training the adapter.
         adapter_base: of an adapter folder: another base than the one it names, such as the full-precision weights of a quantized one.
         is_dequantized: of a model that is stored quantized: plain weights from it, which an adapter can be merged into.
+        is_spread: weights stay as they are stored, pages of their files, until they are spread over processes and come to have `dtype`.
 
     Raises:
-        UserError: nothing there, not a causal language model, weights only as pickles, damaged or incomplete files, remote code without
-            leave, a device or package that is missing.
+        UserError: nothing there, no causal language model, only pickles, damaged files, remote code without leave, no such device.
 
     Example:
         >>> from orpo.models.load import load_model
@@ -169,6 +170,7 @@ def load_model(
             model_init_kwargs=dict(model_init_kwargs or {}),
             adapter_base=adapter_base,
             is_dequantized=is_dequantized,
+            is_spread=is_spread,
         ),
         dtype,
     )
@@ -277,9 +279,12 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         if is_in_parts:
             model, loading = model_from_parts(source, config, options, is_quantized=is_quantized), {}
         else:
+            read_as = options.dtype if is_quantized else dtype_to_read(source, options, hub)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                source.location, config=config, dtype=options.dtype or "auto", use_safetensors=True, output_loading_info=True, **arguments
+                source.location, config=config, dtype=read_as or "auto", use_safetensors=True, output_loading_info=True, **arguments
             )
+            if read_as != options.dtype:
+                setattr(model, SPREAD_DTYPE, options.dtype)
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
         raise _unknown_argument(error, options) or explain_failure(error, source) from error
     _refuse_random_weights(loading, source)
@@ -349,7 +354,7 @@ def _load_adapted(source: ModelSource, options: ModelOptions, *, is_trainable: b
     base_name, base_revision = (options.adapter_base, options.revision) if options.adapter_base else adapter_base(source)
     with nullcontext() if options.adapter_base else about_base(source):
         base = find_source(base_name)
-        base_options = replace(options, revision=base_revision)
+        base_options = replace(options, revision=base_revision, is_spread=False)  # an adapter is loaded in its base's dtype
         _check_remote_code(base, base_options)
         loaded = _load_gguf(base, base_options) if base.kind == "gguf" else _load_plain(base, base_options)
     model = load_adapter(loaded.model, source, is_trainable=is_trainable)
@@ -406,7 +411,7 @@ def _with_facts(
     notes: tuple[str, ...],
 ) -> LoadedModel:
     honour_soft_cap(model)
-    in_memory = dtype_name(model.dtype)
+    in_memory = dtype_name(spread_dtype(model) or model.dtype)
     stored = dtype_name(stored_dtype) if stored_dtype is not None else None
     quantization = "4bit" if options.load_in_4bit else "8bit" if options.load_in_8bit else stored_quantization(model)
     collected = list(notes)

@@ -27,3 +27,4 @@ class ModelOptions:
     model_init_kwargs: Mapping[str, Any] = field(default_factory=dict)
     adapter_base: str | None = None
     is_dequantized: bool = False
+    is_spread: bool = False

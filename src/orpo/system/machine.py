@@ -49,7 +49,8 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     is_there = wanted.type not in checks or checks[wanted.type]()
     if not is_there:
         raise UserError(f"{wanted.type} is not available on this machine", where="device", mend="leave device unset, or set cpu")
-    return wanted
+    # Of several processes the CPU has an index, and a model that is moved to `cpu:0` is copied, out of the pages of its file.
+    return torch.device("cpu") if wanted.type == "cpu" else wanted
 
 
 def bf16_is_fast(device: str | torch.device | None = None) -> bool:

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo.engine.precision import WORKING_DEVICES
-from orpo.errors import UserError
 from orpo.models.adapters import ALL_LINEAR
 from orpo.models.newtokens import positions_of
 from orpo.run.config import read_model_config
+from orpo.training.metamodel import meta_model
 from orpo.training.recompute import AUTO, MemoryNeed, budget_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ _4BIT_BYTES, _NESTED_4BIT_BYTES, _8BIT_BYTES = 0.5625, 0.516, 1.06  # with the c
 _PROBE_TOKENS = 256
 _TYPICAL_ACTIVATIONS = 20
 """Numbers saved per token and layer, in widths of the model: 19 to 21 for the Llama family."""
-_ATTENTION_NAME = "orpo_planning"
 _MATMUL_SHARE = 0.5
 """Share of the peak speed of matrix products that a training step reaches; between 0.3 (short rows, GPU) and 0.55 (measured on a CPU)."""
 _CPU_RUNTIME_BYTES = 525 * 2**20
@@ -327,7 +326,7 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
     from orpo.engine.parallel import decoder_layers
 
     model_config = read_model_config(config)
-    model = _meta_model(model_config, torch.float32)
+    model = meta_model(model_config, torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings = model.get_input_embeddings().weight.numel()
     is_tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -348,36 +347,6 @@ def model_shape(config: RunConfig, dtype: str) -> ModelShape:
         num_quantizable=sum(module.weight.numel() for module in linear),
         num_head=0 if head is None else head.weight.numel(),
     )
-
-
-def _meta_model(model_config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    import torch
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register(_ATTENTION_NAME, _shape_only_attention)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=_ATTENTION_NAME)
-    except ValueError as error:
-        raise UserError(f"no causal language model can be built: {str(error).splitlines()[0]}", where="model_name_or_path") from error
-    model.train()
-    return model
-
-
-def _shape_only_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **_: Any
-) -> tuple[torch.Tensor, None]:
-    """Attention that saves what a fused kernel saves (queries, keys, values, output) and computes nothing."""
-    import torch
-
-    class SaveAlone(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-            ctx.save_for_backward(query, key, value, output)
-            return output
-
-    return SaveAlone.apply(query, key, value), None
 
 
 def _activation_bytes(model_config: Any, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -408,7 +377,7 @@ def _saved_bytes(model_config: Any, dtype: torch.dtype) -> int:
     """Bytes that autograd saves in a forward pass without the output head, each storage once, weights aside."""
     import torch
 
-    model = _meta_model(model_config, dtype)
+    model = meta_model(model_config, dtype)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 

@@ -35,7 +35,7 @@ from orpo.system.ranks import current_ranks
 from orpo.system.redact import redact, redact_text
 from orpo.training.guards import SignalGuard
 from orpo.training.setup import require_kernel
-from orpo.training.startmodel import load_run_model
+from orpo.training.startmodel import load_run_model, require_spreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -178,6 +178,7 @@ def _run_training(
     require_kernel(args)  # before rows and weights are read
     run_keys = {item.name: config[item.name] for item in dataclasses.fields(RunKeys)}  # the trainer's own are compared with its folder
     agree({**redact(run_keys), **{name: version for name, version in versions().items() if name != "platform"}})
+    on_all(lambda: require_spreadable(config, args))
     tell = tell if args.process_index == 0 else lambda line: None
     for note in config.notes:
         tell(f"note         {note}")

@@ -25,6 +25,7 @@ from orpo.config.parallelism import Parallelism
 from orpo.data.dataset import fingerprint
 from orpo.data.stored.windows import StreamPosition
 from orpo.engine.parallel import is_sharded, whole_state
+from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.run.hold import RunHold, options_as_facts
 from orpo.system.parts import has_weights_in_parts
 from orpo.system.plugins import plugin_sha256
@@ -237,6 +238,7 @@ class CheckpointMixin(_Base):
     def load_whole_weights(self, checkpoint: str | None) -> None:
         """Before the model is sharded: the weights of a checkpoint that has them whole."""
         if checkpoint is not None and not has_weights_in_parts(checkpoint):
+            settle_dtype(self.model.parameters(), spread_dtype(self.model))  # or what is loaded would be rounded to what is there
             self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

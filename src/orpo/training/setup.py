@@ -19,6 +19,7 @@ from orpo.data.types import TokenGroup
 from orpo.engine.kernels import resolve
 from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import put_adapter
+from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.models.newtokens import positions_of, require_rows, with_new_tokens
 from orpo.objective import Objective, kind_of
 from orpo.system.group import on_all
@@ -201,6 +202,7 @@ def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
         device=args.device,
         dtype=kwargs.pop("dtype", None),
         model_init_kwargs=kwargs,
+        is_spread=args.spread.spreads_weights,
     )
     return loaded.model, loaded.tokenizer
 
@@ -261,7 +263,7 @@ def prepared_model(model: Any, args: ORPOConfig, peft_config: Any, tokenizer: An
         logger.warning("dropout is on: how a step is cut into micro-batches then changes its update, and the engines cannot be compared")
     from orpo.models.load import upcast_trainable
 
-    if args.spread.kind != "fsdp2" and (note := upcast_trainable(model)):  # which does so layer by layer as it spreads them
+    if not args.spread.spreads_weights and (note := upcast_trainable(model)):  # or it is done as they are spread
         logger.warning("%s", note)
     return model
 
@@ -283,6 +285,7 @@ def _require_weights_that_move(model: Any) -> None:
 def _grow_embeddings(model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
+        settle_dtype(model.parameters(), spread_dtype(model))  # or the new rows would be rounded
         model.resize_token_embeddings(len(tokenizer))
         logger.info("the vocabulary has grown from %d to %d for the chat template's tokens", rows, len(tokenizer))
 

@@ -143,6 +143,7 @@ class SpreadMixin(_Base):
     def _start_zero(self) -> None:
         self.zero = Zero(
             self.model,
+            decoder_layers(self.model),
             self.create_optimizer(),
             settings=self.parallelism.zero,
             dtype=getattr(torch, self.args.compute_dtype),
