@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import orpo
 from adapted import adapt
 from faults.forked import Zygote
+from orpo.cli.plan import sample_lengths
 from orpo.errors import UserError
 from orpo.models.export import export_merged
 from orpo.models.load import load_model
@@ -20,6 +25,8 @@ from orpo.run.config import resolve
 from orpo.training.hardware import RankPlan, parse_hardware, plan_ranks
 from orpo.training.planning import frozen_bytes, make_plan, model_shape
 from tinymodels import build_tiny_model, build_tiny_tokenizer
+
+PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,8 @@ def plans(model_folder: Path, hardware: str, **keys: Any) -> dict[str, RankPlan]
     given = {"model_name_or_path": str(model_folder), "dataset_name": "demo", "bf16": False, "use_cpu": True, **keys}
     config = resolve(None, [word for key, value in given.items() for word in (f"--{key}", str(value))])
     args = config.training_args()
-    plan = make_plan(config, args, row_tokens=60.0, largest_microbatch_tokens=200)
+    lengths = sample_lengths(config, args)[0] if "max_steps" in keys else {"row_tokens": 60.0, "largest_microbatch_tokens": 200}
+    plan = make_plan(config, args, **lengths)
     shape = model_shape(config, "float32")
     found = plan_ranks(plan, shape, config, args, parse_hardware(hardware), dtype="float32", flops=1e11)
     return {rank.kind: rank for rank in found}
@@ -68,21 +76,51 @@ def test_parts_in_shards_go_down_with_the_number_of_processes(model_folder: Path
     assert list(plans(model_folder, "L4")) == ["ddp"], "one process has nothing to share"
 
 
+LORA: dict[str, Any] = {"use_peft": True, "lora_r": 8}
+RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
+RUNS: list[tuple[int, str, dict[str, Any]]] = [
+    (1, "ddp", {}), (2, "ddp", {}), (2, "fsdp2", {}), (4, "fsdp2", {}), (2, "fsdp2", RECOMPUTED), (2, "zero2", {}), (2, "zero3", {}),
+    (1, "ddp", LORA), (2, "ddp", LORA), (2, "fsdp2", LORA), (4, "fsdp2", LORA), (2, "ddp", {**LORA, **RECOMPUTED}), (2, "zero3", LORA),
+]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_ranks", "kind"), [(1, "ddp"), (2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2")])
-def test_the_plan_is_near_what_processes_here_hold(num_ranks: int, kind: str, model_folder: Path, forks: Zygote, tmp_path: Path) -> None:
-    plan = plans(model_folder, f"{num_ranks}xcpu")[kind]
-    logs = [tmp_path / f"rank-{rank}.log" for rank in range(num_ranks)]
-    options = {"parallelism": kind, "gradient_accumulation_steps": 1, "max_tokens_per_microbatch": 200}
-    ends = forks.run_ranks("trainerruns:peak_of_a_run", logs, output_dir=str(tmp_path), model_folder=str(model_folder), **options)
-    assert [end.status for end in ends] == [0] * num_ranks, logs[0].read_text()
-    peaks = [json.loads((tmp_path / f"peak-{rank}.json").read_text())["bytes"] for rank in range(num_ranks)]
-    planned = max(plan.memory_bytes - plan.runtime_bytes, plan.loading_bytes)
-    print(f"\n{kind} on {num_ranks}: planned {planned / 2**20:.0f}, held {max(peaks) / 2**20:.0f} MiB")
-    allowance = 60 * 2**20  # of the libraries' own, which come with the first step
-    assert abs(max(peaks) - planned) <= 0.15 * planned + allowance
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_plan_is_near_what_processes_here_hold(model_folder: Path, forks: Zygote, tmp_path: Path) -> None:
+    """Whole processes to 15 %; beside that what they hold above their libraries, which is most of what the plan is about."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    build_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    row = {"chosen": "It is blue, as far as one can see from here.", "rejected": "It is green, and nobody knows why."}
+    rows = [{**row, "prompt": f"Which colour has the sky over town number {number}?"} for number in range(64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"dataset_name": tmp_path / "rows.jsonl", "max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    table, errors = [], []
+    for num_ranks, kind, keys in RUNS:
+        if kind.startswith("zero") and find_spec("deepspeed") is None:
+            continue
+        given = {**common, **keys, "model_name_or_path": tmp_path / "model"}
+        (planned,) = (plan for name, plan in plans(tmp_path / "model", f"{num_ranks}xcpu", **given).items() if name == kind)
+        run = tmp_path / f"run-{len(table)}"
+        logs = [tmp_path / f"rank-{rank}.log" for rank in range(num_ranks)]
+        given |= {"use_cpu": True, "bf16": False, **({"parallelism": kind} if num_ranks > 1 else {})}
+        flags = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in given.items()]
+        ends = forks.run_ranks("trainerruns:held_by_a_run", logs, output_dir=str(run), flags=flags)
+        assert [end.status for end in ends] == [0] * num_ranks, logs[0].read_text()
+        found = [json.loads((run / f"held-{rank}.json").read_text()) for rank in range(num_ranks)]
+        held = max(max(rank["training"], rank["start"]) for rank in found)
+        above = planned.memory_bytes - planned.runtime_bytes
+        errors.append((planned.memory_bytes - (held + planned.runtime_bytes)) / (held + planned.runtime_bytes))
+        names = [f"{name} {getattr(planned, name + '_bytes') >> 20}" for name in PARTS]
+        what = f"{num_ranks} {kind:<5} {' '.join(keys) or 'full'}"
+        table.append(
+            f"{what:<45} planned {above >> 20:5} held {held >> 20:5} MiB, whole process {errors[-1]:+.0%}   {', '.join(names)}; {found[0]}"
+        )
+        shutil.rmtree(run)
+        print(table[-1], flush=True)
+    assert max(map(abs, errors)) <= 0.15, "\n".join(table)
 
 
 @pytest.mark.parametrize("recipe", ["qlora-7b.yaml", "lora-7b.yaml"])

@@ -112,7 +112,7 @@ def rank_lines(plan: Plan, ranks: Sequence[RankPlan], hardware: Hardware, dtype:
     for rank in ranks:
         fits = "" if room is None else f" of {human_bytes(room)}" + ("" if rank.memory_bytes <= 0.95 * room else ": DOES NOT FIT")
         time = "" if rank.seconds_per_step is None else f", roughly {human_seconds(rank.seconds_per_step)} a step"
-        note = "  (not run by this version)" if rank.kind.startswith("zero") else ""
+        note = "  (needs DeepSpeed)" if rank.kind.startswith("zero") else ""
         lines.append(f"{rank.kind:<12} {human_bytes(rank.memory_bytes)} a process{fits}{time}{note}")
         parts = {"weights": rank.weights_bytes, "gradients": rank.gradients_bytes, "optimizer": rank.optimizer_bytes}
         parts |= {"gathered": rank.gathered_bytes, "activations": rank.activations_bytes, "logits": rank.logits_bytes}
