@@ -173,7 +173,7 @@ def test_the_fast_path_is_held_to_transformers(monkeypatch: pytest.MonkeyPatch) 
     """The comparison with apply_chat_template on the first rows is not for show: a wrong id in the fast path stops the run."""
     encoder = TemplateEncoder(build_tokenizer())
     right = encoder._ids
-    monkeypatch.setattr(encoder, "_ids", lambda texts: [[*ids[:3], 5, *ids[4:]] for ids in right(texts)])
+    monkeypatch.setattr(encoder._cuts, "_encode", lambda texts: [[*ids[:3], 5, *ids[4:]] for ids in right(texts)])
     with pytest.raises(Exception, match="differ from those of apply_chat_template"):
         encoder.encode(preference("Hello there", "Yes", "No"))
 

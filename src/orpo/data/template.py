@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from orpo.data.chat import fit
+from orpo.data.chat.cuts import Cuts
 from orpo.data.chat.dates import ASKS, read_date
 from orpo.data.chat.fit import Joined, common_prefix, cut_answers, distinct, join, to_group
 from orpo.data.chat.plain import PlainText, own_beginning
@@ -99,6 +100,7 @@ class TemplateEncoder:
         self._num_to_verify = NUM_VERIFIED
         self._date = read_date(date)
         self._prefix_ids: list[int] = []
+        self._cuts = Cuts(self.tokenizer, [], self._ids)
         self.template, self.template_name, self.new_tokens = choose_template(self.tokenizer, chat_template)
         self._most_text_chars = self._most_chars()
         most_chars = None if truncation == "drop" else self._most_text_chars
@@ -127,14 +129,14 @@ class TemplateEncoder:
         """The same for many, their texts tokenised together (several times as fast); results in order."""
         results: list[TokenGroup | Dropped] = []
         drafts = [self._draft(preference) for preference in preferences]
-        batch = iter(self._ids([text for draft in drafts if isinstance(draft, TurnDraft) and not draft.marks for text in draft.texts]))
+        batch = iter(self._cuts.encode([draft.texts for draft in drafts if isinstance(draft, TurnDraft) and not draft.marks]))
         for draft in drafts:
             if isinstance(draft, Dropped):
                 result: TokenGroup | Dropped = draft
             elif draft.marks:
                 result = self._settle(draft, None)
             else:
-                ids = [self._prefix_ids + next(batch) for _ in draft.texts]
+                ids = [self._prefix_ids + ids for ids in next(batch)]
                 self._verify(draft, ids[1:])  # not the first, the prompt: whole conversations are what transformers renders
                 result = self._settle(draft, ids)
             if self.is_strict and isinstance(result, Dropped):
@@ -235,7 +237,9 @@ class TemplateEncoder:
         renderer = ChatRenderer(self.tokenizer, self.template, name=self.template_name, variables=variables, date=self._date)
         facts = probe_template(renderer, self._ids)
         control = ControlText(self.tokenizer, facts.control_tokens, facts.markers)
-        return ChatText(renderer, facts, control, self._encode_texts, **options)
+        if not self._cuts:  # what is true of tokens is true under all variables of a row
+            self._cuts = Cuts(self.tokenizer, facts.printed_tokens, self._ids)
+        return ChatText(renderer, facts, control, self._encode_texts, self._cuts, **options)
 
     def _texts_for(self, variables: dict[str, Any] | None) -> ChatText | PlainText:
         """The template under a row's own variables: they may change what it prints anywhere, so it is probed for each set of them."""
@@ -320,8 +324,6 @@ class TemplateEncoder:
             expected = texts.render.reference_ids(conversation, draft.preference.tools)
             if expected[: len(ids)] != ids:  # ours end at the terminator; a template may print more behind it
                 raise OrpoError(f"{draft.preference.where}: ids differ from those of apply_chat_template(tokenize=True)")
-
-    # Ids to a group.
 
     def _settle(self, draft: TurnDraft, ids: list[list[int]] | None) -> TokenGroup | Dropped:
         """A group of a draft; its ids are made here where they could not be made in a batch."""
@@ -417,8 +419,7 @@ def unusable_row(dropped: Dropped) -> DataError:
 
 
 def _untrimmable(preference: Preference) -> Dropped:
-    detail = "the prompt was rendered before; cutting it would break its chat headers"
-    return Dropped("prompt_too_long", preference.where, detail)
+    return Dropped("prompt_too_long", preference.where, "the prompt was rendered before; cutting it would break its chat headers")
 
 
 def make_encoder(tokenizer: Any, settings: DataSettings, *, num_positions: int | None = None, date: str | None = None) -> TemplateEncoder:

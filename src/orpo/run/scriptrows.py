@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.data.settings import DataSettings
@@ -61,8 +62,16 @@ def as_groups(
         groups, report = prepare_groups(rows, encoder, strict=args.strict_data)
     else:
         means = Means(args.dataset_num_proc, args.token_cache)
-        made = tokenise_source(lambda: read_rows(settings, rows), encoder, spec=rows, split=None, settings=settings, means=means)
+        # Opened here, though the cache may have them: what is wrong with a source is told, and its shape, at every start alike.
+        opened = [read_rows(settings, rows)] if isinstance(rows, (str, Path)) else []
+
+        def open_rows() -> Iterator[Any]:
+            return opened.pop() if opened else read_rows(settings, rows, is_again=isinstance(rows, (str, Path)))
+
+        made = tokenise_source(open_rows, encoder, spec=rows, split=None, settings=settings, means=means)
         groups, report = made.groups, made.report
+        if made.note:
+            logger.info("%s", made.note)
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     report.check(rows_per_step if is_training else 1)
     for line in report.lines():

@@ -53,6 +53,7 @@ class TemplateFacts:
         before, generation, trained: what stands between a user's text and an answer; the same in the prompt that the template gives for
             generation (None where it knows none), and in the prompt that is trained.
         dialogue: a conversation of two exchanges, as the template prints it.
+        printed_tokens: added tokens that the template prints around plain messages.
     """
 
     boundary: str
@@ -74,6 +75,7 @@ class TemplateFacts:
     generation: str | None
     trained: str
     dialogue: str
+    printed_tokens: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """What run.json keeps of it."""
@@ -360,4 +362,5 @@ def probe_template(render: ChatRenderer, encode: Callable[[list[str]], list[list
         generation=ahead,
         trained=trained,
         dialogue=dialogue,
+        printed_tokens=tuple(sorted(set(tokens.findall("\0".join((dialogue, before, generation or "")))))),
     )

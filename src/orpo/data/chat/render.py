@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from orpo.data.chat.dates import dated, read_date
@@ -31,6 +32,7 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 RENDER_LIMIT_S = 3.0
 """Seconds that one rendering may take; an honest template needs well under a millisecond."""
 
+_PLAIN_KEYS = {"role", "content"}
 _MOST_EXTRA_CHARS = 1 << 20
 """Characters that a template may print over and above ten times what the messages hold."""
 
@@ -134,6 +136,11 @@ class ChatRenderer:
     def _run(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None, **options: Any) -> Any:
         try:
             with time_limit(RENDER_LIMIT_S), dated(self._source(tools), self.date):
+                if not (tools or options["tokenize"]) and (compiled := self._compiled_for(messages)) is not None:
+                    names = {**self.tokenizer.special_tokens_map, **self.variables}
+                    shown = [dict(message) for message in messages]
+                    asked = options["add_generation_prompt"]
+                    return compiled.render(messages=shown, tools=None, documents=None, add_generation_prompt=asked, **names)
                 return self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=list(tools) if tools else None,
@@ -151,3 +158,26 @@ class ChatRenderer:
             line = getattr(error, "lineno", None)
             text = str(error) or type(error).__name__
             raise TemplateFailed(f"line {line}: {text}" if line else text) from error
+
+    def _compiled_for(self, messages: Sequence[Message]) -> Any:
+        """The compiled template, where these messages are roles and texts and transformers would hand them to it as they are; else None.
+
+        What `apply_chat_template` does around it (copies of everything, aliases for reasoning) takes as long as most templates do.
+        """
+        if not self._is_plain or not messages or not all(map(_is_plain_message, messages)):
+            return None
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        return _compile_jinja_template(self._source(None))
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether this is transformers' own way of rendering, with variables that it would not change."""
+        from transformers import PreTrainedTokenizerBase
+
+        own = getattr(type(self.tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
+        return own and all(value is None or type(value) in (str, int, float, bool) for value in self.variables.values())
+
+
+def _is_plain_message(message: Message) -> bool:
+    return type(message) is dict and message.keys() == _PLAIN_KEYS and type(message["role"]) is str and type(message["content"]) is str

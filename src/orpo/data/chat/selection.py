@@ -67,8 +67,10 @@ def _bos_of(tokenizer: Any) -> str:
 
 def missing_tokens(tokenizer: Any, printed: str, name: str) -> list[str]:
     """A sentence about what a template prints that looks like a token of its model, and that this tokenizer would read letter by letter."""
-    known = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.get_vocab())
-    missing = [repr(text) for text in dict.fromkeys(_TOKEN_LIKE.findall(printed)) if text not in known]
+    # The whole vocabulary takes half a second to list; a fast backend is asked for one token.
+    backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+    find = tokenizer.get_vocab().get if backend is None else backend.token_to_id
+    missing = [repr(text) for text in dict.fromkeys(_TOKEN_LIKE.findall(printed)) if find(text) is None]
     if not missing:
         return []
     return [

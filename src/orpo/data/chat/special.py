@@ -14,6 +14,7 @@ from typing import Any
 from orpo.data.types import Message
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
+_MOST_LOOKED_FOR = 8
 
 
 class NotPlainError(Exception):
@@ -58,6 +59,8 @@ class ControlText:
         self._tokens = pattern_of(tokens)
         self._cuts = pattern_of([text for text in tokens if self._is_always_itself(text)])
         self._any = pattern_of([*tokens, *markers])
+        # Most texts hold none of the characters that these begin with, which is seen far sooner than by the pattern.
+        self._first = "".join({text[0] for text in (*tokens, *markers)})
         flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
         self._eats_right = {text for text in tokens if text in flags and flags[text].rstrip}
         self._eats_left = {text for text in tokens if text in flags and flags[text].lstrip}
@@ -69,7 +72,10 @@ class ControlText:
 
     def is_in(self, texts: Sequence[str]) -> bool:
         """Whether any of the texts holds a control token or a role marker."""
-        return any(self._any.search(self._as_found(text)) for text in texts)
+        return any(self._may_hold(found) and self._any.search(found) for found in map(self._as_found, texts))
+
+    def _may_hold(self, text: str) -> bool:
+        return len(self._first) > _MOST_LOOKED_FOR or any(character in text for character in self._first)
 
     def _as_found(self, text: str) -> str:
         """The text as the tokenizer looks for added tokens in it: as it stands, or normalised where only that shows all of them."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orpo.data.chat.cuts import Cuts
 from orpo.data.chat.ends import CALL_FORMS, End, in_call_form
 from orpo.data.chat.notes import missing_of_answer, missing_of_prompt, split_reasoning
 from orpo.data.chat.probe import PROBE_ANSWERS, TemplateFacts, as_content, sentinel_for
@@ -68,14 +69,23 @@ class ChatText:
         facts: what probing it showed.
         control: texts that may not come out of a message.
         encode: texts to ids (with marks read as plain text).
+        cuts: tokens that nothing is tokenised across.
         is_split: control text in messages is made plain text.
         most_chars: longest text that is looked at whole under a trim policy.
     """
 
     def __init__(
-        self, render: ChatRenderer, facts: TemplateFacts, control: ControlText, encode: Encode, *, is_split: bool, most_chars: int | None
+        self,
+        render: ChatRenderer,
+        facts: TemplateFacts,
+        control: ControlText,
+        encode: Encode,
+        cuts: Cuts,
+        *,
+        is_split: bool,
+        most_chars: int | None,
     ) -> None:
-        self.render, self.facts, self.control, self.encode = render, facts, control, encode
+        self.render, self.facts, self.control, self.encode, self.cuts = render, facts, control, encode, cuts
         self.is_split, self.most_chars = is_split, most_chars
         self.rendered = RenderedPrompts(facts)
         ids = (facts.end.terminator_id, facts.call_end.terminator_id)
@@ -174,6 +184,8 @@ class ChatText:
 
     def _holds(self, prompt: str, full: list[str], marks: Marks) -> bool:
         """Whether a prompt's ids stay the same with every answer behind it."""
+        if marks is None and self.cuts.begins_with_one(text[len(prompt) :] for text in full):
+            return True
         alone, *ids = self.encode([prompt, *full], marks)
         return all(one[: len(alone)] == alone for one in ids)
 
