@@ -436,3 +436,72 @@ def test_a_real_server_judges(served_model, smollm2_folder, trained, tmp_path, c
         assert code == 2
         assert "verdicts cannot be read" in shown.err
         assert "verdicts cannot be read" in shown_again.err
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------------------------
+
+TIMES = ("time_unix_s", "wall_s", "target")
+
+
+def typed(*words: str, **environment: str) -> tuple[int, str]:
+    """A command as a user types it, on one thread, and what it prints."""
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_", "ORPO_"))}
+    given = {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(words, env={**alone, **given}, capture_output=True, text=True, timeout=560, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def results_of(folder: Path) -> dict[str, object]:
+    records = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {name: {key: value for key, value in record.items() if key not in TIMES} for name, record in records.items()}
+
+
+EVALUATION = ("--tasks", "pairs,retention", "--max_new_tokens", "6", "--dtype", "float32", "--temperature", "0.7")
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_results_of_one(trained: Path, tmp_path: Path) -> None:
+    """By our own short form and by torchrun: the same files but for times, one output."""
+    orpo = (sys.executable, "-m", "orpo", "eval", str(trained), *EVALUATION)
+    code, text = typed(*orpo, "--output", str(tmp_path / "one"))
+    assert code == 0, text
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "-m", "orpo", *orpo[3:])
+    for name, words in (("two", (*orpo, "--num_processes", "2")), ("three", torchrun)):
+        code, text = typed(*words, "--output", str(tmp_path / name))
+        assert code == 0, text
+        assert text.count("results  ") == 1
+        assert text.count("pairs: ") == 1
+        assert results_of(tmp_path / name) == results_of(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_several_processes_say_what_is_wrong_once(trained: Path, tmp_path: Path) -> None:
+    orpo = (sys.executable, "-m", "orpo", "eval", str(trained), "--num_processes", "2", "--output", str(tmp_path / "out"))
+    for words, problem in (
+        (("--tasks", "ifeval"), "ifeval"),
+        (("--data", str(tmp_path / "none.jsonl")), "none.jsonl"),
+        (("--against", str(tmp_path / "no-model")), "no-model"),
+    ):
+        code, text = typed(*orpo, *words)
+        assert code == 2, text
+        assert text.count("orpo eval:") == 1
+        assert problem in text
+        assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(trained: Path, tmp_path: Path) -> None:
+    words = (sys.executable, "-m", "orpo", "eval", str(trained), *EVALUATION, "--num_processes", "2", "--output", str(tmp_path / "out"))
+    process = subprocess.Popen(
+        words, env={**os.environ, "PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": ""}, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("loading"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=200) == 130, rest
+    assert "Traceback" not in rest
+    code, text = typed(*words)
+    assert code == 0, text

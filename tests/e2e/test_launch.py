@@ -308,7 +308,7 @@ def test_a_signal_to_the_short_form_saves_and_the_same_command_goes_on(number: i
     assert list(desk.run.glob("checkpoint-*")), text
 
 
-@pytest.mark.parametrize("command", ["compare", "eval"])
+@pytest.mark.parametrize("command", ["compare", "audit"])
 def test_a_command_of_one_process_is_refused_where_a_launcher_has_started_several(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

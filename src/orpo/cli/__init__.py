@@ -62,6 +62,7 @@ def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; what a command that takes keys did not declare goes, in its order, to `args.keys`."""
     commands = command_modules()
+    words = list(argv)
     module = commands.get(argv[0]) if argv else None
     if argv and module is None and not argv[0].startswith("-"):
         near = difflib.get_close_matches(argv[0], commands, n=1)
@@ -71,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         argv = [argv[0], *module.before_parsing(argv[1:])]
     parser = build_parser(commands, argv[0] if argv else "")
     args, rest = parser.parse_known_args(argv)
+    args.words = words  # as typed, to start the same command again
     if module is not None and getattr(module, "TAKES_KEYS", False):
         args.keys = rest
     elif rest:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
     from orpo.evaluate.options import EvalOptions
     from orpo.evaluate.task import Task
+    from orpo.system.place import Place
 
 NAME = "eval"
 HELP = "evaluate a run or a model: pairs, retention, IFEval, MT-Bench, AlpacaEval, own prompts"
+RUNS_IN_PARALLEL = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +98,13 @@ def _add_task_options(parser: argparse.ArgumentParser, tasks: Mapping[str, type[
 def _add_generation(group: argparse._ArgumentGroup) -> None:
     _add_sampling(group)
     group.add_argument("--dtype", default="auto", help="auto (bfloat16 where it is fast), float32, bfloat16, float16")
+    group.add_argument(
+        "--num_processes",
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="share answers and log-probabilities among N processes of this machine, each with the model (1); the same results",
+    )
     group.add_argument("--device", help="cuda, mps, cpu (the best there is)")
     group.add_argument("--chat_template", help="as in training (the run's, else the model's own)")
     group.add_argument("--max_length", type=int, help="pairs: most tokens of prompt and answer (the run's, else 1024)")
@@ -222,18 +233,42 @@ def _words(given: Iterable[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Do the tasks; exit code 2 where one could not be done, with the others' results in place."""
+    from orpo.system.launch import run_in_several
+
+    code = run_in_several(args.words, args.num_processes)
+    if code is not None:
+        return code
+    from orpo.system.place import Place, adopt
+
+    try:
+        place = adopt(os.environ)
+    except UserError:  # of a scheduler's allocation, inside which one process was started
+        place = Place()
+    return _evaluate(args, place)
+
+
+def _evaluate(args: argparse.Namespace, place: Place) -> int:
     from orpo.cli.bars import PartBars
+    from orpo.evaluate.crew import join_crew
     from orpo.evaluate.suite import Evaluation, lines_of, warnings_of
     from orpo.system.console import print_json, report_console, say, stderr_console
+    from orpo.system.group import told_together
     from orpo.system.process import quiet_libraries
 
     quiet_libraries()
-    options = options_of(args)
+    options = told_together(lambda: options_of(args))
     console = stderr_console()
     for line in _idle(args, options.tasks):
         say(console, f"note         {line}")
+    if place.world_size > 1:
+        options = replace(options, loading=options.loading.on(place.local_rank))
     with PartBars(console) as progress:
-        evaluation = Evaluation(options, tell=lambda line: say(console, line), progress=progress)
+        evaluation = told_together(lambda: Evaluation(options, tell=lambda line: say(console, line), progress=progress))
+        if place.world_size > 1:
+            evaluation.session.crew = crew = join_crew(place)
+            if place.rank:
+                crew.serve(evaluation.session.do)
+                return 0
         records, errors = evaluation.run()
     report = report_console(is_json=args.json)
     for warning in warnings_of(records):

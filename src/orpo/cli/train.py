@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,18 +58,11 @@ def run(args: argparse.Namespace) -> int:
     """Train; exit code 0 also where the run was complete already."""
     if args.objectives:
         return _list_objectives(args.keys)
-    if args.num_processes is not None:
-        from orpo.system.launch import start, started_by
+    from orpo.system.launch import run_in_several
 
-        launcher = started_by(os.environ)
-        if args.num_processes < 1:
-            raise UserError(f"found {args.num_processes}", where="--num_processes", expected="at least 1")
-        if launcher is not None and args.num_processes > 1:
-            raise UserError(f"{launcher} has started this process already", where="--num_processes", mend="use one of the two")
-        if args.num_processes > 1:
-            return start([sys.executable, "-m", "orpo", "train", *args.keys, *["--json"] * args.json], args.num_processes)
-        if launcher is None:
-            os.environ["WORLD_SIZE"] = "1"  # what a scheduler says of its allocation is not meant
+    code = run_in_several(args.words, args.num_processes)
+    if code is not None:
+        return code
     from orpo.run.config import resolve
     from orpo.system.console import print_json, say, stderr_console
     from orpo.system.group import told_together

@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
-from orpo.evaluate.answers import Sampling, answer_prompts
+from orpo.evaluate.answers import Sampling, answer_prompts, answer_task
 from orpo.evaluate.cache import Cache
-from orpo.evaluate.logprobs import token_logps
+from orpo.evaluate.crew import Alone
+from orpo.evaluate.logprobs import from_plain, packed_logps, token_logps
 from orpo.evaluate.options import EvalOptions
 from orpo.inference.ready import Subject, Target, load_subject
+from orpo.inference.scores import choose_scoring_engine
 from orpo.system.files import write_atomically
 from orpo.system.machine import versions
 from orpo.system.redact import redact
 
 if TYPE_CHECKING:
     from orpo.data.types import Text, TokenGroup
+    from orpo.engine.choose import Engine
     from orpo.evaluate.judging.judges import Judge
     from orpo.evaluate.judging.local import RewardModel
     from orpo.inference.generate import Answer
@@ -44,17 +47,19 @@ class Session:
         options: what to do.
         tell: receives lines for the user.
         progress: receives (what, done, total).
+        crew: the processes that share what takes long; None for this one alone.
 
     Attributes:
         target: the run or model; None where only given answers are judged.
         folder: where results go.
     """
 
-    def __init__(self, options: EvalOptions, tell: Tell, progress: Progress) -> None:
-        self.options, self.tell, self.progress = options, tell, progress
+    def __init__(self, options: EvalOptions, tell: Tell, progress: Progress, crew: Alone | None = None) -> None:
+        self.options, self.tell, self.progress, self.crew = options, tell, progress, crew or Alone()
         self.target = Target.find(options.target) if options.target is not None else None
         self.folder = (self.target or Target(self._name_of_answers(), None)).folder(options.output)
         self._loaded: tuple[str, Subject] | None = None
+        self._engine: tuple[Any, Engine] | None = None
         self._described: dict[str, Record] = {}
         self._used: set[str] = set()
 
@@ -121,13 +126,32 @@ class Session:
         """The model's answers to prompts, through the cache."""
         what = "answers" if which == "model" else f"answers of {self.against}"
         return answer_prompts(
-            self.subject(which), prompts, sampling, self.answer_cache, batch_size=self.options.batch_size, progress=self.step(what)
+            self.subject(which),
+            prompts,
+            sampling,
+            self.answer_cache,
+            batch_size=self.options.batch_size,
+            progress=self.step(what),
+            crew=self.crew,
+            which=which,
         )
 
     def logps(self, groups: Sequence[TokenGroup], what: str, which: str = "model") -> TokenScores:
         """The model's log-probabilities of the groups' responses, token by token, through the cache."""
         subject = self.subject(which)
-        return token_logps(subject, groups, self.score_cache, progress=self.step(f"{what}, {subject.name}"))
+        step = self.step(f"{what}, {subject.name}")
+        return token_logps(subject, groups, self.score_cache, progress=step, crew=self.crew, which=which)
+
+    def do(self, task: dict[str, Any]) -> list[Any]:
+        """A piece of work that the first process of several has handed to this one."""
+        subject = self.subject(task["which"])
+        if task["do"] == "answers":
+            return answer_task(subject, task)
+        groups = [from_plain(value) for value in task["payload"]]
+        if self._engine is None or self._engine[0] != (task["which"], task["first"]):
+            engine = choose_scoring_engine(subject.model, [from_plain(value) for value in task["first"]])
+            self._engine = (task["which"], task["first"]), engine
+        return packed_logps(subject, groups, self._engine[1])
 
     def sampling(self, max_new_tokens: int, temperature: float = 0.0) -> Sampling:
         """How to generate: a task's own numbers, or those that were asked for."""

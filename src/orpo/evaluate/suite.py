@@ -13,6 +13,7 @@ from typing import Any
 
 import orpo.evaluate.tasks  # noqa: F401  the tasks that ship register themselves
 from orpo.errors import UserError
+from orpo.evaluate.crew import Alone
 from orpo.evaluate.options import EvalOptions
 from orpo.evaluate.session import Progress, Record, Session, Tell
 from orpo.evaluate.task import Task, find_task, known_tasks
@@ -56,18 +57,25 @@ class Evaluation:
         options: what to do.
         tell: receives lines for the user.
         progress: receives (what, done, total).
+        crew: the processes that share what takes long; None for this one alone.
 
     Raises:
         UserError: the options do not fit together.
     """
 
-    def __init__(self, options: EvalOptions, tell: Tell = lambda line: None, progress: Progress = lambda what, done, total: None) -> None:
+    def __init__(
+        self,
+        options: EvalOptions,
+        tell: Tell = lambda line: None,
+        progress: Progress = lambda what, done, total: None,
+        crew: Alone | None = None,
+    ) -> None:
         load_tasks(options.plugins)
         options.check()
         _check_tasks(options)
         defaults = {option.name: option.default for task in known_tasks().values() for option in task.options}
         self.options = replace(options, given={**defaults, **options.given})
-        self.session = Session(self.options, tell, progress)
+        self.session = Session(self.options, tell, progress, crew)
         self._jobs = {name: _Job(find_task(name)()) for name in options.tasks}
         self._errors: dict[str, UserError] = {}
 
@@ -78,6 +86,10 @@ class Evaluation:
 
     def run(self) -> tuple[dict[str, Record], dict[str, UserError]]:
         """Do all tasks; (records by task, errors by task)."""
+        with self.session.crew.at_work():
+            return self._run()
+
+    def _run(self) -> tuple[dict[str, Record], dict[str, UserError]]:
         session, records = self.session, {}
         for name in self._jobs:
             self._attempt(name, self._prepare)

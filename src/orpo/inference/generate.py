@@ -135,7 +135,7 @@ def generate(
 
 def _that_fit(ids: Sequence[np.ndarray], limit: int | None, too_long: Callable[[int], None]) -> list[int]:
     """Rows that leave room for an answer, the longest first; `too_long` is told the others."""
-    todo = _in_order(ids)
+    todo = generation_order(ids)
     for row in todo:
         if limit and len(ids[row]) >= limit:
             too_long(row)
@@ -183,7 +183,7 @@ def _context_tokens(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _in_order(ids: Sequence[np.ndarray]) -> list[int]:
+def generation_order(ids: Sequence[np.ndarray]) -> list[int]:
     """The rows, longest prompts first; equal ones stand together, so that they meet in a batch."""
     first: dict[bytes, int] = {}
     for row, one in enumerate(ids):

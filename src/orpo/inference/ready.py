@@ -165,6 +165,14 @@ class Loading:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    def on(self, local_rank: int) -> Loading:
+        """The same for one of several processes of a machine: each takes a GPU of its own, where there is one for it."""
+        import torch
+
+        if self.device not in (None, "cuda") or local_rank >= torch.cuda.device_count():
+            return self
+        return replace(self, device=f"cuda:{local_rank}")
+
 
 def load_subject(name: str, loading: Loading, *, config: RunConfig | None = None, lengths: RunConfig | None = None) -> Subject:
     """Load a model for evaluation.

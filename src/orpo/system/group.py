@@ -7,7 +7,8 @@ alone; they know nothing of srun; they ignore `ddp_timeout` on a CPU. So the gro
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -61,12 +62,39 @@ def join(*, use_cpu: bool, backend: str | None, timeout_s: float) -> bool:
 def _meet(place: Place, timeout_s: float, join_s: float) -> None:
     import torch.distributed as dist
 
-    try:
+    with _told_if_missing(place, join_s):
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=join_s)))
         store.set_timeout(timedelta(seconds=join_s))
         dist.init_process_group(
             "gloo", store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
         )
+
+
+def meet_in_store(place: Place, name: str) -> Any:
+    """The store of the processes that a launcher has started, once all of them are there; no group is made.
+
+    Args:
+        place: this process's, adopted.
+        name: what the keys of this use begin with.
+
+    Raises:
+        UserError: not all processes came.
+    """
+    import torch.distributed as dist
+
+    with _told_if_missing(place, JOIN_S):
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
+        store = dist.PrefixStore(name, store)
+        store.set_timeout(timedelta(seconds=JOIN_S))
+        store.set(f"here/{rank}", "1")
+        store.wait([f"here/{other}" for other in range(size)])
+    return store
+
+
+@contextmanager
+def _told_if_missing(place: Place, join_s: float) -> Iterator[None]:
+    try:
+        yield
     except (RuntimeError, ValueError, OSError) as error:  # DistError is a RuntimeError
         raise UserError(
             f"rank {place.rank}: not all of {place.world_size} processes met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 
 from orpo.errors import ToldElsewhereError, UserError
@@ -49,8 +50,34 @@ def refuse_several(command: str, mend: str | None = None) -> None:
     raise UserError(
         f"{place.said_by} is {place.world_size}: a launcher has started {place.world_size} processes, and this command is done by one",
         where=f"orpo {command}",
-        mend=mend or f"start it alone: orpo {command} …; `orpo train` is what several processes do together",
+        mend=mend or f"start it alone: orpo {command} …; `orpo train` and `orpo eval` are what several processes do together",
     )
+
+
+def run_in_several(words: Sequence[str], num_processes: int | None) -> int | None:
+    """What `--num_processes` asks for: the same command in so many processes, to its end.
+
+    Args:
+        words: the command line.
+
+    Returns:
+        The exit code; None where this process does it by itself: one was asked for, none was, or a launcher has started it.
+
+    Raises:
+        UserError: the number is none, or a launcher has started this process already.
+    """
+    if num_processes is None:
+        return None
+    launcher = started_by(os.environ)
+    if num_processes < 1:
+        raise UserError(f"found {num_processes}", where="--num_processes", expected="at least 1")
+    if launcher is not None and num_processes > 1:
+        raise UserError(f"{launcher} has started this process already", where="--num_processes", mend="use one of the two")
+    if num_processes > 1:
+        return start([sys.executable, "-m", "orpo", *words, "--num_processes", "1"], num_processes)  # the last word counts
+    if launcher is None:
+        os.environ["WORLD_SIZE"] = "1"  # what a scheduler says of its allocation is not meant
+    return None
 
 
 def start(command: Sequence[str], num_processes: int) -> int:

@@ -60,7 +60,8 @@ def guarded_exit(command: str, run: Callable[[], int]) -> int:
         say_on_stderr(f"orpo {command}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\norpo {command}: interrupted", file=sys.stderr)
+        if own_rank() == 0:
+            print(f"\norpo {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `orpo … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
