@@ -274,6 +274,7 @@ INHERITED = [
     Entry("liger_kernel_config", _TA, "ignored", "use_liger_kernel is refused, and with it what it would do", harmless=(None, {})),
     Entry("enable_jit_checkpoint", _TA, "ignored", "SIGTERM always saves a checkpoint", harmless=(False,)),
     Entry("remove_unused_columns", _TA, "ignored", "rows are read once, into token groups", harmless=(False, True)),
+    Entry("use_cache", _TA, "ignored", "training keeps no cache, and generation always does", harmless=(False,)),
     Entry("logging_nan_inf_filter", _TA, "accepted", "default off: a non-finite loss is shown, and stops the run"),
     Entry("lr_scheduler_type", _TA, "accepted", "default cosine (there: linear)"),
     Entry("warmup_steps", _TA, "accepted", "default 0.1, a tenth of the steps (there: none)"),

@@ -139,7 +139,7 @@ def _is_equal(module: nn.Module, forward: Callable[..., Tensor]) -> bool:
     if (name := _adapter_of(module)) is not None:
         # A new adapter's B is 0: it would add nothing, and its A would have no gradient to compare.
         module = copy.deepcopy(module)
-        nn.init.normal_(module.lora_B[name].weight, generator=torch.Generator().manual_seed(2))  # type: ignore[index]
+        nn.init.normal_(module.lora_B[name].weight, generator=torch.Generator().manual_seed(2))  # type: ignore[index, union-attr]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         with torch.enable_grad():
@@ -236,5 +236,5 @@ class _AdaptedLinear(torch.autograd.Function):
         d_narrow = (grad @ up).mul_(ctx.scaling) if wants_x or wants_down else None
         d_up = (grad.t() @ narrow).mul_(ctx.scaling) if wants_up else None
         d_down = d_narrow.t() @ x.reshape(-1, x.shape[-1]) if wants_down else None  # type: ignore[union-attr]
-        d_x = (grad @ weight).addmm_(d_narrow, down).view(x.shape) if wants_x else None  # type: ignore[arg-type]
+        d_x = (grad @ weight).addmm_(d_narrow, down).view(x.shape) if wants_x else None
         return d_x, None, None, d_down, d_up, None

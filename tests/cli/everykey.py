@@ -1,0 +1,113 @@
+"""For every key of a run a value that should be seen, the keys that it needs beside it, and why nothing may be seen of the few others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LORA = {"use_peft": True}
+_4BIT = {"use_peft": True, "load_in_4bit": True}
+_BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+
+VALUES: dict[str, Any] = {
+    "accelerator_config": {"split_batches": True}, "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.1, "allow_overlap": True, "attention_kernel": "flex",
+    "attn_implementation": "eager", "auto_find_batch_size": True, "average_tokens_across_devices": False, "batch_eval_metrics": True,
+    "bf16": True, "bf16_full_eval": True, "bf16_weights": False, "bnb_4bit_quant_storage": "float32", "bnb_4bit_quant_type": "fp4",
+    "chat_template": "none", "chat_template_kwargs": {"enable_thinking": False}, "column_map": {"chosen": "rejected", "rejected": "chosen"},
+    "data_seed": 7, "dataloader_drop_last": True, "dataset_config": "default", "dataset_name": "few.jsonl", "dataset_num_proc": 2,
+    "dataset_streaming": True, "dataset_test_split": "train[80%:]", "dataset_train_split": "train[:8]", "ddp_backend": "nccl",
+    "debug": "underflow_overflow", "deepspeed": "x.json", "disable_dropout": False, "disable_tqdm": True, "dpo_beta": 0.5,
+    "dtype": "bfloat16", "early_stopping_patience": 1, "early_stopping_threshold": 100.0, "enable_jit_checkpoint": True, "engine": "padded",
+    "eval_dataset_name": "few.jsonl", "eval_delay": 3, "eval_do_concat_batches": False, "eval_fraction": 0.5, "eval_on_start": True,
+    "eval_steps": 1, "eval_strategy": "no", "eval_use_gather_object": True, "fp16": True, "fp16_full_eval": True, "fsdp": "full_shard",
+    "fsdp_config": {"fsdp_version": 2}, "full_determinism": True, "generate_during_eval": True, "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "greater_is_better": True,
+    "hub_always_push": True, "hub_model_id": "a/b", "hub_private_repo": True, "hub_revision": "main", "hub_strategy": "end",
+    "hub_token": "hf_secret", "ignore_bias_buffers": True, "ignore_data_skip": True, "include_for_metrics": ["inputs"],
+    "include_num_input_tokens_seen": "all", "is_encoder_decoder": True, "label_names": ["labels"], "label_smoothing_factor": 0.1,
+    "learning_rate": 1e-3, "length_column_name": "n", "liger_kernel_config": {"rope": True}, "load_best_model_at_end": True,
+    "load_in_4bit": True, "load_in_8bit": True, "log_level": "debug", "logging_first_step": True, "logging_nan_inf_filter": True,
+    "logging_steps": 2, "logging_strategy": "no", "logits_budget_mb": 1, "lora_alpha": 64, "lora_dropout": 0.5, "lora_init": "gaussian",
+    "lora_modules_to_save": ["lm_head"], "lora_r": 4, "lora_target_modules": ["q_proj"], "lora_target_parameters": ["nothing"],
+    "lora_task_type": "SEQ_CLS", "loraplus_lr_ratio": 16.0, "lr_scheduler_kwargs": {"power": 3.0}, "lr_scheduler_type": "constant",
+    "max_completion_length": 8, "max_grad_norm": 0.01, "max_length": 24, "max_nonfinite_skips": 1, "max_prompt_length": 20, "max_steps": 2,
+    "max_tokens_per_microbatch": 1, "memory_budget_gib": 0.001, "metric_for_best_model": "eval_rewards/accuracies",
+    "model_init_kwargs": {"dtype": "bfloat16"}, "model_name_or_path": "other", "model_revision": "main",
+    "neftune_noise_alpha": 5.0,
+    "nll_scope": "response", "num_train_epochs": 0.5, "objective": "sft", "on_nonfinite": "skip",
+    "on_policy": {"length": True, "weights": {"length": -1}},
+    "optim": "sgd", "optim_args": "x=1", "optim_target_modules": "all-linear", "orpo_alpha": 1.0, "orpo_beta": 2.0,
+    "output_dir": "elsewhere", "padding_value": 3, "pairs": "all", "parallelism": "fsdp2", "parallelism_config": {"tp_size": 2},
+    "per_device_eval_batch_size": 1, "per_device_train_batch_size": 1, "plugins": ["plugin.py"], "prediction_loss_only": True,
+    "project": "mine", "push_to_hub": True, "remove_unused_columns": True, "report_to": "paper", "router_aux_loss_coef": 0.5,
+    "restore_callback_states_from_checkpoint": True, "resume_from_checkpoint": "nothing", "rounds": 1, "run_name": "named",
+    "save_only_model": True, "save_steps": 1, "save_strategy": "no", "save_total_limit": 1, "seed": 7, "sft_rows": True, "simpo_beta": 5.0,
+    "simpo_gamma": 1.5, "skip_memory_metrics": False, "special_tokens_in_text": "split", "stream_window": 2, "streaming": True,
+    "strict_data": True, "tf32": True, "token_cache": "cached", "torch_compile": True, "torch_compile_backend": "eager",
+    "torch_compile_mode": "default", "trackio_bucket_id": "a/b", "trackio_space_id": "a/b", "trackio_static_space_id": "a/b",
+    "train_sampling_strategy": "sequential", "truncation": "keep_end", "trust_remote_code": True, "use_bnb_nested_quant": True,
+    "allow_changed_resume": True, "dataloader_in_order": False, "dataloader_multiprocessing_context": "spawn", "dataloader_num_workers": 1,
+    "dataloader_persistent_workers": True, "dataloader_pin_memory": False, "dataloader_prefetch_factor": 2, "ddp_broadcast_buffers": True,
+    "ddp_bucket_cap_mb": 1, "ddp_find_unused_parameters": True, "ddp_static_graph": True, "ddp_timeout": 60, "eval_accumulation_steps": 1,
+    "log_level_replica": "info", "log_on_each_node": False, "save_on_each_node": True, "torch_empty_cache_steps": 1,
+    "use_cache": True, "use_cpu": False, "use_dora": True, "use_liger_kernel": True, "use_peft": True, "use_rslora": True,
+    "warmup_steps": 2, "weight_decay": 0.5,
+}  # fmt: skip
+"""Key -> a value of its own, other than the default and than the base run's."""
+
+BESIDE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "lora_init", "lora_modules_to_save", "lora_r", "lora_target_modules"), _LORA),
+    **dict.fromkeys(("lora_target_parameters", "lora_task_type", "loraplus_lr_ratio", "use_dora", "use_rslora", "load_in_4bit"), _LORA),
+    **dict.fromkeys(("bnb_4bit_quant_storage", "bnb_4bit_quant_type", "use_bnb_nested_quant"), _4BIT),
+    "load_in_8bit": _LORA,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": {**_BEST, "metric_for_best_model": "eval_loss"},
+    "early_stopping_patience": {**_BEST, "metric_for_best_model": "eval_rewards/accuracies"},
+    "early_stopping_threshold": {**_BEST, "metric_for_best_model": "eval_loss", "early_stopping_patience": 1},
+    "max_nonfinite_skips": {"on_nonfinite": "skip", "learning_rate": 1e30, "lr_scheduler_type": "constant", "max_steps": 6},
+    "on_nonfinite": {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_steps": 6},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "polynomial"},
+    "simpo_beta": {"objective": "simpo"},
+    "simpo_gamma": {"objective": "simpo"},
+    "disable_dropout": {"model_name_or_path": "dropout"},
+    "router_aux_loss_coef": {"model_name_or_path": "experts"},
+    "pairs": {"dataset_name": "judged.jsonl"},
+    "sft_rows": {"dataset_name": "lone.jsonl"},
+    "strict_data": {"dataset_name": "bad.jsonl"},
+    "special_tokens_in_text": {"dataset_name": "special.jsonl"},
+    "truncation": {"max_length": 24},
+    "stream_window": {"streaming": True, "eval_fraction": None, "eval_dataset_name": "few.jsonl"},
+    "streaming": {"eval_fraction": None, "eval_dataset_name": "few.jsonl"},
+    "eval_dataset_name": {"eval_fraction": None, "eval_strategy": "no"},
+    "dataset_test_split": {"eval_fraction": None, "eval_strategy": "no", "dataset_train_split": "train[:80%]"},
+    "allow_overlap": {"eval_fraction": None, "eval_dataset_name": "rows.jsonl"},
+    "num_train_epochs": {"max_steps": -1},
+    "gradient_checkpointing_kwargs": {"gradient_checkpointing": True},
+    "activation_checkpointing_kwargs": {"activation_checkpointing": True},
+    "save_total_limit": {"save_steps": 1},
+    "memory_budget_gib": {"gradient_checkpointing": "auto"},
+    "bf16_weights": {"bf16": True},
+    "logging_first_step": {"logging_steps": 3},
+}
+"""Key -> other keys without which it asks for nothing."""
+
+UNSEEN: dict[str, str] = {
+    "activation_checkpointing_kwargs": "how activations are recomputed, which changes no result",
+    "allow_changed_resume": "of a run that is resumed with another configuration (tests/training/test_trainer_resume.py)",
+    "dataloader_pin_memory": "of copies to a GPU",
+    "dataset_num_proc": "time alone; which process tokenises changes no token (tests/data/test_stored.py)",
+    "dataset_streaming": "whether a hub's data are copied to the disk first",
+    "debug": "speaks where a number overflows, and stops before",
+    "full_determinism": "of a GPU's kernels; on a CPU there is one order",
+    "prediction_loss_only": "an evaluation keeps no predictions, which is what it asks for",
+    "torch_empty_cache_steps": "memory alone",
+    "use_cpu": "of a machine with an accelerator, where it is false",
+    "remove_unused_columns": "no column but those of a row's shape is kept, which is what it asks for",
+    "restore_callback_states_from_checkpoint": "of a run that is resumed, whose callbacks' states come back",
+    "gradient_checkpointing_kwargs": "how activations are recomputed, which changes no result",
+    "log_on_each_node": "of several machines, where it is false",
+    "logging_nan_inf_filter": "of losses that are not finite, at which a run stops",
+    "logits_budget_mb": "memory alone (tests/engine/test_head.py)",
+}
+"""Key -> why nothing of it can be seen here."""
