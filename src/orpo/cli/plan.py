@@ -118,7 +118,8 @@ def rank_lines(plan: Plan, ranks: Sequence[RankPlan], hardware: Hardware, dtype:
         parts |= {"gathered": rank.gathered_bytes, "activations": rank.activations_bytes, "logits": rank.logits_bytes}
         parts |= {"libraries": rank.runtime_bytes}
         lines.append("             " + ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size))
-    lines.append(f"loading      {human_bytes(ranks[0].loading_bytes)} of host memory for each process on a machine")
+    loading = human_bytes(ranks[0].loading_bytes)
+    lines.append(f"loading      {loading} of host memory: for each process (ddp, zero2), for a machine (fsdp2, zero3)")
     lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each")
     return lines
 
