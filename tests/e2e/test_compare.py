@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from orpo.cli import main
-from orpo.compare import CompareOptions, Split, compare, comparison, process, stage
+from orpo.compare import CompareOptions, Split, compare, comparison, measure, process, stage
 from orpo.errors import EXIT_GUARD, GuardStop, UserError
 from orpo.objective import KINDS
 from orpo.run.config import RunConfig, resolve
@@ -357,3 +357,52 @@ def test_a_stage_is_a_command_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "spec.json: cannot be read" in done.stderr
     assert "RuntimeWarning" not in done.stderr
+
+
+@pytest.mark.slow
+def test_several_processes_train_what_one_trains(config: RunConfig, tmp_path: Path) -> None:
+    """Two processes with half the rows each: the same stages by the same command, the same scores, costs and curves; one output."""
+    own = {"per_device_train_batch_size", "output_dir"}
+    keys = [
+        word for key, origin in config.origins.items() if origin != "default" and key not in own for word in (f"--{key}", str(config[key]))
+    ]
+    found = {}
+    for number in (1, 2):
+        words = [
+            *keys,
+            "--per_device_train_batch_size",
+            str(4 // number),
+            "--num_processes",
+            str(number),
+            "--output",
+            str(tmp_path / str(number)),
+        ]
+        grid = ["--methods", "sft+dpo", "--learning_rates", "1e-2", "--strengths", "sft+dpo=0.1", "--points", "2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "orpo", "compare", *words, *grid],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("stage ") == 3
+        found[number] = json.loads((tmp_path / str(number) / "comparison.json").read_text())
+    one, two = (facts["methods"]["sft+dpo"] for facts in (found[1], found[2]))
+    for name in ("accuracy", "margin", "chosen_logp", "rejected_logp"):
+        assert two["summary"][name]["value"] == pytest.approx(one["summary"][name]["value"], abs=1e-5)
+    for name in ("num_steps", "num_pairs", "forward_passes", "backward_passes", "reference_tokens", "forward_tokens"):
+        assert two["runs"][0]["totals"][name] == one["runs"][0]["totals"][name]
+
+
+def test_what_several_processes_spent_is_one_cost() -> None:
+    costs = [
+        measure.Cost(2, 4, 10, 10, 5, 8, 8, 100, 1.0, 0.5, 7, False, [4, 10]),
+        measure.Cost(2, 3, 9, 9, 4, 6, 6, 90, 2.0, 0.1, 9, False, [5, 9]),
+    ]
+    assert measure.cost_of_all(costs) == measure.Cost(2, 7, 19, 19, 9, 14, 14, 190, 2.0, 0.5, 9, False, [9, 19])
+    assert measure.cost_of_all(costs[:1]) == costs[0]
+
+
+def test_sharded_stages_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    sharded = replace(config, values={**config.values, "parallelism": "fsdp2"})
+    with pytest.raises(UserError, match="not sharded"):
+        compare(sharded, CompareOptions(num_processes=2, output=str(tmp_path / "out")), _quiet)

@@ -51,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval", action="append", default=[], metavar="ARGUMENTS", help="arguments of `orpo eval` for every run; @METHOD is its run"
     )
+    parser.add_argument(
+        "--num_processes",
+        "--num-processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train each stage with N processes of this machine (1); a step has N times the rows",
+    )
     parser.add_argument("--output", help="the comparison's folder (runs/NAME-comparison); its runs go into it")
     parser.add_argument("--json", action="store_true", help="print comparison.json as one object on stdout")
 
@@ -92,6 +100,7 @@ def _options(args: argparse.Namespace, learning_rate: float, seed: int) -> Compa
         sweep=args.sweep,
         evaluations=tuple(args.eval),
         output=args.output,
+        num_processes=args.num_processes,
     )
 
 

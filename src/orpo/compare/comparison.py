@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shlex
 import shutil
 import time
@@ -21,6 +22,7 @@ from orpo.compare.options import CompareOptions
 from orpo.compare.process import run_orpo_process, run_stage_process
 from orpo.compare.results import Scored, Scores, compare_methods, curve, evaluations, judge_claims, sweep_table, weights
 from orpo.compare.spec import FORMAT, RESULT, StageSpec
+from orpo.config.parallelism import parallelism_of
 from orpo.errors import UserError
 from orpo.evaluate.pairs import paired_difference, summarise
 from orpo.run.config import as_facts
@@ -57,6 +59,12 @@ def compare(config: RunConfig, options: CompareOptions, tell: Tell = print) -> d
     from orpo.checkpoint import RunLock
 
     options.check()
+    if options.num_processes > 1 and parallelism_of(config.values, os.environ).is_sharded:
+        raise UserError(
+            "the stages of a comparison are not sharded: each process holds the whole model",
+            where="parallelism",
+            mend="leave it out (ddp), or compare with one process",
+        )
     folder = Path(options.output or config["output_dir"] or f"{config.output_dir}-comparison").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder):
@@ -225,10 +233,13 @@ class _Comparison:
             num_points=self.options.num_points if not is_trial and seed == self.options.seeds[0] else 0,
             folder="",
             date=self.data_facts["date"],
+            num_processes=1 if method == "start" else self.options.num_processes,
         )
         # A start that is another stage's goes by that stage's name, so that the folder may be moved.
         identity = {**asdict(spec), "start": Path(start).parent.name if number else start, "data": self.fingerprint}
         del identity["date"]  # the fingerprint is of what it printed
+        if spec.num_processes == 1:  # as such stages have always been called
+            del identity["num_processes"]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         settings = [f"{_short(key)}{value:g}" for key, value in options.items()]
         words = [method, *settings, f"seed{seed}", *(["trial"] if is_trial else [])]
@@ -261,7 +272,7 @@ class _Comparison:
         left = "" if mean_s is None else f"; about {human_seconds(mean_s * (total - len(self._seen) + 1))} left"
         self.tell(f"stage        {len(self._seen)} of {total}: {what}{left}")
         began_s = time.monotonic()
-        run_stage_process(path, what, folder / "log.txt")
+        run_stage_process(path, what, folder / "log.txt", spec.num_processes)
         took_s = time.monotonic() - began_s
         if spec.method != "start":
             self._took_s.append(took_s)

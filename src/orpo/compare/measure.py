@@ -52,6 +52,14 @@ class Cost:
         return asdict(self)
 
 
+def cost_of_all(costs: list[Cost]) -> Cost:
+    """What the processes that trained a stage together have spent: sums, the time of the slowest, the highest of the peaks."""
+    longest = ("num_steps", "train_s", "reference_s", "peak_bytes", "is_partial")
+    values = {item.name: [getattr(cost, item.name) for cost in costs] for item in fields(Cost) if item.name != "tokens_at_step"}
+    found = {name: max(several) if name in longest else sum(several) for name, several in values.items()}
+    return Cost(**found, tokens_at_step=[sum(step) for step in zip(*(cost.tokens_at_step for cost in costs), strict=True)])
+
+
 def total_cost(stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Costs of several stages one after the other: sums, and the highest of the peaks."""
     sums = [item.name for item in fields(Cost) if item.name not in ("tokens_at_step", "peak_bytes", "is_partial")]

@@ -24,6 +24,7 @@ class CompareOptions:
         sweep: widen the grids of ORPO and SFT + DPO to five rates by five strengths, for the heat map of stability.
         evaluations: arguments of `orpo eval` for every final run and the start; `@METHOD` is replaced by that method's run.
         output: the comparison's folder; None derives it from the configuration.
+        num_processes: that train a stage together, each with the whole model (DDP). A step has so many times the rows, as in `orpo train`.
 
     Example:
         >>> from orpo.compare import CompareOptions
@@ -39,6 +40,7 @@ class CompareOptions:
     sweep: bool = False
     evaluations: tuple[str, ...] = ()
     output: str | None = None
+    num_processes: int = 1
 
     def check(self) -> None:
         """Refuse what cannot be meant.
@@ -46,6 +48,8 @@ class CompareOptions:
         Raises:
             UserError: unknown methods or strengths, no seed, a fraction or rate out of range.
         """
+        if self.num_processes < 1:
+            raise UserError(f"found {self.num_processes}", where="--num_processes", expected="at least 1")
         names = {method.name for method in find_methods(self.methods)}
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"found {list(self.seeds)}", where="--seeds", expected="one or more different whole numbers")

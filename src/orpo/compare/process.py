@@ -14,13 +14,16 @@ NUM_LOG_LINES = 12
 """Lines of a process's log that are shown when it fails."""
 
 
-def run_stage_process(spec: Path, what: str, log: Path) -> None:
+def run_stage_process(spec: Path, what: str, log: Path, num_processes: int = 1) -> None:
     """Run one stage to its end, its output in `log`.
+
+    Args:
+        num_processes: that do it together.
 
     Raises:
         UserError, GuardStop, SignalStop: the stage ended with that error.
     """
-    raise_for(run_process([sys.executable, "-m", "orpo.compare.stage", str(spec)], log), what, log)
+    raise_for(run_process([sys.executable, "-m", "orpo.compare.stage", str(spec), str(num_processes)], log), what, log)
 
 
 def run_orpo_process(arguments: list[str], what: str, log: Path) -> None:

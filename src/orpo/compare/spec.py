@@ -37,6 +37,7 @@ class StageSpec:
         num_points: evaluations on the validation rows along the way.
         folder: where the stage's run goes.
         date: what a template that asks for today gets; None where it asks for none.
+        num_processes: that train it together.
     """
 
     configuration: dict[str, dict[str, Any]]
@@ -50,6 +51,7 @@ class StageSpec:
     num_points: int
     folder: str
     date: str | None = None
+    num_processes: int = 1
 
     @classmethod
     def read(cls, path: Path) -> StageSpec:

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from orpo.compare.data import ComparisonData, load_comparison_data
-from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, reset_peak
+from orpo.compare.measure import Cost, FlopCounter, MeasuredTrainer, StepClock, cost_of_all, reset_peak
 from orpo.compare.methods import stage_rows
 from orpo.compare.spec import FORMAT, RESULT, StageSpec
 from orpo.config.objectives import find
 from orpo.system.allocator import return_freed_memory
 from orpo.system.files import write_atomically
+from orpo.system.group import on_all, told_together
 from orpo.system.machine import peak_memory_bytes
+from orpo.system.place import own_rank
+from orpo.system.ranks import current_ranks
 from orpo.training.runner import Observer, load_run_model, run_training
 
 if TYPE_CHECKING:
@@ -38,10 +41,12 @@ def run_stage(spec: StageSpec) -> None:
     """Train, measure, and write `stage.json`."""
 
     def tell(line: str) -> None:
-        print(line, flush=True)
+        if own_rank() == 0:
+            print(line, flush=True)
 
     config = spec.run_config()
-    data = load_comparison_data(config, config.training_args(), spec.split, tell, date=spec.date)
+    args = told_together(config.training_args)
+    data = on_all(lambda: load_comparison_data(config, args, spec.split, tell, date=spec.date))
     if spec.method == "start":
         _measure_start(spec, config, data)
     else:
@@ -118,15 +123,14 @@ class _Watcher(Observer, TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.global_step:
             return
-        spent = Path(args.output_dir) / f"cost-{state.global_step}.json"  # resumed: what was spent before the checkpoint
+        spent = _cost_path(args.output_dir, state.global_step)  # resumed: what was spent before the checkpoint
         if spent.exists():
             vars(self.cost).update(json.loads(spent.read_text(encoding="utf-8")))
         else:
             self.cost.is_partial = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        path = Path(args.output_dir) / f"cost-{state.global_step}.json"
-        write_atomically(path, json.dumps(self.cost.to_dict()).encode())
+        write_atomically(_cost_path(args.output_dir, state.global_step), json.dumps(self.cost.to_dict()).encode())
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._clock.start()
@@ -140,23 +144,36 @@ class _Watcher(Observer, TrainerCallback):
     def after(self, trainer: Any, data: RunData) -> None:
         """Scores of the final weights; written before the run counts as complete, or a kill in between would lose them."""
         scores = _scores(trainer.model, self.data, trainer.compute_dtype, with_test=not self.spec.is_trial)
-        _write_result(self.spec, cost=self.cost.to_dict(), scores=scores)
+        ranks = current_ranks()
+        cost = cost_of_all([Cost(**one) for one in ranks.gather(self.cost.to_dict())])
+        if ranks.is_first:
+            _write_result(self.spec, cost=cost.to_dict(), scores=scores)
+        ranks.gather(None)  # the run counts as complete on nobody's word before the result is there
+
+
+def _cost_path(folder: str, step: int) -> Path:
+    """Where a process keeps what it has spent up to a checkpoint."""
+    rank = current_ranks().rank
+    return Path(folder) / f"cost-{step}{f'-{rank}' if rank else ''}.json"
 
 
 def add_reference(trainer: Any, cost: Cost) -> None:
     """Give training and validation rows their summed log-probabilities under the trainer's weights as they are."""
     import time
 
-    began_s = time.perf_counter()
+    began_s, ranks = time.perf_counter(), current_ranks()
     with FlopCounter() as counter:
         for rows in (trainer.train_dataset, trainer.eval_dataset or []):
             is_training = rows is trainer.train_dataset
-            sums = _score_tokens(trainer.model, rows, trainer.compute_dtype)
-            for row, responses in enumerate(sums):
-                rows[row] = replace(rows[row], reference_logp_sums=tuple(float(logps.sum(dtype="f8")) for logps in responses))
-                if is_training:
-                    cost.reference_tokens += rows[row].num_tokens
-                    cost.forward_passes += len(rows[row].response_ids)
+            own = list(range(ranks.rank, len(rows), ranks.world_size))
+            found = _score_tokens(trainer.model, [rows[row] for row in own], trainer.compute_dtype)
+            sums = [[float(logps.sum(dtype="f8")) for logps in responses] for responses in found]
+            for row in own if is_training else ():
+                cost.reference_tokens += rows[row].num_tokens
+                cost.forward_passes += len(rows[row].response_ids)
+            for rank, of_rank in enumerate(ranks.gather(sums)):
+                for row, responses in zip(range(rank, len(rows), ranks.world_size), of_rank, strict=True):
+                    rows[row] = replace(rows[row], reference_logp_sums=tuple(responses))
             if is_training:
                 cost.flops += counter.total
                 cost.reference_s += time.perf_counter() - began_s
@@ -179,10 +196,17 @@ def _scores(model: Any, data: ComparisonData, compute_dtype: Any, *, with_test: 
     }
 
 
-def main(path: str) -> int:
-    """Run a stage as its specification says; the exit code is the command line's for the same error."""
+def main(path: str, num_processes: int = 1) -> int:
+    """Run a stage as its specification says; the exit code is the command line's for the same error.
+
+    Args:
+        num_processes: that do it together; this one only starts them if there are several.
+    """
+    from orpo.system.launch import start
     from orpo.system.process import guarded_exit
 
+    if num_processes > 1:
+        return guarded_exit("compare", lambda: start([sys.executable, "-m", "orpo.compare.stage", path, "1"], num_processes))
     return guarded_exit("compare", lambda: _run(path))
 
 
@@ -196,4 +220,6 @@ def _run(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 else "usage: python -m orpo.compare.stage SPEC.json")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m orpo.compare.stage SPEC.json [PROCESSES]")
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

@@ -50,7 +50,9 @@ def refuse_several(command: str, mend: str | None = None) -> None:
     raise UserError(
         f"{place.said_by} is {place.world_size}: a launcher has started {place.world_size} processes, and this command is done by one",
         where=f"orpo {command}",
-        mend=mend or f"start it alone: orpo {command} …; `orpo train` and `orpo eval` are what several processes do together",
+        mend=mend
+        or f"start it alone: orpo {command} …; `orpo train` and `orpo eval` are what several processes do together, and "
+        "`orpo compare --num_processes N` starts its own",
     )
 
 
