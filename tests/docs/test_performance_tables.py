@@ -35,6 +35,20 @@ def test_the_results_are_of_both_trainers_on_real_rows() -> None:
         assert result["throughput_ratio"] == pytest.approx(sum(result["seconds"]["trl"]) / sum(result["seconds"]["orpo"]))
 
 
+def test_the_counts_of_a_layer_are_those_of_the_results_and_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators, not times: an operator more in a layer shows here, and `python benchmarks/launches.py --out …` writes them anew."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import launches
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "launches.json").read_text(encoding="utf-8"))
+    assert launches.table(results) in PAGE
+    today = launches.measure(["4 UltraFeedback groups"])
+    for way, found in today["4 UltraFeedback groups"].items():
+        # Another version of transformers may write a norm in a few operators more.
+        assert found["operators"] <= results["4 UltraFeedback groups"][way]["operators"] * 1.1, way
+        assert found["attention_calls"] == results["4 UltraFeedback groups"][way]["attention_calls"], way
+
+
 @pytest.mark.parametrize(("data", "words"), [("hh", "prompt-heavy dialogues"), ("sharegpt", "long answers")])
 @pytest.mark.parametrize(("method", "name"), [("full", "full fine-tuning"), ("lora", "LoRA")])
 def test_the_readme_rounds_them(data: str, words: str, method: str, name: str) -> None:
