@@ -22,9 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["RAYON_NUM_THREADS"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 SHARED = Path(os.environ.get("SHARED", Path(__file__).parents[2] / "shared")) / "data"
 BATCH_TEXTS = 512
 
@@ -206,6 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     results = [
         result
         for folder in args.tokenizer

@@ -73,3 +73,11 @@ def test_the_figure_of_cost_against_length_is_that_of_the_results(monkeypatch: p
     assert (tmp_path / "figure.svg").read_text() == (ROOT / "docs" / "figures" / "cost-by-length.svg").read_text()
     for point in results["length"]:
         assert f"| {point['prompt_tokens']:,} | {point['ms_per_token']:.2f} | {point['ms_per_token_without_attention']:.2f} |" in PAGE
+
+
+def test_the_table_of_tokenising_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tokenising
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "tokenising.json").read_text(encoding="utf-8"))
+    assert tokenising.table(results) in PAGE
