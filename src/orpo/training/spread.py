@@ -115,6 +115,16 @@ class SpreadMixin(_Base):
         if self.args.device.type == "cpu":
             return_freed_memory()  # the weights as they were whole
         self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it
+        self._keep_as_spread(self.model)
+
+    def _keep_as_spread(self, model: nn.Module) -> None:
+        """The same for accelerate before 1.15, which looks at the mark on optimizers alone."""
+        prepare = self.accelerator.prepare_model
+
+        def prepare_model(other: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
+            return other if other is model else prepare(other, *arguments, **keywords)
+
+        self.accelerator.prepare_model = prepare_model
 
     def begin_micro_batch(self, *, is_last: bool) -> None:
         """Before the forward pass of a micro-batch of a step."""
