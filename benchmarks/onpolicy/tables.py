@@ -51,6 +51,24 @@ def _change(before: list[float], after: list[float]) -> str:
     return f"{100 * estimate.value:+.1f} points ({100 * (estimate.low or 0):+.1f} to {100 * (estimate.high or 0):+.1f})"
 
 
+def against_table(cells: dict[str, Any]) -> str:
+    """Three rounds against the other ways: of each prompt the mean over the seeds, differences over the same prompts."""
+    lines = ["| | three rounds | one round of as many pairs | SFT | rounds − one round | rounds − SFT |", "|---|---|---|---|---|---|"]
+    for task, title in TITLES.items():
+        seeds = [seed for of, seed in PLANNED if of == task and all(f"{task}:{seed}:{name}" in cells for name in NAMES)]
+        if seeds:
+            rounds, one, sft = (_by_prompt(cells, task, seeds, name) for name in ("round-3", "one-round", "sft"))
+            values = [_percent(statistics.mean(rates)) for rates in (rounds, one, sft)]
+            place = f"{title}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            lines.append(f"| {' | '.join([place, *values, _change(one, rounds), _change(sft, rounds)])} |")
+    return "\n".join(lines)
+
+
+def _by_prompt(cells: dict[str, Any], task: str, seeds: list[int], name: str) -> list[float]:
+    rates = [cells[f"{task}:{seed}:{name}"]["by_prompt"] for seed in seeds]
+    return [statistics.mean(of_prompt) for of_prompt in zip(*rates, strict=True)]
+
+
 def missing(cells: dict[str, Any]) -> str:
     """The cells that nobody has measured yet."""
     left = {
@@ -67,7 +85,7 @@ def results() -> str:
     for task, seed in PLANNED:
         if f"{task}:{seed}:start" in cells:
             parts += [f"### {TITLES[task]}, seed {seed}", cell_table(cells, task, seed)]
-    return "\n\n".join([*parts, missing(cells)])
+    return "\n\n".join([*parts, "### Three rounds against the others", against_table(cells), missing(cells)])
 
 
 def speed() -> str:

@@ -389,8 +389,12 @@ def test_several_processes_train_what_one_trains(config: RunConfig, tmp_path: Pa
     one, two = (facts["methods"]["sft+dpo"] for facts in (found[1], found[2]))
     for name in ("accuracy", "margin", "chosen_logp", "rejected_logp"):
         assert two["summary"][name]["value"] == pytest.approx(one["summary"][name]["value"], abs=1e-5)
-    for name in ("num_steps", "num_pairs", "forward_passes", "backward_passes", "reference_tokens", "forward_tokens"):
-        assert two["runs"][0]["totals"][name] == one["runs"][0]["totals"][name]
+    spent_one, spent_two = (facts["runs"][0]["totals"] for facts in (one, two))
+    for name in ("num_steps", "num_pairs", "reference_tokens"):
+        assert spent_two[name] == spent_one[name]
+    # Of 25 rows the last step has one: the process without a row computes a filler, in two epochs of two stages.
+    for name, most in (("forward_passes", 6), ("backward_passes", 6)):
+        assert spent_one[name] < spent_two[name] <= spent_one[name] + most
 
 
 def test_what_several_processes_spent_is_one_cost() -> None:

@@ -114,7 +114,8 @@ def count_step(cost: Cost, inputs: StepBatch, flops: int) -> None:
     num_tokens = sum(batch.num_tokens for batch in inputs.microbatches)
     num_answers = sum(len(group.response_ids) for group in inputs.groups)
     cost.num_steps += 1
-    cost.num_pairs += sum(max(len(group.pairs), 1) for group in inputs.groups)
+    seen = [batch for batch in inputs.microbatches if batch.token_weight]  # a filler is computed, but nothing is learned from it
+    cost.num_pairs += sum(max(len(group.pairs), 1) for batch in seen for group in batch.groups)
     cost.forward_tokens += num_tokens
     cost.backward_tokens += num_tokens
     cost.forward_passes += num_answers
