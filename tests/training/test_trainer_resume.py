@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from orpo import ORPOTrainer
 from orpo.data.types import TokenGroup
+from orpo.engine.fused import fused_modules
 from orpo.errors import CheckpointError, SignalStop
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
@@ -214,7 +215,8 @@ def test_the_best_adapter_is_loaded_at_the_end(bf16: bool, tmp_path: Path, group
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = min(losses, key=losses.__getitem__)
     assert best != 8
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=2e-2 if bf16 else 1e-5)
+    with fused_modules(trainer.model):  # as while it trained: at this rate the adapter is so large that bf16's rounding is seen otherwise
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
 def test_a_checkpoint_is_a_model_folder(tmp_path: Path, groups: list[TokenGroup]) -> None:
