@@ -178,6 +178,13 @@ def test_own_answers_compete(base: Path, tmp_path: Path) -> None:
         ({"verify": None, "numeric": "gone"}, "have no 'gone'"),
         ({"verify": None, "length": True}, "length has no weight"),
         ({"weights": "vowel=1"}, "weight for vowel"),
+        ({"weights": "vowels=nan"}, "weights: vowels"),
+        ({"weights": "vowels=inf"}, "weights: vowels"),
+        ({"verify_time_s": "inf"}, "verify_time_s"),
+        *(
+            ({"endpoint_url": "http://127.0.0.1:9/v1", "endpoint_model": "x", f"endpoint_{key}": value}, f"endpoint_{key}: found")
+            for key, value in (("workers", 0), ("timeout", -1), ("timeout", "inf"), ("timeout", "nan"), ("retries", -1))
+        ),
         ({"min_margin": -1.0}, "min_margin"),
         ({"verify": None, "numeric": "answer", "choose": "right_wrong"}, "prompts without a right answer"),
         ({"out": "pairs.json"}, "a file *.jsonl"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ class OnPolicyOptions:
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
-            "verify_time_s": (self.verify_time_s > 0, "above 0"),
+            "verify_time_s": (0 < self.verify_time_s < float("inf"), "above 0, in seconds"),
             "verify_memory_mib": (self.verify_memory_mib >= 1, "at least 1"),
         }
         for key, (is_right, expected) in ranges.items():
@@ -134,6 +135,9 @@ class OnPolicyOptions:
         unknown = [name for name in self.weights or {} if name not in names]
         if unknown:
             raise UserError(f"a weight for {', '.join(unknown)}", where="weights", expected=f"the scorers' names: {', '.join(names)}")
+        endless = [name for name, weight in (self.weights or {}).items() if not math.isfinite(weight)]
+        if endless:
+            raise UserError(f"found {self.weights[endless[0]]}", where=f"weights: {endless[0]}", expected="a number")  # type: ignore[index]
         if names == ["length"] and "length" not in (self.weights or {}):
             raise UserError("length has no weight", where="length", mend="--weights length=-1 prefers short answers, length=1 long ones")
 

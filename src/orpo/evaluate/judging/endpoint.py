@@ -118,6 +118,14 @@ class EndpointJudge:
             raise UserError(
                 f"{redact_text(self.url)!r} is no address of a {self.role}", where=f"{self.role}_url", expected="http://… or https://…"
             )
+        ranges = {
+            "workers": (self.num_workers, self.num_workers >= 1, "at least 1"),
+            "timeout": (self.timeout_s, 0 < self.timeout_s < float("inf"), "above 0, in seconds"),
+            "retries": (self.num_retries, self.num_retries >= 0, "0 or more"),
+        }
+        for name, (value, is_right, expected) in ranges.items():
+            if not is_right:
+                raise UserError(f"found {value!r}", where=f"{self.role}_{name}", expected=expected)
         is_near = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if self.api_key and parts.scheme == "http" and not is_near:
             logger.warning("the %s's key goes to %s without encryption (http)", self.role, parts.hostname)
