@@ -120,6 +120,12 @@ def test_extras_cover_what_the_parts_need(project: dict[str, Any]) -> None:
     assert not names & {"trl", "gguf", "bitsandbytes", "datasketch", "plotly", "scikit-learn"}, "heavy parts are extras"
 
 
+def test_the_documents_list_every_extra(project: dict[str, Any]) -> None:
+    page = (REPOSITORY / "docs" / "start" / "install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+`) \| .+ \|$", page.partition("## Extras")[2], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(project["optional-dependencies"])
+
+
 @pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "bench", "docs", "faults", "test-lowest", "setup"])
 def test_make_has_the_target(target: str) -> None:
     if shutil.which("make") is None:

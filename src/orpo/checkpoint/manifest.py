@@ -106,6 +106,7 @@ def _digest_of(body: dict[str, Any]) -> str:
 
 
 def _count(value: Any) -> int:
+    # `type`: True is an int to isinstance, and JSON has it.
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not a count")
     return value
@@ -158,6 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def hash_file(path: Path) -> FileEntry:
     """Size and sha256 of a plain file; a link is not followed."""
+    # Without O_NONBLOCK opening a named pipe waits for a writer, and whoever put it there could hold a resume up for good.
     descriptor = os.open(path, fs.flags("O_RDONLY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"))
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -182,9 +184,11 @@ def verify(folder: Path | str) -> Manifest:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    # Forgotten first: if this check fails, an earlier one must not vouch for the folder.
     _verified.pop(str(folder.absolute()), None)
     problems = [problem for name, entry in manifest.files.items() if (problem := _shape_problem(folder, name, entry))]
     if not problems:
+        # Taken before the bytes are read: what changes while they are read must not count as verified.
         before = _signature(folder, manifest)
         try:
             found = hash_files(folder / name for name in manifest.files)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FULL_TEXTS = ("no space left on device", "disk quota exceeded", "os error 28", "os error 122")
 _TOO_LARGE_TEXTS = ("file too large", "os error 27")
+"""How safetensors, written in Rust, words what the system said: its errors are no OSError and carry no number."""
 
 
 class PeerError(OrpoError):
@@ -60,6 +61,7 @@ def publish(
     """
     run_dir = Path(run_dir)
     staging = run_dir / f".staging-{checkpoint_name(step)}-{ranks.from_first(secrets.token_hex(4))}"
+    # Folders apart until all are done: two ranks that wrote the same name would write over each other, and nobody would know.
     own = staging if ranks.is_first else staging / f".rank-{ranks.rank}"
     try:
         _all_or_none(ranks, lambda: _make_staging(run_dir, staging) if ranks.is_first else None)
@@ -67,6 +69,7 @@ def publish(
         target = _all_or_none(ranks, lambda: _finish(run_dir, staging, step, written, facts, ranks.world_size) if ranks.is_first else None)[
             0
         ]
+    # An interrupt too: what it leaves behind would stay until the next start.
     except BaseException as error:
         raised: BaseException = error
         if ranks.is_first:
@@ -85,6 +88,7 @@ def _all_or_none(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     result, failure = None, None
     try:
         result = work()
+    # Not BaseException: a rank that is told to leave at once leaves, and the others find it gone instead of waiting for its answer.
     except Exception as error:
         failure = error
     outcomes = ranks.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
@@ -132,12 +136,14 @@ def _finish(run_dir: Path, staging: Path, step: int, written: list[dict[str, Fil
             fs.remove_dir(directory)
     manifest = Manifest(step, world_size, files, facts, versions())
     fs.write_file(staging / MANIFEST_NAME, manifest.to_bytes())
+    # Before the rename: after a power cut the name must not be there with entries missing under it.
     for directory in list(fs.walk_dirs(staging)):
         fs.sync_dir(directory)
     target = run_dir / checkpoint_name(step)
     replaced = _set_aside(target)
     fs.rename(staging, target)
     fs.sync_dir(run_dir)
+    # Every rank hashed what it wrote a moment ago; pruning, which comes next, need not read it all again.
     remember_verified(target, manifest)
     if replaced is not None:
         remove_owned(replaced)

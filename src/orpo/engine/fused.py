@@ -35,6 +35,7 @@ def fused_modules(model: nn.Module) -> Iterator[int]:
     proven: dict[tuple[Any, ...], bool] = {}
     for module in model.modules():
         for matches, forward in _FORMS:
+            # A forward of this instance alone is somebody's hook (accelerate puts its own there); it stays.
             if not matches(module) or "forward" in module.__dict__:
                 continue
             kind = (type(module), forward, _settings(module), tuple(parameter.shape for parameter in module.parameters()))
@@ -122,6 +123,7 @@ _FORMS: tuple[tuple[Callable[[nn.Module], bool], Callable[..., Tensor]], ...] = 
 
 def _is_bare_linear(layer: Any, *, may_have_bias: bool = False) -> bool:
     """A linear layer with a weight and nothing else: no bias, no adapter around it, nobody who wants to be told of its calls."""
+    # Not isinstance: bitsandbytes' quantized layers are subclasses, and compute something else.
     if type(layer) is not nn.Linear:
         return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -159,8 +161,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.float()
+        # By the norm: no copy of squares as wide as the input is written.
         inverse_rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
+        # Rounded before the weight, as transformers does it: in bf16 the other order gives other bits.
         return (wide * inverse_rms).to(x.dtype).mul_(weight)
 
     @staticmethod
@@ -207,6 +211,7 @@ class _GatedMLP(torch.autograd.Function):
         silu = F.silu(gate)
         d_down = grad.t() @ (silu * up) if wants_weights[2] else None
         d_product = grad @ down_weight
+        # In place from here on, so the order matters: `silu` was needed whole above, `d_product` is until it is multiplied by `up`.
         d_up = silu.mul_(d_product)
         d_gate = torch.ops.aten.silu_backward(d_product.mul_(up), gate)
         d_x = torch.addmm(d_gate @ gate_weight, d_up, up_weight).view(*grads[0].shape[:-1], -1) if wants_x else None

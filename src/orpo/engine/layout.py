@@ -146,6 +146,7 @@ class PreferenceBatch:
 
     def with_normalisers(self, num_nll_tokens: float, num_pairs: float, num_tokens: float | None = None) -> PreferenceBatch:
         """The same batch, normalised by the counts of a whole optimizer step; `num_tokens` are packed ones, unset: its own."""
+        # 0 stays 0: a filler is there to keep ranks in step and counts for nothing.
         weight = self.token_weight if num_tokens is None or not self.token_weight else 1.0 / num_tokens
         index = replace(self.index, num_nll_tokens=num_nll_tokens, num_pairs=num_pairs)
         return replace(self, index=index, token_weight=weight)

@@ -1,3 +1,5 @@
+"""Rows to micro-batches: bins as few and as even as limits of rows and tokens allow, the same on every rank without a word between them."""
+
 from __future__ import annotations
 
 import heapq
@@ -20,6 +22,7 @@ def pack(sizes: Sequence[int], *, num_ranks: int, max_rows: int, max_tokens: int
         >>> pack([700, 300, 600, 200], num_ranks=1, max_rows=4, max_tokens=1024)
         [[0, 3], [2, 1]]
     """
+    # Ties by place, not by whatever order a sort leaves them in: every rank must come to the same bins.
     order = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
     # An item above the limit fills a bin of its own; counted in full it would ask for bins that stay empty.
     num_tokens = sum(min(size, max_tokens) for size in sizes)

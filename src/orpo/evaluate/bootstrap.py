@@ -66,6 +66,7 @@ def estimate_means(columns: np.ndarray, clusters: Sequence[object], *, seed: int
     size = max(1, _CHUNK_NUMBERS // num_clusters)
     for start in range(0, num_bootstrap, size):
         picks = generator.integers(num_clusters, size=(min(size, num_bootstrap - start), num_clusters))
+        # Draw by draw: all at once the gathered sums would be as many numbers again for every column.
         totals = np.stack([sums[row].sum(axis=0) for row in picks])
         draws.append(totals[:, :-1] / totals[:, -1:])
     tail = (1 - LEVEL) / 2

@@ -182,6 +182,7 @@ def roomy_cache(model: Any) -> DynamicCache | None:
     core = unwrap(model)
     takes_cache = getattr(core, "_supports_default_dynamic_cache", lambda: False)()
     cache = DynamicCache(config=core.config.get_text_config(decoder=True)) if takes_cache else None
+    # `type`, not `isinstance`: a subclass keeps its keys in a way of its own (quantized), which plain buffers would undo.
     if cache is None or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -234,6 +235,7 @@ class RoomyLayer(DynamicLayer):
         end = self.keys.shape[2]
         for room in self._rooms:
             for target, source in enumerate(indices.tolist()):
+                # Ascending: a row moves up to a place whose own row has moved already or has ended.
                 if target != source:
                     room[target, :, :end] = room[source, :, :end]
         self._rooms = [room[: len(indices)] for room in self._rooms]

@@ -224,6 +224,7 @@ def _choose(
     if not rows:
         raise NoPairsError(_nothing(groups, left_out, scoring), where=str(job.prompts), mend=_advice(left_out, job.options))
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    # The hash goes first: killed in between, the next start still knows whichever file is there as this command's own.
     write_atomically(job.work / WRITTEN_FILE, json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
     write_atomically(job.output, data)
     return _finish(job, asked, groups, scoring, rows, left_out, num_covered, num_missing, identity, data, tell)

@@ -208,6 +208,7 @@ class _Rounds:
     def run(self) -> dict[str, Any]:
         """Round after round."""
         if len(self.facts["rounds"]) >= self.num_rounds or self.facts["stopped_because"]:
+            # A kill may have come between the last round and this word.
             self._write(status=COMPLETE)
             return {**self.facts, "is_already_complete": True}
         asked, held_out = self._prompts()
@@ -293,6 +294,7 @@ class _Rounds:
             prompts=str(self.config["dataset_name"]),
             models=(model,),
             output=folder / "pairs.jsonl",
+            # An answer's noise comes from prompt, number and seed: with one seed every round would draw with the same noise.
             options=replace(self.pairs, seed=self.pairs.seed + number - 1),
             loading=self._loading(is_start=number == 1),
             asked=asked,
@@ -332,6 +334,7 @@ class _Rounds:
             "seed": self.config["seed"] + number - 1,
         }
         if number > 1:
+            # The round before lies in a folder, which has no revision and holds the template it was trained with.
             own |= {"model_revision": None, "chat_template": "none" if self.config["chat_template"] == "none" else None}
             weights = final_weights(Path(model))
             own["model_name_or_path"] = str(weights or model)
@@ -352,6 +355,7 @@ class _Rounds:
         if start is None:
             return None
         values = [start["value"], *(one["held_out"]["value"] for one in rounds)]
+        # Of equals the earliest: a round that changed nothing is no better one.
         best = max(range(len(values)), key=lambda place: (values[place], -place))
         if len(values) - 1 - best >= self.options.patience:
             where = "the start" if best == 0 else f"round {best}"

@@ -144,6 +144,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    # An interrupt too. A kill leaves the hidden file, which no reader takes for the real one.
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -58,6 +58,7 @@ class DivergenceGuard:
             GuardStop: above the bound for `NUM_STOPPED` steps in a row, or in the last `NUM_TOLD` of the run; on every rank.
         """
         known = nll if nll is not None and math.isfinite(nll) else None  # what is not finite is another guard's
+        # Ranks know a maximum alone: of the negated losses it is the lowest.
         highest = self._ranks.max([_UNKNOWN if known is None else -round(min(known, _MOST) / _UNIT)])[0]
         if highest == _UNKNOWN:
             return

@@ -65,6 +65,7 @@ class NonFiniteGuard:
         if not (self._ranks.max([len(bad)])[0] if is_bad_elsewhere is None else bad or is_bad_elsewhere):
             return True
         found = " and ".join(f"the {name} is {value}" for name, value in bad.items())
+        # A collective inside a branch: all ranks take it, since all were told the same above.
         reports = self._ranks.gather(f"{found}; {_name_rows(groups, logp_sums)}" if bad else None)
         told = "; ".join(f"rank {rank}: {report}" if len(reports) > 1 else report for rank, report in enumerate(reports) if report)
         if self.policy == "skip" and self.num_skipped < self.max_skips:

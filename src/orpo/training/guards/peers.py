@@ -37,6 +37,7 @@ def first_cause(run_dir: Path | str, ranks: Ranks) -> Iterator[None]:
     if ranks.is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
+    # All wait for the removal: the note of a rank that fails at once would go with the old one.
     ranks.gather(None)
     try:
         yield
@@ -60,6 +61,7 @@ def _note(path: Path, rank: int, error: BaseException) -> None:
 
 
 def _peer_error(path: Path, rank: int, error: BaseException) -> PeerError:
+    # The connection may break before the note is written, or before a shared file system shows it here.
     end = time.monotonic() + _WAIT_S
     note: dict[str, Any] = {}
     while not note and time.monotonic() < end:

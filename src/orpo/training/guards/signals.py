@@ -63,6 +63,7 @@ class SignalGuard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._earlier.items():
+            # None is a handler that was not set from Python, which cannot be put back.
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._earlier.clear()
 
@@ -100,6 +101,7 @@ class SignalGuard:
         now = time.monotonic()
         if self._first_s and now - self._first_s >= self._echo_s:
             self._say(b"second signal: leaving at once; published checkpoints are whole\n")
+            # No clean-up: whoever asks twice may be waiting for a disk that does not answer, and so would a `finally`.
             os._exit(128 + signum)
         if self._first_s:
             return
@@ -112,4 +114,5 @@ class SignalGuard:
 
     def _say(self, text: bytes) -> None:
         if self._is_first:
+            # Not print: the signal may have come amid a write to the same stream, and a buffered one refuses to be entered twice.
             os.write(2, text)
