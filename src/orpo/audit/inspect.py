@@ -193,6 +193,7 @@ class Inspector:
         elif len(options.benchmark_runs) and len(hashes) >= surface.BENCHMARK_WORDS:
             runs = surface.run_hashes(hashes, surface.BENCHMARK_WORDS)
             places = np.searchsorted(options.benchmark_runs, runs)
+            # What is larger than all has a place behind the last; any place will do, since what lies there is compared.
             places[places == len(options.benchmark_runs)] = 0
             if np.any(options.benchmark_runs[places] == runs):
                 found.add("benchmark_overlap")
@@ -287,6 +288,7 @@ def inspect_rows(
         inspector = Inspector(shape, options)
         yield from (inspector.inspect(some, cutoff()) for some in itertools.chain(first, chunks))
         return
+    # Not fork, which would copy the locks of libraries' threads as they are at this moment, held ones too.
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (list(head), "the data set", options))
     waiting: deque[Future[Chunk]] = deque()
     try:

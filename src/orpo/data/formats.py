@@ -286,9 +286,11 @@ def _mixed(streams: Sequence[Stream]) -> Iterator[Preference | Dropped]:
     shares = [weight for weight in weights if weight is not None]
     taken = [0] * len(shares)
     while True:
+        # Whose turn it is: the source that one row more would put least ahead of its share.
         turn = min(range(len(shares)), key=lambda index: (taken[index] + 1) / shares[index])
         for item in readers[turn]:
             yield item
+            # A dropped row is passed on and counts for nothing: the proportions are of what is trained on.
             if isinstance(item, Preference):
                 taken[turn] += 1
                 break

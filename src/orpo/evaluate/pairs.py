@@ -225,6 +225,7 @@ def _pairs(groups: Sequence[TokenGroup], scores: Sequence[np.ndarray]) -> _Pairs
         for winner, loser in group.pairs:
             chosen.append(float(score_R[winner]))
             rejected.append(float(score_R[loser]))
+            # By content: pairs of one prompt may stand in several rows, and are drawn together all the same.
             prompts.append(group.prompt_ids.tobytes())
     if not prompts:
         raise UserError("there is no pair to evaluate", expected="rows with a chosen and a rejected answer")

@@ -40,6 +40,7 @@ _NO_LINE = -1
 
 def content_of(group: TokenGroup) -> np.ndarray:
     """int32: the head, then all ids. Lengths first, so that no two groups read alike."""
+    # Little-endian below, whatever the machine: a fingerprint is compared between machines.
     arrays = [group.prompt_ids, *group.response_ids]
     head = [len(arrays), *map(len, arrays), *map(int, group.is_ended), *(index for pair in group.pairs for index in pair)]
     return np.concatenate([np.asarray(head, dtype="<i4"), *arrays]).astype("<i4", copy=False)
@@ -119,6 +120,7 @@ class GroupsWriter:
 
     def _flush(self) -> None:
         if self._waiting:
+            # One batch of the small ones that wait: opening a file costs by the batch.
             self._writer.write_batch(pa.Table.from_batches(self._waiting, SCHEMA).combine_chunks().to_batches()[0])
             self._waiting = []
 
@@ -163,6 +165,7 @@ class StoredGroups(Sequence[TokenGroup]):
         self.path = Path(path)
         self._fingerprint = whole_fingerprint if rows is None else None
         with self.path.open("rb") as file:
+            # Mapped by Python and not by pyarrow, whose map cannot give its pages back (`release`).
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(self._map))) as reader:
             self._batches = list(reader)
@@ -195,6 +198,7 @@ class StoredGroups(Sequence[TokenGroup]):
         return (self[number] for number in range(len(self)))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # A map cannot be sent to another process, which opens the file for itself.
         return _reopened, (self.path, self._rows, self._fingerprint)
 
     def _place(self, row: int) -> tuple[pa.RecordBatch, int]:
@@ -247,6 +251,7 @@ class StoredGroups(Sequence[TokenGroup]):
             else:
                 start = int(self._starts[number])
                 inside = self._rows[np.searchsorted(self._rows, start) : np.searchsorted(self._rows, self._starts[number + 1])] - start
+                # A batch's offsets need not begin at 0; its flattened values do.
                 yield from (flat[offsets[row] - offsets[0] : offsets[row + 1] - offsets[0]] for row in inside)
             self.release()
 

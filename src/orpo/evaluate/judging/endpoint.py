@@ -161,6 +161,7 @@ class EndpointJudge:
             try:
                 for future in futures:
                     future.result()
+            # An interrupt must end the other threads' pauses as well: leaving the pool waits for them.
             finally:
                 round_.stopped.set()
         if round_.fatal is not None:
@@ -181,6 +182,7 @@ class EndpointJudge:
                 last = error
             if attempt == self.num_retries or stopped.is_set():
                 break
+            # Some chance in it, or threads that failed together would all come back together.
             pause = min(self.longest_wait_s, last.wait_s if last.wait_s is not None else wait_s * random.uniform(0.75, 1.25))
             logger.info("the %s failed (%s); next attempt in %.1f s", self.role, last, pause)
             if stopped.wait(pause):
@@ -276,6 +278,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 def _read(response: Any, deadline_s: float) -> bytes:
     """The body, within the deadline: a time-out of the socket alone would wait for ever on a byte now and then."""
+    # `read1` gives what has come; `read` would wait for a whole piece, and the deadline below with it.
     read: Callable[[int], bytes] = getattr(response, "read1", response.read)
     parts: list[bytes] = []
     size = 0
@@ -286,6 +289,7 @@ def _read(response: Any, deadline_s: float) -> bytes:
             raise _Failed(f"the reply is larger than {MAX_REPLY_BYTES} bytes")
         if time.monotonic() > deadline_s:
             raise _Failed("timed out in the middle of a reply")
+    # Read in pieces a broken connection ends as a whole reply does; the count alone tells them apart.
     length = response.headers.get("Content-Length")
     if length is not None and length.isdigit() and size < int(length):
         raise _Failed(f"the connection broke after {size} of {length} bytes")
