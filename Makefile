@@ -60,10 +60,11 @@ quantizer: ## llama.cpp's quantizer for the slow tests (npm and the network)
 	    && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 >/dev/null && tar -xzf *.tgz && mkdir -p $(QUANTIZER_FOLDER) \
 	    && cp package/LICENSE package/bins/linux-x64/lib*.so $(QUANTIZER_FOLDER)/ && echo "llama.cpp's quantizer is in $(QUANTIZER_FOLDER)"
 
+# A process for each core, each with one thread (tests/conftest.py); the files of tests in whole, for what their fixtures make.
 test: $(STAMP) ## the tests that every change must pass
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-all: $(STAMP) ## the slow ones too
+test-all: $(STAMP) ## the slow ones too, one after the other: some of them fill the machine
 	@$(PY) -m pytest -q -m "not bench" $(ARGS)
 
 test-cuda: $(STAMP) ## the tests that need a GPU, all of them, in two minutes

@@ -28,7 +28,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. `data` is "hh" (4 pairs a step) or "sharegpt" (2 pairs a step, length 1024)."""
+    """One comparison. `data` is "hh" (4 pairs a step), "sharegpt" or "ultrafeedback" (2 pairs a step, length 1024)."""
 
     data: str = "hh"
     method: str = "full"
@@ -49,9 +49,11 @@ class Case:
 class Worker:
     """A trainer in its own process, stepping when told to."""
 
-    def __init__(self, side: str, case: Case, num_steps: int) -> None:
+    def __init__(self, side: str, case: Case, num_steps: int, variables: dict[str, str] | None = None) -> None:
         command = [sys.executable, str(HERE / "throughput_worker.py"), side, json.dumps(asdict(case)), str(num_steps + WARMUP_STEPS)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **(variables or {})}
+        )
 
     def ready(self) -> dict[str, Any]:
         """Wait until the model is loaded and the run begun; what the worker says of itself."""
@@ -137,7 +139,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=["hh", "sharegpt"])
+    parser.add_argument("--data", choices=["hh", "sharegpt", "ultrafeedback"])
     parser.add_argument("--method", choices=["full", "lora"])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--checkpointing", action="store_true")

@@ -21,8 +21,8 @@ from orpo.system.machine import peak_memory_bytes
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = {"hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz", "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json"}
-WORDS = {"hh": (95, 28, 36), "sharegpt": (300, 220, 240)}
-"""Words of prompt, chosen and rejected of made-up rows where the files are absent, for about the same tokens."""
+WORDS = {"hh": (95, 28, 36), "sharegpt": (300, 220, 240), "ultrafeedback": (155, 265, 265)}
+"""Words of prompt, chosen and rejected of made-up rows where there is no file, for about the same tokens."""
 
 
 def tell(**message: Any) -> None:
@@ -35,7 +35,7 @@ def load_rows(data: str, tokenizer: Any, num_rows: int, max_length: int = 1024, 
     from orpo.data.template import TemplateEncoder
     from orpo.data.types import TokenGroup
 
-    if FILES[data].exists() and not made_up:
+    if _has_file(data) and not made_up:
         preferences, _, _ = load_preferences(str(FILES[data]), max_rows=4 * num_rows + 200)
     else:
         preferences, _, _ = load_preferences(_made_up(WORDS[data], num_rows))
@@ -76,7 +76,11 @@ def machine() -> dict[str, Any]:
 
 def kind_of_rows(data: str, made_up: bool) -> str:
     """For the results: the real rows, or made-up ones of about the same lengths."""
-    return FILES[data].name if FILES[data].exists() and not made_up else "made up"
+    return FILES[data].name if _has_file(data) and not made_up else "made up"
+
+
+def _has_file(data: str) -> bool:
+    return data in FILES and FILES[data].exists()
 
 
 class OnDemand(TrainerCallback):

@@ -5,7 +5,7 @@
 "Alone" is prompt + chosen and prompt + rejected of every row, rendered before the clock starts, through `encode_batch_fast`: nothing is
 read, judged, joined, counted or kept. "orpo" is what a run does: the file is read, rows are judged, rendered, tokenised, proved, counted
 and kept, in memory or in the token cache. Both are timed in turn, in processor time of all processes of theirs, so that whoever else uses
-the machine changes little; one thread each.
+the machine changes little; one thread each. Two processes are held to the library in two processes.
 """
 
 from __future__ import annotations
@@ -139,6 +139,23 @@ def whole(path: Path, folder: str, num_processes: int, is_cached: bool) -> Calla
     return run
 
 
+def halves(texts: list[str], folder: str) -> Callable[[], None]:
+    """The library's work in two processes at the same time, each one half: they share caches and memory with each other."""
+    works = [alone(texts[start::2], folder) for start in range(2)]
+
+    def run() -> None:
+        started = []
+        for work in works:
+            if (child := os.fork()) == 0:
+                work()
+                os._exit(0)
+            started.append(child)
+        for child in started:
+            os.waitpid(child, 0)
+
+    return run
+
+
 CASES = {"in memory": (1, False), "into the cache": (1, True), "into the cache, 2 processes": (2, True)}
 
 
@@ -149,6 +166,9 @@ def measure(name: str, folder: str, num_rows: int, num_rounds: int, cases: list[
         write_rows(name, path, num_rows)
         texts = full_texts(path, folder)
         works = {"alone": alone(texts, folder), **{case: whole(path, folder, *CASES[case]) for case in cases}}
+        two = [case for case in cases if CASES[case][0] == 2]
+        if two:
+            works["alone, 2 processes"] = halves(texts, folder)
         spent: dict[str, list[float]] = {case: [] for case in works}
         parents: dict[str, list[float]] = {case: [] for case in works}
         for work in works.values():
@@ -158,6 +178,7 @@ def measure(name: str, folder: str, num_rows: int, num_rounds: int, cases: list[
                 of_all, of_parent = timed(work)
                 spent[case].append(of_all)
                 parents[case].append(of_parent)
+    base = {case: spent["alone, 2 processes" if case in two else "alone"] for case in cases}
     return [
         {
             "rows": name,
@@ -165,11 +186,11 @@ def measure(name: str, folder: str, num_rows: int, num_rounds: int, cases: list[
             "num_chars": sum(map(len, texts)),
             "tokenizer": Path(folder).name,
             "case": case,
-            "alone_s": spent["alone"],
+            "alone_s": base[case],
             "orpo_s": spent[case],
             "parent_s": parents[case],
-            "share": statistics.median(base / own for base, own in zip(spent["alone"], spent[case], strict=True)),
-            "alone_rows_per_s": len(texts) / 2 / statistics.median(spent["alone"]),
+            "share": statistics.median(other / own for other, own in zip(base[case], spent[case], strict=True)),
+            "alone_rows_per_s": len(texts) / 2 / statistics.median(base[case]),
             "rows_per_s": len(texts) / 2 / statistics.median(spent[case]),
             "parent_share": statistics.median(parents[case]) / statistics.median(spent[case]),
         }
@@ -184,7 +205,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        shares = [base / own for base, own in zip(result["alone_s"], result["orpo_s"], strict=True)]
+        shares = [other / own for other, own in zip(result["alone_s"], result["orpo_s"], strict=True)]
         speeds = f"{result['alone_rows_per_s']:,.0f} | {result['rows_per_s']:,.0f}"
         spread = f"{min(shares):.0%}–{max(shares):.0%}"
         lines.append(

@@ -10,10 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo.compare.data import first_by_prompt
-from orpo.compare.measure import FlopCounter
+from orpo.compare.measure import Cost, FlopCounter, count_step
 from orpo.compare.methods import stage_rows
 from orpo.compare.results import Scored, compare_methods, judge_claims, moved_right, sweep_table
 from orpo.data.types import TokenGroup, Where
+from orpo.training.steps import StepDataset, StepSampler
 from randomgroups import random_groups
 
 LABELS = {"one": "One", "two": "Two"}
@@ -163,3 +164,19 @@ def test_a_sample_moves_by_one_row_at_most() -> None:
     assert len(picked) == 20
     assert [group.where.row for group in picked] == sorted(group.where.row for group in picked)
     assert len({group.where.row for group in picked} - {group.where.row for group in fewer}) <= 1
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_row_that_fills_an_empty_place_is_no_pair(num_ranks: int) -> None:
+    """Five rows in steps of three leave ranks without a row; what they compute instead is counted as work and as no pair."""
+    groups, costs = _groups(5), []
+    rows = StepDataset(groups, world_size=num_ranks)
+    for rank in range(num_ranks):
+        sampler = StepSampler(groups, rows_per_step=3, max_rows=1, max_tokens=100, rank=rank, world_size=num_ranks)
+        costs.append(Cost())
+        for step in sampler:
+            for plan in step:
+                count_step(costs[-1], rows[plan], flops=1)
+    assert sum(cost.num_pairs for cost in costs) == 5
+    assert all(cost.num_steps == 2 and cost.forward_tokens > 0 for cost in costs)
+    assert sum(cost.forward_passes for cost in costs) > 2 * 5, "a filler is computed"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,10 @@ def check(prompt, answer, row):
             os._exit(0)
         time.sleep(0.3)
         return 1
+    if answer == "busy":
+        started = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=bool(row["apart"]))
+        open(row["file"], "w").write(f"{os.getpid()} {started.pid}\\n")
+        while True: pass
     if answer == "row": return row["points"]
     return answer == "good"
 """
@@ -114,6 +122,46 @@ def test_calls_that_our_own_end_cuts_short_have_no_outcome(hostile: Path) -> Non
         )
     assert [outcome for outcome in found.values() if "failed" in outcome] == []
     assert time.monotonic() - began_s < START_S, "nobody waits for a call, or for a start, that has been cut short"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_call_at_work_and_what_it_started_end_with_the_command(hostile: Path, tmp_path: Path, apart: bool, killed: bool) -> None:
+    """Ctrl-C while a call loops, and a kill of the process that watches it: nobody else knows of the call."""
+    told = tmp_path / "pids"
+    row = {"file": str(told), "apart": apart}
+    verifier = Verifier(f"{hostile}:check", time_s=100_000.0, num_workers=2)
+
+    def done(number: int, outcome: dict[str, Any]) -> None:
+        assert wait_for(told.exists)
+        assert wait_for(lambda: told.read_text().endswith("\n"))
+        if killed:
+            os.kill(parent_of(int(told.read_text().split()[0])), signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verifier.call([{"prompt": "", "answer": one, "row": row} for one in ("busy", "good")], done)
+    call_pid, started_pid = map(int, told.read_text().split())
+    try:
+        assert wait_for(lambda: not Path(f"/proc/{call_pid}").exists())
+        assert killed or wait_for(lambda: not Path(f"/proc/{started_pid}").exists()), "after a kill it is out of anybody's reach"
+    finally:
+        for pid in (call_pid, started_pid):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Whether it becomes true, however slow the machine is."""
+    until_s = time.monotonic() + 60
+    while not condition() and time.monotonic() < until_s:
+        time.sleep(0.02)
+    return condition()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize("num", [1, 2, 8])

@@ -1,4 +1,4 @@
-"""Calls a user's function, each time in a process of its own that time and memory limits bound. Run as a script by `verify.py`.
+"""Calls a user's function, each time in a process of its own that time and memory limits bound. Run as a script by `verifier.py`.
 
     python checkchild.py FILE.py FUNCTION SECONDS MEBIBYTES
 
@@ -31,16 +31,17 @@ from typing import Any
 
 MOST_BYTES = 1 << 20
 """Of what a call may say."""
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def serve(path: str, name: str, seconds: float, mebibytes: int) -> None:
     """Answer requests until there are no more."""
     requests, replies = os.fdopen(os.dup(0), "r", encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # a call at work ends with us, and what it has started
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # what the user's code prints goes nowhere: stdout is ours
         os.dup2(null, descriptor)
-    _adopt_orphans()
+    _control(_PR_SET_CHILD_SUBREAPER, 1)
 
     def reply(**facts: Any) -> None:
         replies.write(json.dumps(facts) + "\n")
@@ -89,10 +90,14 @@ def call(
 ) -> dict[str, Any]:
     """One call in a child; whatever happens there, the result is a dict."""
     reading, writing = os.pipe()
+    _hold_end(True)  # between the fork and the wait nobody would end the child
     child = os.fork()
     if child == 0:
         try:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _hold_end(False)
+            _control(_PR_SET_PDEATHSIG, signal.SIGKILL)  # where it, or anybody, kills us: nobody would be left to end it
             for descriptor in (*ours, reading):
                 os.close(descriptor)
             _limit(mebibytes)
@@ -102,9 +107,14 @@ def call(
     os.close(writing)
     with contextlib.suppress(OSError):
         os.setpgid(child, child)  # here too: whoever comes first
-    said, is_late = _read(reading, time.monotonic() + seconds)
-    os.close(reading)
-    status = _end(child)
+    try:
+        _hold_end(False)
+        said, is_late = _read(reading, time.monotonic() + seconds)
+    finally:
+        _hold_end(True)
+        os.close(reading)
+        status = _end(child)
+        _hold_end(False)
     try:
         return dict(json.loads(said))
     except ValueError:
@@ -193,9 +203,15 @@ def _children() -> list[int]:
         return []
 
 
-def _adopt_orphans() -> None:
+def _hold_end(is_held: bool) -> None:
+    """Let the signal that ends us wait, or no longer."""
+    signal.pthread_sigmask(signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _control(option: int, value: int) -> None:
+    """Linux's prctl, where there is one."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _status_words(status: int) -> str:

@@ -118,6 +118,7 @@ class _Worker:
         self.verifier, self.stopped = verifier, stopped or threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
         self._left = b""
+        self._is_ready = False
         self._starting = threading.Lock()
 
     def start(self) -> None:
@@ -130,12 +131,13 @@ class _Worker:
             self.process = subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
             )
-        self._left = b""
+        self._left, self._is_ready = b"", False
         said = self._line(START_S)
         if said is None or "ready" not in said:
             self.kill()
             reason = said["broken"] if said else f"its imports did not end within {START_S:g} s, or ended the process"
             raise UserError(f"cannot be loaded: {reason}", where=f"verify: {verifier.spec}", mend="mend the file; the same command goes on")
+        self._is_ready = True
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.process is None:
@@ -184,6 +186,10 @@ class _Worker:
         process, self.process = self.process, None
         if process is None:
             return
+        if self._is_ready:  # asked first: it ends the call at work with all that this has started, which nobody else knows of
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -198,4 +204,4 @@ class _Worker:
             process = self.process
         if process is not None and process.returncode is None:
             with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGTERM if self._is_ready else signal.SIGKILL)
