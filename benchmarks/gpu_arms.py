@@ -1,7 +1,8 @@
 """What `gpu.py` compares: ways to take the same optimizer step on the same model, each built once per cell.
 
-Every arm works on one model and one optimizer, so that they fit into memory and can take turns. TRL's trainer and ours are
-the real ones; what their `train()` does around a step (data order, schedule, callbacks) is left out on both sides.
+Every arm works on one model and one optimizer, so that they fit into memory and can take turns. What an arm has besides (our copies of
+the weights, Liger's kernels in the model) is there in its turns alone. TRL's trainer and ours are the real ones; what their `train()` does
+around a step (data order, schedule, callbacks) is left out on both sides.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from orpo.data.types import TokenGroup
 
@@ -44,12 +46,21 @@ class Cell:
     dtype: torch.dtype
     is_lora: bool
     working: Any = None
-    """Our low-precision copies of the weights, and the optimizer that keeps them up on the same state: one for all of our arms."""
     master: Any = None
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def copies(self, trainer: Any, parameters: list[Any]) -> tuple[Any, Any]:
+        """(our low-precision copies of the weights, the optimizer that keeps them up on the same state): one of each for all our arms."""
+        from orpo.engine.precision import MasterAdamW, WorkingWeights
+
+        if self.working is None:
+            self.working = WorkingWeights(self.model, trainer.compute_dtype)
+            self.master = MasterAdamW(parameters, lr=self.optimizer.param_groups[0]["lr"], weight_decay=0.0)
+            self.master.state, self.master.working = self.optimizer.state, self.working
+        return self.working, self.master
 
     def forget_copies(self) -> None:
         """Give the memory of our copies back."""
@@ -71,9 +82,22 @@ class Arm:
     with_liger: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
+    is_extra: bool = False
+    """Of interest, and neither side's best: measured when everything else is."""
 
-    def build(self, cell: Cell, step_rows: int) -> Any:
-        """Something with `step(first, micro)`: a step on the rows from `first` on, cut into micro-batches of `micro` rows.
+    @property
+    def side(self) -> str:
+        """Whose it is; TRL with Liger's kernels counts as TRL."""
+        return "orpo" if self.kind == "ours" else "TRL"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its first step is mostly a compiler's."""
+        return self.compiled or self.options.get("attention_kernel") == "flex"
+
+    def build(self, cell: Cell) -> Any:
+        """Something with `turn()`, a context in which it may make steps, and in it `step(first, rows, micro)`: on that many rows from
+        `first` on, cut into micro-batches of `micro` rows.
 
         Raises:
             CannotRunError: not here.
@@ -84,40 +108,40 @@ class Arm:
             raise CannotRunError("Liger's kernels need a GPU")
         if self.kind != "ours" and importlib.util.find_spec("trl") is None:
             raise CannotRunError("trl is not installed")
-        return {"trl": Trl, "liger-loss": LigerLoss, "ours": Ours}[self.kind](cell, self, step_rows)
+        return {"trl": Trl, "liger-loss": LigerLoss, "ours": Ours}[self.kind](cell, self)
 
 
 ARMS = (
-    Arm("TRL", "trl"),
-    Arm("TRL, checkpointing", "trl", checkpointing=True),
-    Arm("orpo, padded", "ours", options={"engine": "padded"}),
-    Arm("orpo, sdpa", "ours", options={"attention_kernel": "sdpa"}),
-    Arm("orpo, flex", "ours", options={"attention_kernel": "flex"}),
-    Arm("orpo, varlen", "ours", options={"attention_kernel": "varlen"}),
-    Arm("orpo, sdpa, compiled", "ours", options={"attention_kernel": "sdpa"}, compiled=True),
     Arm("TRL, Liger's model kernels", "trl", with_liger=True),
+    Arm("orpo, varlen", "ours", options={"attention_kernel": "varlen"}),
+    Arm("TRL", "trl"),
+    Arm("orpo, sdpa", "ours", options={"attention_kernel": "sdpa"}),
     Arm("Liger's fused ORPO loss", "liger-loss", with_liger=True),
+    Arm("orpo, flex", "ours", options={"attention_kernel": "flex"}),
+    Arm("TRL, checkpointing", "trl", checkpointing=True),
+    Arm("orpo, padded", "ours", options={"engine": "padded"}, is_extra=True),
+    Arm("orpo, sdpa, compiled", "ours", options={"attention_kernel": "sdpa"}, compiled=True, is_extra=True),
 )
-"""Those with Liger's model kernels last: they change the model."""
+"""In the order in which they are tried: sides in turn, likely winners first."""
 
 
 class _Stepper:
-    def __init__(self, cell: Cell, arm: Arm, step_rows: int) -> None:
-        self.cell, self.arm, self.step_rows = cell, arm, step_rows
+    def __init__(self, cell: Cell, arm: Arm) -> None:
+        self.cell, self.arm = cell, arm
         self.parameters = [parameter for parameter in cell.model.parameters() if parameter.requires_grad]
         self.optimizer = cell.optimizer
 
-    def prepare(self) -> None:
-        """What is not to be timed: what another arm's turn has left to do."""
+    def turn(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
 
-    def step(self, first: int, micro: int) -> None:
+    def step(self, first: int, rows: int, micro: int) -> None:
         self._set_checkpointing()
         self.cell.model.train()
-        self.gradients(first, micro)
+        self.gradients(first, rows, micro)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def gradients(self, first: int, micro: int) -> None:
+    def gradients(self, first: int, rows: int, micro: int) -> None:
         raise NotImplementedError
 
     def _set_checkpointing(self) -> None:
@@ -130,8 +154,8 @@ class _Stepper:
 class Trl(_Stepper):
     """TRL's ORPOTrainer: its own tokenisation, collator and loss."""
 
-    def __init__(self, cell: Cell, arm: Arm, step_rows: int) -> None:
-        super().__init__(cell, arm, step_rows)
+    def __init__(self, cell: Cell, arm: Arm) -> None:
+        super().__init__(cell, arm)
         from datasets import Dataset
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -144,15 +168,24 @@ class Trl(_Stepper):
         )
         self.rows = self.trainer.train_dataset
 
-    def gradients(self, first: int, micro: int) -> None:
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Without our copies in memory, and with Liger's kernels in the model where it is to have them."""
+        self.cell.forget_copies()
+        # An arm of ours that was refused has left accelerate's shared state empty.
+        Accelerator(cpu=self.cell.device.type == "cpu")
+        with liger_kernels(self.cell.model) if self.arm.with_liger else nullcontext():
+            yield
+
+    def gradients(self, first: int, rows: int, micro: int) -> None:
         """As its training loop does: every micro-batch, then the clip."""
-        pairs = range(first * self.cell.pairs_per_row, (first + self.step_rows) * self.cell.pairs_per_row)
+        pairs = range(first * self.cell.pairs_per_row, (first + rows) * self.cell.pairs_per_row)
         starts = range(pairs.start, pairs.stop, micro * self.cell.pairs_per_row)
         self.trainer.current_gradient_accumulation_steps = len(starts)
         for start in starts:
-            rows = [self.rows[index] for index in range(start, min(start + micro * self.cell.pairs_per_row, pairs.stop))]
+            batch = [self.rows[index] for index in range(start, min(start + micro * self.cell.pairs_per_row, pairs.stop))]
             with self.cell.low_precision():
-                self.backward(self.trainer.data_collator(rows), len(starts))
+                self.backward(self.trainer.data_collator(batch), len(starts))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
 
     def backward(self, batch: dict[str, Any], num_microbatches: int) -> None:
@@ -179,8 +212,8 @@ class LigerLoss(Trl):
 class Ours(_Stepper):
     """This trainer's own `training_step`: engine, norm, clip and guard."""
 
-    def __init__(self, cell: Cell, arm: Arm, step_rows: int) -> None:
-        super().__init__(cell, arm, step_rows)
+    def __init__(self, cell: Cell, arm: Arm) -> None:
+        super().__init__(cell, arm)
         from orpo import ORPOConfig, ORPOTrainer
         from orpo.errors import UserError
 
@@ -191,41 +224,38 @@ class Ours(_Stepper):
                 max_length=MAX_LENGTH, disable_tqdm=True, orpo_alpha=0.1, **options,
             )  # fmt: skip
             self.trainer = ORPOTrainer(model=cell.model, args=config, train_dataset=cell.groups, processing_class=cell.tokenizer)
-            self._share_weights()
-            _ = self.trainer.engine  # compared with the padded one, in this precision and with this kernel
+            with self.turn():
+                _ = self.trainer.engine  # compared with the padded one, in this precision and with this kernel
         except UserError as error:
             raise CannotRunError(str(error).splitlines()[0]) from error
-        self.trainer.optimizer = self.optimizer
         self.forwards = self._compiled_forwards()
 
-    def gradients(self, first: int, micro: int) -> None:
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """With the working copies, as `train()` has them in bf16, brought up to what other arms' steps have made of the weights."""
+        if self.trainer._uses_working_weights():
+            self.trainer._working, self.optimizer = self.cell.copies(self.trainer, self.parameters)
+            with self.trainer._computing():
+                pass
+        self.trainer.optimizer = self.optimizer
+        try:
+            yield
+        finally:
+            self.trainer._working, self.optimizer = None, self.cell.optimizer
+            self.trainer.optimizer = self.optimizer
+
+    def gradients(self, first: int, rows: int, micro: int) -> None:
         from orpo.engine import attention
         from orpo.engine.choose import attention_implementation
         from orpo.engine.shared import unwrap
         from orpo.training.steps import StepDataset, StepSampler
 
-        groups = self.cell.groups[first : first + self.step_rows]
+        groups = self.cell.groups[first : first + rows]
         sampler = StepSampler(groups, rows_per_step=len(groups), max_rows=micro, max_tokens=2**30)
         batch = StepDataset(groups)[sampler.plan(range(len(groups)))]
         name = attention.NAME if self.trainer.engine.name == "shared" else "sdpa"
         with attention_implementation(unwrap(self.cell.model), name), self._compiled():
             self.trainer.training_step(self.cell.model, batch)
-
-    def _share_weights(self) -> None:
-        """As `train()` does it in bf16, with one set of copies for all arms instead of one for each."""
-        if not self.trainer._uses_working_weights():
-            return
-        from orpo.engine.precision import MasterAdamW
-
-        if self.cell.working is None:
-            self.cell.working = self.trainer._working_weights()
-            self.cell.master = MasterAdamW(self.parameters, lr=self.cell.optimizer.param_groups[0]["lr"], weight_decay=0.0)
-            self.cell.master.state, self.cell.master.working = self.cell.optimizer.state, self.cell.working
-        self.trainer._working, self.optimizer = self.cell.working, self.cell.master
-
-    def prepare(self) -> None:
-        with self.trainer._computing():
-            pass  # copies that another arm's step has left behind
 
     def _compiled_forwards(self) -> list[Any]:
         """The decoder layers' forward as `torch_compile: true` makes it; kept, or every turn would compile anew."""

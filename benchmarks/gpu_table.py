@@ -14,16 +14,24 @@ def table(results: dict[str, Any]) -> str:
     where = results["environment"].get("device", "a CPU: nothing here says anything of a GPU")
     lines = [
         f"{where}; products at {results['matmul_flops'] / 1e12:.3g} TFLOP/s",
+        *([told_of_tests(results["tests"])] if "tests" in results else []),
         "",
         "| cell | arm | rows | pairs/s | tokens/s | peak GB | GB at 2 rows | of products | of 989 | host |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, arms in results["cells"].items():
-        if not all(isinstance(result, dict) for result in arms.values()):
-            lines.append(f"| {cell} | {next(iter(arms.items()))[1]} | | | | | | | | |")
-            continue
         lines += [f"| {cell} | {name} | {_figures(result)} |" for name, result in arms.items()]
+    if any(result.get("is_estimate") for arms in results["cells"].values() for result in arms.values()):
+        lines += ["", "≈: from the last step of the warm-up; there was no time for one that counts."]
     return "\n".join([*lines, "", *verdicts(results)])
+
+
+def told_of_tests(tests: dict[str, Any]) -> str:
+    """What came of the tests that need a GPU."""
+    counts = ", ".join(f"{tests[word]} {word}" for word in ("passed", "failed", "skipped"))
+    stopped = " (stopped at its limit)" if tests["code"] is None else ""
+    names = "".join(f"\n  failed: {name}" for name in tests["who_failed"])
+    return f"cuda tests: {counts} in {tests['seconds']:.0f} s{stopped}{names}"
 
 
 def _figures(result: dict[str, Any]) -> str:
@@ -34,20 +42,24 @@ def _figures(result: dict[str, Any]) -> str:
         return "no time left | | | | | | |"
     memory = [f"{result[name]:.1f}" if name in result else "" for name in ("peak_gb", "common_gb")]
     shares = [f"{result[name]:.1%}" for name in ("share_of_matmul", "mfu_of_989", "host_share")]
-    return " | ".join([str(result["micro_rows"]), f"{result['pairs_per_s']:.2f}", f"{result['tokens_per_s']:,.0f}", *memory, *shares])
+    about = "≈ " if result["is_estimate"] else ""
+    return " | ".join(
+        [str(result["micro_rows"]), f"{about}{result['pairs_per_s']:.2f}", f"{result['tokens_per_s']:,.0f}", *memory, *shares]
+    )
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
     """The best of ours over the best of the others, beside the goal."""
     lines = []
     for cell, arms in results["cells"].items():
-        done = {name: result for name, result in arms.items() if isinstance(result, dict) and "pairs_per_s" in result}
+        done = {name: result for name, result in arms.items() if "pairs_per_s" in result}
         ours, others = ({name: done[name] for name in done if name.startswith("orpo") == is_ours} for is_ours in (True, False))
         if not ours or not others:
             continue
         best, rival = (max(arms, key=lambda name, arms=arms: arms[name]["pairs_per_s"]) for arms in (ours, others))
         goal = f" (goal {GOALS[cell]:g})" if cell in GOALS else ""
-        line = f"{cell}: {best} {ours[best]['pairs_per_s'] / others[rival]['pairs_per_s']:.2f} × {rival}{goal}"
+        about = "≈ " if ours[best]["is_estimate"] or others[rival]["is_estimate"] else ""
+        line = f"{cell}: {best} {about}{ours[best]['pairs_per_s'] / others[rival]['pairs_per_s']:.2f} × {rival}{goal}"
         memory = [result["common_gb"] for result in others.values() if "common_gb" in result]
         if memory and "common_gb" in ours[best]:
             line += f", {ours[best]['common_gb'] / min(memory):.2f} × the leanest of the others in memory (goal 0.5)"
@@ -59,7 +71,7 @@ def figure(results: dict[str, Any]) -> str:
     """Bars of pairs per second, each cell against its own best, as an SVG."""
     rows: list[tuple[str, str, float, float]] = []
     for cell, arms in results["cells"].items():
-        done = {name: result["pairs_per_s"] for name, result in arms.items() if isinstance(result, dict) and "pairs_per_s" in result}
+        done = {name: result["pairs_per_s"] for name, result in arms.items() if "pairs_per_s" in result}
         rows += [(cell, name, value, value / max(done.values())) for name, value in done.items()]
     height = 22 * len(rows) + 40
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}" font-family="sans-serif" font-size="12">']

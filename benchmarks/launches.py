@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orpo.engine import attention, flex
-from orpo.engine.layout import PackedLayout, Segment
+from orpo.engine.layout import PackedLayout
 from orpo.engine.shared import padded_rows
 
 SHAPE = {
@@ -64,19 +64,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def layout_of(groups: Sequence[Sequence[int]], kernel: str = "sdpa") -> PackedLayout:
-    """Groups given by the lengths of a prompt and its answers."""
-    segments, row = [], 0
-    for prompt, *answers in groups:
-        start = row
-        segments.append(Segment(row, row + prompt, row, row))
-        row += prompt
-        for answer in answers:
-            segments.append(Segment(row, row + answer, start, start + prompt))
-            row += answer
-    return PackedLayout(tuple(segments), kernel=kernel)
 
 
 @torch.library.custom_op("orpo_bench::kernel", mutates_args=())
@@ -160,8 +147,8 @@ def measure(mixes: Sequence[str] = tuple(MIXES)) -> dict[str, Any]:
         stack.enter_context(patch("torch.nn.attention.varlen.varlen_attn", _varlen))
         for mix in mixes:
             groups = MIXES[mix]
-            ways = {"a micro-batch for each group, sdpa": [layout_of([group]) for group in groups]}
-            ways |= {f"one packed row, {name}": [layout_of(groups, name)] for name in ("sdpa", "flex", "varlen")}
+            ways = {"a micro-batch for each group, sdpa": [PackedLayout.of([group]) for group in groups]}
+            ways |= {f"one packed row, {name}": [PackedLayout.of(groups, name)] for name in ("sdpa", "flex", "varlen")}
             results[mix] = {way: counted(packed(layer, rotary, layouts)) for way, layouts in ways.items()}
     return results
 

@@ -5,20 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orpo.engine.layout import PackedLayout, Segment
-
-
-def layout_of(*lengths: tuple[int, ...]) -> PackedLayout:
-    """Groups given as (prompt, answer, answer, ...) lengths."""
-    segments, row = [], 0
-    for prompt, *answers in lengths:
-        start = row
-        segments.append(Segment(row, row + prompt, row, row))
-        row += prompt
-        for answer in answers:
-            segments.append(Segment(row, row + answer, start, start + prompt))
-            row += answer
-    return PackedLayout(tuple(segments))
+from orpo.engine.layout import PackedLayout
 
 
 def full_mask(layout: PackedLayout, window: int | None = None) -> Tensor:
@@ -57,4 +44,4 @@ def inputs(num_tokens: int, *, heads: int = 4, kv: int = 2, width: int = 8, valu
     return [torch.randn(1, num_tokens, count, size, generator=chance, dtype=torch.float64).transpose(1, 2) for count, size in shapes]
 
 
-SMALL = layout_of((5, 3, 4), (1, 1, 1), (7, 2), (3, 6, 1, 2, 9))
+SMALL = PackedLayout.of([(5, 3, 4), (1, 1, 1), (7, 2), (3, 6, 1, 2, 9)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orpo.engine import attention
 from orpo.engine.attention import QUERY_BLOCK, SEGMENT_BLOCK, shared_attention_forward, visibility
 from orpo.engine.layout import PackedLayout, collate
-from packedrows import SMALL, full_mask, inputs, layout_of, written_out
+from packedrows import SMALL, full_mask, inputs, written_out
 from randomgroups import random_groups
 
 CPU = torch.device("cpu")
@@ -84,14 +84,14 @@ def test_a_sink_on_the_module_is_found() -> None:
 @pytest.mark.parametrize("length", [SEGMENT_BLOCK, SEGMENT_BLOCK + 1, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 3])
 @pytest.mark.parametrize("window", [None, 100])
 def test_segments_longer_than_a_block_of_queries(length: int, window: int | None) -> None:
-    layout = layout_of((length, 3, length))
+    layout = PackedLayout.of([(length, 3, length)])
     assert_equals_written_out(layout, inputs(layout.segments[-1].end, heads=2, kv=1, width=4), sliding_window=window)
 
 
 @pytest.mark.parametrize("size", [1, SEGMENT_BLOCK, SEGMENT_BLOCK + 1, 270, 2 * SEGMENT_BLOCK, 1000])
 def test_a_long_segment_is_cut_evenly(size: int) -> None:
     """No block beyond the limit, and none that is a remainder of a few rows."""
-    blocks = [end - start for start, end, _ in attention._cuts(layout_of((QUERY_BLOCK + 1, size)).segments) if start > QUERY_BLOCK]
+    blocks = [end - start for start, end, _ in attention._cuts(PackedLayout.of([(QUERY_BLOCK + 1, size)]).segments) if start > QUERY_BLOCK]
     assert sum(blocks) == size
     assert max(blocks) <= SEGMENT_BLOCK
     assert max(blocks) - min(blocks) < len(blocks)
@@ -100,7 +100,7 @@ def test_a_long_segment_is_cut_evenly(size: int) -> None:
 @st.composite
 def packed(draw: st.DrawFn) -> PackedLayout:
     lengths = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4))
-    return layout_of(*((prompt, *answers) for prompt, answers in draw(st.lists(lengths, min_size=1, max_size=4))))
+    return PackedLayout.of((prompt, *answers) for prompt, answers in draw(st.lists(lengths, min_size=1, max_size=4)))
 
 
 @settings(max_examples=40)

@@ -19,13 +19,13 @@ from orpo.engine.choose import Compute, choose, compare
 from orpo.engine.layout import PackedLayout, collate
 from orpo.engine.rule import AttentionRule
 from orpo.objective import ORPO
-from packedrows import full_mask, inputs, layout_of, written_out
+from packedrows import full_mask, inputs, written_out
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-LAYOUT = layout_of((150, 3, 140), (5, 2), (90, 60, 1, 30))
+LAYOUT = PackedLayout.of([(150, 3, 140), (5, 2), (90, 60, 1, 30)])
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 1e-3, BF16: 6e-2, FP16: 1e-2}
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_a_kernel_equals_attention_written_out(
 def test_a_new_length_compiles_nothing() -> None:
     counts = []
     for lengths in [(150, 30, 40), (500, 20, 300), (33, 5), (900, 100, 90)]:
-        layout = layout_of(lengths, (5, 2))
+        layout = PackedLayout.of([lengths, (5, 2)])
         leaves = [tensor.to(DEVICE, BF16).requires_grad_() for tensor in inputs(flex.padded_rows(layout.num_rows), width=64)]
         flex.attend(*leaves, layout, AttentionRule(0.1)).float().sum().backward()
         counts.append(kernels.num_compiled_graphs())

@@ -20,12 +20,12 @@ from orpo.engine.layout import PackedLayout, PreferenceBatch, StepResult, collat
 from orpo.engine.rule import AttentionRule
 from orpo.errors import UserError
 from orpo.objective import ORPO
-from packedrows import SMALL, full_mask, inputs, layout_of, written_out
+from packedrows import SMALL, full_mask, inputs, written_out
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LONG = layout_of((150, 3, 140), (5, 2))
+LONG = PackedLayout.of([(150, 3, 140), (5, 2)])
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 
 
@@ -55,7 +55,7 @@ def test_flex_attention_equals_attention_written_out(
 @st.composite
 def packed(draw: st.DrawFn) -> PackedLayout:
     lengths = st.tuples(st.integers(1, 14), st.lists(st.integers(1, 14), min_size=1, max_size=4))
-    return layout_of(*((prompt, *answers) for prompt, answers in draw(st.lists(lengths, min_size=1, max_size=4))))
+    return PackedLayout.of((prompt, *answers) for prompt, answers in draw(st.lists(lengths, min_size=1, max_size=4)))
 
 
 @settings(max_examples=100)
@@ -74,7 +74,7 @@ def test_blocks_are_those_of_the_mask_row_by_row(layout: PackedLayout, window: i
 
 
 def test_most_of_a_long_prompt_is_taken_whole() -> None:
-    some_QL, all_QL = flex.visible_blocks(layout_of((2048, 256, 256)), 2560, None)
+    some_QL, all_QL = flex.visible_blocks(PackedLayout.of([(2048, 256, 256)]), 2560, None)
     assert all_QL.sum() == sum(range(16)) + 4 * 16 + 2  # all but the diagonal
     assert (some_QL & ~all_QL).sum() == 20
 
@@ -101,7 +101,7 @@ def test_nothing_of_a_prompt_is_copied() -> None:
             return result
 
     with torch.no_grad(), Lengths():
-        attention._by_piece(*tensors, layout_of((5, 3, 4), (280, 8)), AttentionRule(0.3))
+        attention._by_piece(*tensors, PackedLayout.of([(5, 3, 4), (280, 8)]), AttentionRule(0.3))
     assert lengths
     assert max(lengths) <= LONG.num_rows
 
@@ -172,7 +172,7 @@ def test_calls_by_group_and_by_segment_are_the_same(layout: PackedLayout, window
 
 def test_a_layer_makes_one_call_for_each_short_group_and_adds_nothing_up_over_the_row() -> None:
     """What would be launched on a GPU, once masks are made: views aside, forward and backward."""
-    layout = layout_of(*[(20, 6, 9)] * 12)
+    layout = PackedLayout.of([(20, 6, 9)] * 12)
     tensors = [tensor.requires_grad_() for tensor in inputs(layout.num_rows)]
     attention._by_piece(*tensors, layout, AttentionRule(0.3))
     called: list[str] = []
@@ -314,7 +314,7 @@ def test_new_lengths_windows_and_layouts_compile_nothing_anew() -> None:
     attend = flex._compiled("eager")
     counts = []
     for lengths, window in [((60, 70), None), ((200, 99, 31), None), ((7, 5), 4), ((400, 3), 100), ((600, 20, 300), None), ((128,), 2)]:
-        layout = layout_of(lengths, (5, 2))
+        layout = PackedLayout.of([lengths, (5, 2)])
         num_rows = flex.padded_rows(layout.num_rows)
         query, key, value = (tensor.float() for tensor in inputs(num_rows, width=16))
         with torch.no_grad():

@@ -162,6 +162,7 @@ def test_float64_sums_lose_nothing_over_a_long_log() -> None:
     ones = torch.full((len(METRICS),), 0.1, dtype=torch.float32)
     for _ in range(10_000):
         sums.add(ones, num_tokens=1)
+        sums.end_step(torch.tensor(1.0), 1)
     assert sums.values[0].item() == pytest.approx(10_000 * float(torch.tensor(0.1)), rel=1e-12)
 
 

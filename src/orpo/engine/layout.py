@@ -11,7 +11,7 @@ Shape suffixes: T packed tokens, N predicted tokens, R responses, B pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -49,6 +49,20 @@ class PackedLayout:
     """The number under which `orpo.engine.opaque` keeps it, where layers are compiled."""
     windows: set[int | None] = field(default_factory=set, repr=False)
     """Sliding windows that attention was called with, for the check at the start of a run."""
+
+    @classmethod
+    def of(cls, groups: Iterable[Sequence[int]], kernel: str = "sdpa") -> PackedLayout:
+        """The layout of groups side by side, each given by its lengths: tokens of the prompt, then of each answer."""
+        segments: list[Segment] = []
+        end = 0
+        for num_prompt, *answers in groups:
+            start, prompt_end = end, end + num_prompt
+            segments.append(Segment(start, prompt_end, start, start))
+            end = prompt_end
+            for length in answers:
+                segments.append(Segment(end, end + length, start, prompt_end))
+                end += length
+        return cls(tuple(segments), kernel=kernel)
 
     @property
     def num_rows(self) -> int:
@@ -184,7 +198,6 @@ class _Builder:
         self.nll_scope = nll_scope
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
-        self.segments: list[Segment] = []
         self.sources: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
         self.responses: list[np.ndarray] = []
@@ -201,14 +214,14 @@ class _Builder:
         wins = group.num_wins
         num_prompt = len(group.prompt_ids)
         prompt_start = self.num_rows
-        self._segment(group.prompt_ids, np.arange(num_prompt), prefix=(prompt_start, prompt_start))
+        self._segment(group.prompt_ids, np.arange(num_prompt))
         if self.nll_scope == "sequence":
             rows = np.arange(prompt_start, prompt_start + num_prompt - 1)
             # As if each winning answer stood behind a prompt of its own, which is what the padded rows of the paper are.
             self._predict(rows, group.prompt_ids[1:], response=-1, weight=float(sum(wins)))
         for ids, num_wins in zip(group.response_ids, wins, strict=True):
             start = self.num_rows
-            self._segment(ids, np.arange(num_prompt, num_prompt + len(ids)), prefix=(prompt_start, prompt_start + num_prompt))
+            self._segment(ids, np.arange(num_prompt, num_prompt + len(ids)))
             # The prompt's last row predicts the first token of every response.
             rows = np.concatenate([[prompt_start + num_prompt - 1], np.arange(start, start + len(ids) - 1)])
             self._predict(rows, ids, response=len(self.lengths), weight=float(num_wins))
@@ -216,12 +229,10 @@ class _Builder:
         self.pairs.extend((first_r + chosen, first_r + rejected) for chosen, rejected in group.pairs)
         self.spans.append(Span((first_n, self.num_predicted), (first_r, len(self.lengths)), (first_b, len(self.pairs))))
 
-    def _segment(self, ids: np.ndarray, positions: np.ndarray, prefix: tuple[int, int]) -> None:
-        start, end = self.num_rows, self.num_rows + len(ids)
-        self.segments.append(Segment(start, end, *prefix))
+    def _segment(self, ids: np.ndarray, positions: np.ndarray) -> None:
         self.ids.append(ids)
         self.positions.append(positions)
-        self.num_rows = end
+        self.num_rows += len(ids)
 
     def _predict(self, rows: np.ndarray, targets: np.ndarray, *, response: int, weight: float) -> None:
         self.sources.append(rows)
@@ -275,7 +286,7 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
         groups=tuple(groups),
         input_ids_T=_long(builder.ids),
         position_ids_T=_long(builder.positions),
-        layout=PackedLayout(tuple(builder.segments)),
+        layout=PackedLayout.of([len(group.prompt_ids), *map(len, group.response_ids)] for group in groups),
         source_N=_long(builder.sources),
         target_N=_long(builder.targets),
         index=index,

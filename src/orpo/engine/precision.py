@@ -68,6 +68,10 @@ class WorkingWeights:
         self._gradients = {}
         self._may_be_behind = True
 
+    def drop(self) -> None:
+        """Forget the gradients since the last `release`."""
+        self._gradients = {}
+
     def kept_up(self) -> None:
         """The optimizer has updated the copies together with their masters."""
         self._may_be_behind = False
@@ -127,6 +131,15 @@ class MasterAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None if closure is None else closure()
+        try:
+            self._step_all()
+        finally:
+            self.gradient_scale = 1.0
+        if self.working is not None:
+            self.working.kept_up()
+        return loss
+
+    def _step_all(self) -> None:
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in parameters:
@@ -137,10 +150,6 @@ class MasterAdamW(torch.optim.AdamW):
             else:
                 for several in _launches(parameters, self.LAUNCH):
                     self._update_together(several, group)
-        self.gradient_scale = 1.0
-        if self.working is not None:
-            self.working.kept_up()
-        return loss
 
     def _prepare(self, parameter: nn.Parameter) -> None:
         if not self.state[parameter]:
@@ -159,11 +168,12 @@ class MasterAdamW(torch.optim.AdamW):
         """Many weights in one call: a GPU waits for launches, not for its cache."""
         states = [self.state[parameter] for parameter in parameters]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
         masters = [parameter.data for parameter in parameters]
+        gradients = [parameter.grad.float() for parameter in parameters]  # type: ignore[union-attr]
+        torch._foreach_add_(steps, 1)  # behind what takes memory: a launch that finds none has changed nothing
         torch._fused_adamw_(
-            masters, [parameter.grad.float() for parameter in parameters],  # type: ignore[union-attr]
+            masters, gradients,
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,  # no amsgrad, hence no maxima
             lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
             amsgrad=False, maximize=group["maximize"], grad_scale=self._divisor(masters[0].device),

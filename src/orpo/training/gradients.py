@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +67,28 @@ class GradientMixin(ScalingMixin):
     _grad_norm: float | None = None
     _working: WorkingWeights | None
     zero: Any
+
+    @contextmanager
+    def whole_or_nothing(self, model: nn.Module) -> Iterator[None]:
+        """A step that an exception ends (no memory for a long row, Ctrl-C in a notebook) leaves nothing behind: what comes next is what it
+        would have been without it, and the memory is free."""
+        try:
+            yield
+        except BaseException:
+            self.forget_step(model)
+            raise
+
+    def forget_step(self, model: nn.Module) -> None:
+        """Forget gradients, wherever they lie, and what has been done to them. The sums forget with their next `start`."""
+        model.zero_grad(set_to_none=True)
+        if self._working is not None:
+            self._working.drop()
+        if self.zero is not None:
+            self.zero.drop()
+        self.forget_scaled()
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.gradient_scale = 1.0
 
     def _release_gradients(self) -> None:
         """Hand the step's gradients over; an optimizer that does not know low-precision ones gets float32."""

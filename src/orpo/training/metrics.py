@@ -31,7 +31,8 @@ router's loss, steps that fp16's scaler left out."""
 
 
 class MetricSums:
-    """Adds up what steps report until somebody asks for the means.
+    """Adds up what steps report until somebody asks for the means. A step counts once it has ended: one that an exception cuts short is
+    forgotten with the next `start`.
 
     What the sums of all ranks add up to does not depend on the number of ranks, so they may be handed to another number of them.
 
@@ -50,18 +51,24 @@ class MetricSums:
         self.is_scaled = False
         self.busy_s = 0.0
         self._started_s: float | None = None
-        self._step = torch.zeros_like(self.values[: len(METRICS)])
+        self._step, self._newest = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        self._step_load_YE: Tensor | None = None
 
     def clear(self) -> None:
         """Forget what has been added up, of a training that ended before its log."""
         self.values.zero_()
         self.load_YE = None
         self.busy_s = 0.0
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._step.zero_()
+        self._step_load_YE = None
 
     def start(self) -> None:
         """A step begins: time runs until `stop`, so evaluation and saving are not counted against throughput."""
         self._started_s = time.perf_counter()
-        self._step.zero_()
+        self._forget_step()
 
     def stop(self) -> None:
         """A step has ended."""
@@ -71,20 +78,18 @@ class MetricSums:
 
     def add(self, sums: Tensor, *, num_tokens: int, end_logps: Tensor | None = None) -> None:
         """A micro-batch's sums, in the order of `METRICS`, its packed tokens, and its chosen terminators' log-probabilities."""
-        self.values[: len(METRICS)] += sums.to(self.values) * self._weights
-        self._step += sums.to(self.values)
-        self.values[len(METRICS) + 2] += num_tokens
+        self._step[: len(METRICS)] += sums.to(self.values) * self._weights
+        self._step[len(METRICS) + 2] += num_tokens
         if end_logps is not None:
-            self.values[len(METRICS) + 4] += end_logps.to(self.values).sum()
-            self.values[len(METRICS) + 5] += end_logps.numel()
+            self._step[len(METRICS) + 4] += end_logps.to(self.values).sum()
+            self._step[len(METRICS) + 5] += end_logps.numel()
 
     def add_routing(self, routed: RouterResult | None) -> None:
         """A micro-batch's routing to experts, if it has any."""
         if routed is None:
             return
-        self.values[len(METRICS) + 6] += routed.loss.to(self.values) / self.world_size
-        load_YE = routed.load_YE.to(self.values)
-        self.load_YE = load_YE if self.load_YE is None else self.load_YE + load_YE
+        self._step[len(METRICS) + 6] += routed.loss.to(self.values) / self.world_size
+        self._step_load_YE = _added(self._step_load_YE, routed.load_YE.to(self.values))
 
     def add_skipped(self, is_skipped: bool) -> None:
         """Whether fp16's scaler leaves this step out; called where there is one."""
@@ -94,13 +99,18 @@ class MetricSums:
     def end_step(self, loss: Tensor, num_rows: int) -> None:
         """An optimizer step is done: this rank's loss, whose mean over ranks is the step's, and the rows of the whole step."""
         # A share from each rank, so that the sum over ranks counts the step once, whoever adds it up.
-        self.values[len(METRICS)] += loss.to(self.values) / self.world_size
-        self.values[len(METRICS) + 1] += 1 / self.world_size
-        self.values[len(METRICS) + 3] += num_rows / self.world_size
+        self._step[len(METRICS)] += loss.to(self.values) / self.world_size
+        self._step[len(METRICS) + 1] += 1 / self.world_size
+        self._step[len(METRICS) + 3] += num_rows / self.world_size
+        self.values += self._step
+        if self._step_load_YE is not None:
+            self.load_YE = _added(self.load_YE, self._step_load_YE)
+        self._newest.copy_(self._step)
+        self._forget_step()
 
     def newest_nll(self) -> Tensor:
         """Mean next-token loss of this rank's tokens in the newest step, nats, on the device; NaN where it had none."""
-        return self._step[METRICS.index("nll_sum")] / self._step[METRICS.index("num_nll_tokens")]
+        return self._newest[METRICS.index("nll_sum")] / self._newest[METRICS.index("num_nll_tokens")]
 
     def take(self, *, reward_scale: float | None, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, over all ranks; starts anew. `reduce` sums a tensor over ranks. Empty if nothing was added."""
@@ -143,9 +153,12 @@ class MetricSums:
                 values[len(METRICS) + 1] /= len(states)
             self.values += values.to(self.values.device)
             if state.get("load") is not None:
-                load_YE = torch.tensor(state["load"], dtype=torch.float64).to(self.values)
-                self.load_YE = load_YE if self.load_YE is None else self.load_YE + load_YE
+                self.load_YE = _added(self.load_YE, torch.tensor(state["load"], dtype=torch.float64).to(self.values))
         self.busy_s = float(states[min(rank, len(states) - 1)]["busy_s"])
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
 
 
 def _weights_of(world_size: int) -> Tensor:

@@ -45,6 +45,11 @@ class ScalingMixin(_Base):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(getattr(self.optimizer, "optimizer", self.optimizer))
 
+    def forget_scaled(self) -> None:
+        """Forget that a step's gradients were unscaled already, which the scaler would refuse to do a second time."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler._per_optimizer_states.clear()  # `update` would move the scale
+
     def is_overflow(self, grad_norm: float) -> bool:
         """Whether the scaler will leave this step out and try the next with half the scale; the same on every rank, as the norm is."""
         scaler = self.accelerator.scaler

@@ -273,6 +273,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         with ExitStack() as stack:
             stack.enter_context(self.trial_pruned(trial))
             self.begin_training(trial)
+            self.forget_step(self.model)  # one that was cut short between its gradients and the optimizer
             hold = stack.enter_context(self.held(resume_from_checkpoint))
             stack.enter_context(first_cause(self.args.output_dir, self.ranks))
             guard = stack.enter_context(SignalGuard(ranks=self.ranks))
@@ -326,6 +327,15 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             The step's loss, this rank's part times the number of ranks, so that the mean over ranks is the loss.
         """
         self.sums.start()
+        with self.whole_or_nothing(model):
+            loss = self._compute_step(model, inputs)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        self.sums.stop()
+        return loss
+
+    def _compute_step(self, model: nn.Module, inputs: StepBatch) -> Tensor:
         model.train()
         # Schedule-free optimizers have two sets of weights, one to train and one to evaluate with, and have to be told.
         if callable(optimizer_train := getattr(self.optimizer, "train", None)):
@@ -347,10 +357,6 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             self._release_gradients()
         self.sums.end_step(loss, inputs.num_rows)
         self._finish_gradients(model, loss, inputs, logps)
-        every = self.args.torch_empty_cache_steps
-        if every is not None and self.state.global_step % every == 0:
-            clear_device_cache()
-        self.sums.stop()
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: StepBatch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
