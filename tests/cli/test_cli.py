@@ -328,6 +328,17 @@ class TestConsole:
             assert len(line) <= width
         assert all(any(name in line for line in pieces_of(f"step 10/20  {names}", width)) for name in names.split("  "))
 
+    def test_labels_of_other_widths_and_lines_further_in_hang_too(self) -> None:
+        from orpo.system.console import pieces_of
+
+        first, *others = pieces_of(f"ok       {'disk':<15}" + "of words enough for two lines " * 4, 80, 24)
+        assert first.startswith("ok       disk           of words")
+        assert others
+        assert all(line.startswith(" " * 24) and line[24] != " " for line in others)
+        first, *others = pieces_of("    " + "what belongs to the line above " * 4, 80)
+        assert first.startswith("    what")
+        assert all(line.startswith(" " * 6) and line[6] != " " for line in others)
+
     def test_without_a_terminal_a_line_stays_whole_and_in_one_it_is_broken(self) -> None:
         from io import StringIO
 

@@ -20,7 +20,7 @@ SMALL = {
     "init": "--model model",
     "check": "--quick --use_cpu true",
     "train": "--max_steps 3 --use_cpu true --bf16 false --json",
-    "pairs": "--max_new_tokens 8",
+    "pairs": "--max_new_tokens 100 --num_samples 8",
     "eval": "--tasks pairs",
     "compare": "--methods sft,orpo --learning_rates 1e-3 --max_steps 2 --points 1 --max_eval_rows 8 --use_cpu true --bf16 false",
     "chat": "--port 0",
@@ -75,18 +75,16 @@ def test_every_command_does_what_stands_beside_it(page: str, folder: Path) -> No
 
 
 def talk(command: list[str], folder: Path, environment: dict[str, str], *, is_page: bool) -> None:
-    """A chat says where its page is, or answers until its input ends."""
+    """A chat prints where its page is, or answers until its input ends."""
     if not is_page:
         command = [word for word in command if word not in ("--port", "0")]
         done = subprocess.run(command, cwd=folder, env=environment, input="Hello\n", capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        told = []
-        for text in process.stderr:
-            told.append(text)
-            if "http://127.0.0.1:" in text:
-                process.terminate()
-        assert process.wait(timeout=60) in (0, 143), "".join(told)
-    assert any("http://127.0.0.1:" in text for text in told), "".join(told)
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline()  # an end where it never came
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert address.startswith("http://127.0.0.1:"), told
+    assert process.returncode == 143, told

@@ -17,6 +17,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from orpo.cli.helptext import ORDER, CommandsHelp, Help
 from orpo.errors import EXIT_OK, EXIT_USER, OrpoError
@@ -35,6 +36,16 @@ def command_modules() -> dict[str, ModuleType]:
     return dict(sorted(commands.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else len(ORDER), item[0])))
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are broken between words, as every message is; argparse's own are cut by the terminal wherever a line ends."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong with it, and leave."""
+        self.print_usage(sys.stderr)
+        say_on_stderr(f"{self.prog}: error: {message}")
+        self.exit(EXIT_USER)
+
+
 def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
@@ -42,7 +53,7 @@ def build_parser(commands: dict[str, ModuleType], chosen: str | None = None) -> 
         commands: all of them.
         chosen: the one whose options are wanted: to know its own, a command may have to import what the others need not. None for all.
     """
-    parser = argparse.ArgumentParser(prog="orpo", description=DESCRIPTION, formatter_class=CommandsHelp, allow_abbrev=False)
+    parser = Parser(prog="orpo", description=DESCRIPTION, formatter_class=CommandsHelp, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module in commands.items():

@@ -52,6 +52,10 @@ class CheckResult:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+LABEL_CELLS = 24
+"""Width of a finding's status and name, behind which it is told."""
+
+
 class CheckReport:
     """Findings in order; a check that raises a user error is a problem, and those that depend on it are skipped."""
 
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     console = report_console(is_json=args.json)
-    report = CheckReport(lambda line: say(console, line))
+    report = CheckReport(lambda line: say(console, line, label_cells=LABEL_CELLS))
     check_all(args.keys, report, is_quick=args.quick)
     if args.json:
         print_json({"is_ok": report.is_ok, "findings": [asdict(finding) for finding in report.findings]})

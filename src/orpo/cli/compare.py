@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NAME = "compare"
 HELP = "train SFT, SFT+DPO, SimPO and ORPO alike on the same data, and say what differs"
 TAKES_KEYS = True
+LABEL_CELLS = 15
+"""Width of "does not hold", behind which a claim is told."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     _print_scores(report, facts)
     _print_costs(report, facts)
     for line in _closing_lines(facts):
-        say(report, line)
+        say(report, line, label_cells=LABEL_CELLS)
     if args.json:
         print_json(facts)
     return 0
@@ -169,5 +171,6 @@ def _print_costs(console: Console, facts: dict[str, Any]) -> None:
 
 def _closing_lines(facts: dict[str, Any]) -> list[str]:
     words = {True: "holds", False: "does not hold", None: "open"}
-    claims = [f"{words[item['holds']]:<14}{item['claim']}: {item['evidence']}" for item in facts["claims"]]
-    return [*claims, f"folder        {facts['folder']}", f"next          orpo report {facts['folder']}"]
+    claims = [f"{words[item['holds']]:<{LABEL_CELLS}}{item['claim']}: {item['evidence']}" for item in facts["claims"]]
+    ends = {"folder": facts["folder"], "next": f"orpo report {facts['folder']}"}
+    return [*claims, *(f"{name:<{LABEL_CELLS}}{text}" for name, text in ends.items())]

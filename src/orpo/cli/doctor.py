@@ -124,26 +124,26 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = report_console(is_json=False)
     device, memory = facts["device"], facts["device"]["memory"]
-    name = device.get("name") or f"{device.get('cores', '?')} cores, {device.get('threads', '?')} threads, {device.get('capability', '')}"
-    say(console, f"device     {device['type']}: {name}")
+    name = device.get("name") or f"cores {device.get('cores', '?')}, threads {device.get('threads', '?')}, {device.get('capability', '')}"
+    say(console, f"device       {device['type']}: {name}")
     known = [f"{human_bytes(memory[key])} {word}" for key, word in (("total_bytes", "in all"), ("free_bytes", "free")) if memory[key]]
-    say(console, f"memory     {', '.join(known) or 'unknown'}")
-    say(console, f"disk       {human_bytes(facts['disk_free_bytes'])} free here")
+    say(console, f"memory       {', '.join(known) or 'unknown'}")
+    say(console, f"disk         {human_bytes(facts['disk_free_bytes'])} free here")
     cache = facts["token_cache"]
     size = f"{cache['num_sets']} sets, {human_bytes(cache['num_bytes'])}; may be removed at any time" if cache["num_sets"] else "empty"
-    say(console, f"cache      tokenised rows in {cache['folder']} ({size})")
+    say(console, f"cache        tokenised rows in {cache['folder']} ({size})")
     for dtype, gflops in facts["matmul_gflops"].items():
-        say(console, f"{dtype:<10} " + (f"{gflops:,.0f} GFLOP/s in matrix products" if gflops else "not supported"))
+        say(console, f"{dtype:<12} " + (f"{gflops:,.0f} GFLOP/s in matrix products" if gflops else "not supported"))
     chosen = "bfloat16" if facts["bf16_is_chosen"] else "float32"
-    say(console, f"compute    {chosen} where bf16 is not set")
-    say(console, "versions   " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    say(console, f"compute      {chosen} where bf16 is not set")
+    say(console, "versions     " + "  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     bundled = facts["bundled_model"]
     how = f"missing: {bundled_line()}"
-    say(console, f"model      {bundled['alias']}: {'ready' if bundled['is_ready'] else how}")
+    say(console, f"model        {bundled['alias']}: {'ready' if bundled['is_ready'] else how}")
     for feature, state in facts["features"].items():
         mend = f": {state['get']}" if state["get"] else ""
         ready = "ready" if state["is_ready"] else f"missing {', '.join(state['missing'])}{mend}"
-        say(console, f"feature    {feature}: {ready}")
+        say(console, f"feature      {feature}: {ready}")
     if facts["hub_offline"]:
-        say(console, "hub        offline (HF_HUB_OFFLINE is set)")
+        say(console, "hub          offline (HF_HUB_OFFLINE is set)")
     return 0

@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     width = max(len(recipe.name) for recipe in shown) + 2
     for recipe in shown:
-        say(console, f"{recipe.name:<{width}}{recipe.about}")
+        say(console, f"{recipe.name:<{width}}{recipe.about}", label_cells=width)
     say(console, f"next         orpo train recipes/{shown[0].name}.yaml   ·   orpo recipes {shown[0].name}   copies it to ./recipes")
     return 0

@@ -50,11 +50,11 @@ def report_console(*, is_json: bool) -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-def say(console: Console, text: str = "") -> None:
+def say(console: Console, text: str = "", *, label_cells: int = LABEL_CELLS) -> None:
     """One line as it is: no markup is read in it and it cannot steer the terminal, which breaks it between words; a log never does."""
     shown = printable(redact_text(text))
     if console.is_terminal:
-        shown = "\n".join(piece for line in shown.split("\n") for piece in pieces_of(line, console.width))
+        shown = "\n".join(piece for line in shown.split("\n") for piece in pieces_of(line, console.width, label_cells))
     console.print(shown, markup=False, emoji=False, soft_wrap=True)
 
 
@@ -67,18 +67,20 @@ def say_on_stderr(text: str) -> None:
         say(console, text)
 
 
-def pieces_of(line: str, width: int) -> list[str]:
+def pieces_of(line: str, width: int, label_cells: int = LABEL_CELLS) -> list[str]:
     """A line in pieces of at most `width` cells, cut between words; where fields stand two blanks apart, between those.
 
-    A word that is longer than a line (a path) stays whole: the terminal goes on in the next line, and it can be copied.
+    What does not fit goes on below the text of a label that is `label_cells` wide, else two cells further in than the line began. A word
+    that is longer than a line (a path) stays whole: the terminal goes on in the next line, and it can be copied.
     """
     from rich.cells import cell_len
 
     if cell_len(line) <= width:
         return [line]
-    is_labelled = width >= 3 * LABEL_CELLS and line[:LABEL_CELLS].endswith("  ") and not line[LABEL_CELLS].isspace()
-    start = LABEL_CELLS if is_labelled else len(line) - len(line.lstrip())
-    indent = " " * (start if 0 < start <= width // 3 else 2)
+    is_labelled = width >= 3 * label_cells and line[:label_cells].endswith("  ") and not line[label_cells].isspace()
+    start = label_cells if is_labelled else len(line) - len(line.lstrip())
+    hanging = start if is_labelled else start + 2
+    indent = " " * (hanging if hanging <= width // 3 else 2)
     fields = re.split(" {2,}", line[start:])
     has_fields = len(fields) > 2 and all(cell_len(indent + field) <= width for field in fields)
     words, joint = (fields, "  ") if has_fields else (line[start:].split(" "), " ")

@@ -150,8 +150,11 @@ def _rows(session: Session) -> list[Preference | Dropped]:
         settings = DataSettings.of(key_defaults()) if config is None else config.data_settings()
         return list(read_rows(settings, options.data if options.split else demo_test(options.data), options.split))
     if config is None or target is None:
+        told = f": {options.target} is no run, which would have held some out" if options.target else ""
         raise UserError(
-            "there are no pairs to evaluate", where="pairs", mend="--data FILE, folder or hub id with chosen and rejected answers"
+            f"there are no pairs to evaluate{told}",
+            where="pairs",
+            mend="a run's folder, or --data FILE, folder or hub id with chosen and rejected answers",
         )
     return held_out_rows(config, lambda: run_encoder(target))
 
