@@ -58,14 +58,17 @@ def table(results: dict[str, Any]) -> str:
     for name in cells:
         method, rate, seed = name.split(":")
         found = results[name]
-        margin = found["after"]["margin"]
-        shown = [found["after"]["chosen_logp"], found["after"]["rejected_logp"], found["neutral_text"]]
+        after = found["after"]
         lines.append(
-            f"| {'LoRA' if method == 'lora' else 'full'} | {rate} | {seed} | {found['after']['accuracy']['value']:.1%} "
-            f"| {margin['value']:+.3f} ({margin['low']:+.3f} .. {margin['high']:+.3f}) "
-            f"| {' | '.join(format(one['value'], '+.3f') for one in shown)} |"
+            f"| {'LoRA' if method == 'lora' else 'all weights'} | {rate} | {seed} "
+            f"| {after['accuracy']['value']:.1%} | {_shown(after['margin'])} "
+            f"| {after['chosen_logp']['value']:+.3f} | {after['rejected_logp']['value']:+.3f} | {_shown(found['neutral_text'])} |"
         )
     return "\n".join(lines).replace("%", " %").replace("| -", "| −").replace("(-", "(−").replace(".. -", ".. −")
+
+
+def _shown(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:+.3f} ({estimate['low']:+.3f} .. {estimate['high']:+.3f})"
 
 
 def main() -> None:

@@ -142,13 +142,15 @@ def _plain(text: str) -> str:
 
 def advice() -> str:
     """Lambda and learning rate by size, with sources."""
-    from orpo.config.advice import ADVICE_BY_SIZE, LORA_SOURCE
+    from orpo.config.advice import ADVICE_BY_SIZE, LORA_MEASURED, LORA_SOURCE
 
     lines = ["| parameters | `orpo_alpha` | `learning_rate` of all weights | where they come from |", "|---|---|---|---|"]
     for item in ADVICE_BY_SIZE:
         size = "more" if item.most_parameters == float("inf") else f"up to {item.most_parameters / 1e9:g} B"
         lines.append(f"| {size} | {item.orpo_alpha:g} | {item.learning_rate:g} | λ: {item.alpha_source}. Rate: {item.rate_source}. |")
-    return "\n".join(lines) + f"\n\nFor LoRA `orpo init` writes {LORA_SOURCE}. For ORPO that factor was not measured here."
+    return (
+        "\n".join(lines) + f"\n\nFor LoRA `orpo init` writes {LORA_SOURCE}; at 135M that was {LORA_MEASURED.partition(' on ')[0]} (below)."
+    )
 
 
 def recipes() -> str:

@@ -28,9 +28,9 @@ def test_the_page_shows_every_case(throughput: Any) -> None:
     assert throughput.table(RESULTS) in PAGE
 
 
-def test_the_results_are_of_both_trainers_on_real_rows() -> None:
+def test_the_results_are_of_both_trainers_on_real_rows_or_the_page_says_otherwise() -> None:
     for result in RESULTS:
-        assert result["rows"] != "made up"
+        assert result["rows"] != "made up" or f"`{result['data']}` are made-up rows" in PAGE
         assert len(result["seconds"]["trl"]) == len(result["seconds"]["orpo"]) == result["num_steps"]
         assert result["throughput_ratio"] == pytest.approx(sum(result["seconds"]["trl"]) / sum(result["seconds"]["orpo"]))
 
@@ -81,3 +81,11 @@ def test_the_table_of_tokenising_is_that_of_the_results(monkeypatch: pytest.Monk
 
     results = json.loads((ROOT / "benchmarks" / "results" / "tokenising.json").read_text(encoding="utf-8"))
     assert tokenising.table(results) in PAGE
+
+
+def test_the_table_of_an_adapter_s_rate_is_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import lora_rate
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "lora_rate.json").read_text(encoding="utf-8"))
+    assert lora_rate.table(results) in (ROOT / "docs" / "guides" / "hyperparameters.md").read_text(encoding="utf-8")

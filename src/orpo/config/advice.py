@@ -14,6 +14,8 @@ OWN = "measured here on SmolLM2-135M-Instruct, three seeds (docs/performance.md,
 _NOTHING = "nothing is published for this size"
 LORA_FACTOR = 10.0
 LORA_SOURCE = "ten times the rate of full fine-tuning, as Schulman et al. found for supervised LoRA (LoRA Without Regret, 2025)"
+LORA_MEASURED = "measured here for ORPO on SmolLM2-135M-Instruct, one seed (docs/guides/hyperparameters.md, the rate of an adapter)"
+_LORA_UNKNOWN = "for ORPO measured here at 135M alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,10 @@ class Advice:
 
     def source_of_rate(self, *, is_lora: bool) -> str:
         """Where that rate comes from."""
-        return f"{LORA_SOURCE}; for ORPO not measured here. Full fine-tuning: {self.rate_source}" if is_lora else self.rate_source
+        if not is_lora:
+            return self.rate_source
+        measured = LORA_MEASURED if self.rate_source == OWN else _LORA_UNKNOWN
+        return f"{LORA_SOURCE}; {measured}. Full fine-tuning: {self.rate_source}"
 
 
 ADVICE_BY_SIZE = (

@@ -49,8 +49,12 @@ class RunKeys:
     lora_init: bool | str = field(
         default=True, metadata={"help": "How the adapter starts, as PEFT names it: pissa, pissa_niter_16, olora, gaussian, orthogonal."}
     )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Frozen weights in 8 bits (bitsandbytes, GPU)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Frozen weights in 4 bits (bitsandbytes, GPU)."})
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Frozen weights in 8 bits (bitsandbytes; on a CPU it saves memory and no time)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Frozen weights in 4 bits (bitsandbytes; on a CPU it saves memory and no time)."}
+    )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "4-bit number format."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the quantisation constants too."})
     bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "Storage dtype of 4-bit weights."})
