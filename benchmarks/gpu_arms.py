@@ -120,6 +120,7 @@ ARMS = (
     Arm("orpo, flex", "ours", options={"attention_kernel": "flex"}),
     Arm("TRL, checkpointing", "trl", checkpointing=True),
     Arm("orpo, padded", "ours", options={"engine": "padded"}, is_extra=True),
+    Arm("orpo, varlen, compiled", "ours", options={"attention_kernel": "varlen"}, compiled=True, is_extra=True),
     Arm("orpo, sdpa, compiled", "ours", options={"attention_kernel": "sdpa"}, compiled=True, is_extra=True),
 )
 """In the order in which they are tried: sides in turn, likely winners first."""

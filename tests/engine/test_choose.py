@@ -329,3 +329,19 @@ def test_weights_in_16_bits_are_compared_in_their_own_precision_where_float32_is
     """As they are until FSDP2 makes them float32, and as a frozen base stays."""
     model = build_tiny_model("llama", num_layers=2).to(torch.bfloat16)
     assert choose.choose(model, random_groups(4), ORPO(), compute=Compute(torch.float32)).name == "shared"
+
+
+def test_a_comparison_that_finds_no_memory_says_nothing_of_the_model() -> None:
+    """The padded engine, which needs more, is no way out."""
+    model = build_tiny_model("llama")
+    before = model.config._attn_implementation
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    handle = model.model.layers[0].register_forward_pre_hook(no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose.choose(model, random_groups(2), ORPO())
+    handle.remove()
+    assert model.config._attn_implementation == before
+    assert choose.choose(model, random_groups(2), ORPO()).name == "shared"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from flashcpu import flash, varlen_runs_here
 from flexcpu import flex_trains_here
 from orpo.engine import attention, flex, kernels, padded, shared, varlen
 from orpo.engine.choose import Compute, attention_implementation, choose
@@ -107,26 +107,6 @@ def test_nothing_of_a_prompt_is_copied() -> None:
 
 
 # --- variable-length flash attention -----------------------------------------------------------------------------------------------------
-
-
-def flash(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
-    scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """What torch documents of `varlen_attn`: every sequence by itself, causality and window counted from the last key backwards."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    outputs = []
-    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
-        num_q, num_k = int(q1 - q0), int(k1 - k0)
-        assert num_q <= max_q
-        assert num_k <= max_k
-        left, right = window_size
-        distance = torch.arange(num_q)[:, None] + num_k - num_q - torch.arange(num_k)
-        mask = (distance >= -right) & ((distance <= left) if left >= 0 else torch.tensor(True))
-        pieces = [tensor[start:end].transpose(0, 1)[None] for tensor, start, end in ((query, q0, q1), (key, k0, k1), (value, k0, k1))]
-        outputs.append(written_out(*pieces, mask, scale)[0])
-    return torch.cat(outputs)
 
 
 def flash_of_torch_2_11(
@@ -229,6 +209,25 @@ def test_a_model_under_flex_attention_equals_the_padded_engine(architecture: str
         expected = values(lambda: padded.step(model, batch, ORPO(1.0)), model)
         with flex_trains_here(), attention_implementation(model, attention.NAME):
             found = values(lambda: shared.step(model, batch, ORPO(1.0), kernel="flex"), model)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
+    largest = max(float(gradient.norm()) for gradient in expected[1:])
+    for left, right in zip(found[1:], expected[1:], strict=True):
+        assert (left - right).norm() <= 1e-4 * right.norm() + 1e-6 * largest
+
+
+@pytest.mark.parametrize(
+    "architecture", ["mistral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma3"))]
+)
+def test_a_model_under_variable_length_attention_equals_the_padded_engine(architecture: str) -> None:
+    """Through torch's own operator: what it is given, and the gradients that its autograd asks for."""
+    batch: PreferenceBatch = collate(random_groups(4, kinds=("pair", "four", "sft"), prompt=(10, 18), answer=(1, 14)))
+    attention.register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build_tiny_model(architecture)
+        expected = values(lambda: padded.step(model, batch, ORPO(1.0)), model)
+        with varlen_runs_here(), attention_implementation(model, attention.NAME):
+            found = values(lambda: shared.step(model, batch, ORPO(1.0), kernel="varlen"), model)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     largest = max(float(gradient.norm()) for gradient in expected[1:])
     for left, right in zip(found[1:], expected[1:], strict=True):

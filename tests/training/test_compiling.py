@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from orpo.engine import attention, shared
+from flashcpu import varlen_runs_here
+from flexcpu import flex_trains_here
+from orpo.engine import attention, flex, kernels, shared
 from orpo.engine.choose import attention_implementation
 from orpo.engine.compiled import compiled_layers
 from orpo.engine.layout import collate
+from orpo.errors import UserError
 from orpo.objective import ORPO
 from randomgroups import random_groups
 from tinymodels import ARCHITECTURES, build_tiny_model
@@ -60,6 +67,74 @@ def test_a_layer_is_one_graph_for_all_lengths(architecture: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == KINDS.get(architecture, 1)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@contextmanager
+def flex_as_on_a_gpu() -> Iterator[None]:
+    """Its call compiled once for dynamic lengths, inside of the compiled layer."""
+    with flex_trains_here(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "COMPILED_DEVICES", ("cpu",))
+        patch.setattr(flex, "_compiled", functools.partial(flex._compiled, "eager"))
+        yield
+
+
+HERE = {"flex": flex_as_on_a_gpu, "varlen": varlen_runs_here}
+"""Kernels that a CPU does not have, by their own arithmetic."""
+SELDOM = [(kernel, name) for kernel in HERE for name in ("mistral", "gemma3", "qwen3")] + [("flex", "gemma2"), ("varlen", "llama")]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "architecture"),
+    [("flex", "llama"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SELDOM)],
+)
+def test_a_compiled_layer_has_any_kernel_in_it(kernel: str, architecture: str) -> None:
+    """No break, nothing compiled anew for another length (one block of rows, or several), and gradients as without."""
+    model = build_tiny_model(architecture, num_layers=2).train()
+    attention.register()
+    counts = []
+    with HERE[kernel](), attention_implementation(model, attention.NAME):
+        for prompt in (10, 150):
+            batch = collate(random_groups(3, seed=prompt, kinds=("pair", "four"), prompt=(prompt, prompt + 20), answer=(2, 20)))
+            found = []
+            for compiled in (nullcontext(), compiled_layers(model, backend="aot_eager")):
+                with compiled:
+                    result = shared.step(model, batch, ORPO(), kernel=kernel)
+                    found.append([result.logp_N, *torch.autograd.grad(result.loss, list(model.parameters()), allow_unused=True)])
+            counts.append(kernels.num_compiled_graphs())
+            for left, right in zip(*found, strict=True):
+                assert (left is None) == (right is None)
+                assert left is None or torch.allclose(left, right, rtol=1e-5, atol=1e-6 * float(left.abs().max()))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(set(counts)) == 1, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_run_with_compiled_layers_keeps_its_kernel(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose own graphs are made in the first steps."""
+    monkeypatch.setitem(kernels.KERNELS, kernel, dataclasses.replace(kernels.KERNELS[kernel], trains_on=None, dtypes=None))
+    runs = []
+    with HERE[kernel]():
+        for compiling in ({}, EAGER):
+            trainer = make_trainer(tmp_path / str(len(runs)), GROUPS, max_steps=6, attention_kernel=kernel, **compiling)
+            trainer.train()
+            runs.append(trainer)
+    assert runs[1].compiled == "yes"
+    assert runs[1].how_computed["attention_kernel"] == kernel
+    assert logged(runs[1]) == pytest.approx(logged(runs[0]), rel=1e-5)
+    assert runs[1].graphs.num_late == 0
+
+
+@pytest.mark.parametrize(("architecture", "told"), [("gemma2", "soft cap"), ("gpt_oss", "sinks")])
+def test_what_a_kernel_cannot_do_it_cannot_do_compiled(
+    architecture: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="'varlen' trains on cuda alone"):
+        make_trainer(tmp_path, GROUPS, attention_kernel="varlen", **EAGER)
+    monkeypatch.setitem(kernels.KERNELS, "varlen", dataclasses.replace(kernels.KERNELS["varlen"], trains_on=None, dtypes=None))
+    trainer = make_trainer(tmp_path, GROUPS, model=build_tiny_model(architecture), attention_kernel="varlen", **EAGER)
+    with pytest.raises(UserError, match=told):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,13 @@ def test_the_peak_is_what_the_plan_says(method: str, tmp_path: Path) -> None:
     assert abs(peak - planned) <= 0.15 * planned, f"planned {planned / 1e9:.2f} GB, held {peak / 1e9:.2f}"
 
 
-def test_compiled_layers_follow_the_float32_run(tmp_path: Path, groups: list[TokenGroup], exact: list[float]) -> None:
-    trainer = trainer_of(tmp_path, groups, engine="shared", torch_compile=True)
+@pytest.mark.parametrize(("kernel", "is_half"), [("sdpa", False), ("varlen", True), ("flex", False)])
+def test_compiled_layers_follow_the_float32_run(
+    kernel: str, is_half: bool, tmp_path: Path, groups: list[TokenGroup], exact: list[float]
+) -> None:
+    trainer = trainer_of(tmp_path, groups, engine="shared", attention_kernel=kernel, bf16=is_half, torch_compile=True)
     trainer.train()
     assert trainer.compiled == "yes"
     assert trainer.graphs.num_late == 0
-    assert_same_trajectory(logged(trainer), exact, largest=1e-4, mean=1e-5)
+    largest, mean = (5e-2, 5e-3) if is_half else (1e-4, 1e-5)
+    assert_same_trajectory(logged(trainer), exact, largest=largest, mean=mean)

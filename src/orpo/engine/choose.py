@@ -170,6 +170,9 @@ def choose(
                 told = "; ".join(map(str, agreements))
                 logger.info("shared engine: %s", told)
                 return Engine("shared", f"agrees with the padded engine: {told}", budget_bytes, router, kernel)
+        except torch.OutOfMemoryError:
+            core.set_attn_implementation(before)
+            raise  # says nothing of the model, and the padded engine needs more
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
         core.set_attn_implementation(before)

@@ -22,6 +22,9 @@ from torch import Tensor
 from orpo.engine.layout import PackedLayout, sent
 from orpo.engine.rule import AttentionRule
 
+COMPILED_DEVICES = ("cuda",)
+"""Where the call is compiled; elsewhere torch writes out all scores."""
+
 BLOCK = 128
 """Rows of a block of the mask, in both directions: FlexAttention's own."""
 
@@ -38,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    call: Any = _compiled() if query.is_cuda else flex_attention
+    call: Any = _compiled() if query.device.type in COMPILED_DEVICES else flex_attention
     output, extra = call(
         query,
         key,

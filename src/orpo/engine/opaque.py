@@ -3,8 +3,9 @@
 Dynamo would trace through the segments of a layout and compile anew for every micro-batch, or give up at the attention's own backward
 pass. As an operator of torch it is one node of a layer's graph, forward and backward. A layout is no tensor, so it travels as a number.
 
-The operator runs what runs without a compiler. Block attention, with a backward pass of its own, costs the same; the other ways are gone
-through once more in the backward pass, which keeps nothing of them.
+The operator runs what runs without a compiler, as it would outside of any operator (`_outside`): masks are made by functions that torch
+maps over rows, a kernel may be compiled itself, and gradients are recorded. Block attention, with a backward pass of its own, costs the
+same; the other ways are gone through once more in the backward pass, which keeps nothing of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,13 @@ _SEEN: OrderedDict[int, tuple[tuple[Segment, ...], str]] = OrderedDict()
 """What newer layouts were, for a backward pass after its micro-batch is gone; without their masks, which are large."""
 REMEMBERED = 4096
 _ways: dict[str, Callable[..., Any]] = {}
+_KEYS = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+"""What torch's dispatcher looks at in ordinary code. The body of an operator lies below autograd and below `vmap`."""
+
+
+def _outside() -> AbstractContextManager[Any]:
+    """Ordinary code again, inside an operator."""
+    return torch._C._ForceDispatchKeyGuard(*_KEYS)
 
 
 def announce(layout: PackedLayout) -> None:
@@ -58,7 +67,7 @@ def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, handle: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """(1, H, T, E), (1, K, T, E), (1, K, T, E) -> (1, T, H, E)."""
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with _outside(), torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return _ways["run"](query, key, value, _layout(handle), AttentionRule(scale, window, softcap, sinks)).contiguous()
 
 
@@ -84,18 +93,16 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and sinks; of sinks that there are none of an empty tensor."""
     layout, rule = _layout(handle), AttentionRule(scale, window, softcap, sinks)
-    with torch.autocast(query.device.type, enabled=False):
+    found: tuple[Tensor | None, ...]
+    with _outside(), torch.autocast(query.device.type, enabled=False):
         if _ways["is_block"](query, layout, rule):
             context = SimpleNamespace(saved_tensors=(query, key, value, output[0]), layout=layout, rule=rule)
             found = (*_ways["backward"](context, grad)[:3], None)
         else:
-            inputs = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
-
-            def again(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-                return _ways["run"](query, key, value, layout, replace(rule, sinks_H=sinks))
-
-            # Below the dispatch of an operator the ordinary autograd records nothing.
-            found = torch.func.vjp(again, *inputs)[1](grad)
+            inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value, sinks) if tensor is not None]
+            with torch.enable_grad():
+                again = _ways["run"](*inputs[:3], layout, replace(rule, sinks_H=None if sinks is None else inputs[3]))
+            found = torch.autograd.grad(again, inputs, grad)
     like = (query, key, value, query.new_empty(0) if sinks is None else sinks)
     pairs = itertools.zip_longest(found, like)
     return tuple(torch.zeros_like(one) if gradient is None else gradient.contiguous() for gradient, one in pairs)  # type: ignore[return-value]
