@@ -108,7 +108,7 @@ $(LOWEST)/.installed: pyproject.toml
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed ## the tests with the lowest torch, transformers, accelerate, peft and datasets, in a .venv of their own
-	@$(LOWEST)/bin/python -m pytest -q $(ARGS)
+	@$(LOWEST)/bin/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Exact versions and no addresses. CUDA's packages are left out: which of them are needed is decided by the torch build that pip finds.
 constraints: $(STAMP) ## write constraints.txt anew from pyproject.toml (TORCH=2.13.0)

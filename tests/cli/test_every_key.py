@@ -26,6 +26,8 @@ WAYS = {
     "allows": "what is refused without it",
     "nothing": "for a reason (UNSEEN)",
 }
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
+"""Keys that the oldest transformers of those that are supported does not have."""
 PARTS = ("code", "losses", "evaluations", "weights", "files", "record", "said")
 CLOCK = re.compile(r"_s$|per_second|runtime|time|memory|wall|total_flos")
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
@@ -35,8 +37,9 @@ def test_every_key_has_its_decision() -> None:
     """A new key needs a value in tests/cli/everykey.py, and its line in the snapshot (`pytest -m slow tests/cli/test_every_key.py`)."""
     dealt = json.loads(DEALT.read_text())
     keys = set(key_types()) | {"dpo_beta"}  # which is there once a comparison was imported
-    assert keys == set(VALUES)
-    assert keys == set(dealt)
+    assert keys <= set(VALUES)
+    assert set(VALUES) - keys <= NEWER
+    assert set(dealt) == set(VALUES)
     assert set(dealt.values()) <= set(WAYS)
     assert {key for key, how in dealt.items() if how == "nothing"} == set(UNSEEN), "what shows nothing needs its reason"
 

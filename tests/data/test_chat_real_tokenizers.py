@@ -35,7 +35,10 @@ def real_tokenizer(name: str) -> Any:
 
     if not (FOLDER / name / "tokenizer.json").is_file():
         pytest.skip(f"the tokenizer of {name} is not here: make tokenizers")
-    return AutoTokenizer.from_pretrained(FOLDER / name)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
+    if tokenizer.decode(tokenizer.encode("What is it?", add_special_tokens=False)) != "What is it?":
+        pytest.skip(f"this version of transformers reads the tokenizer of {name} as another kind, and loses its spaces")
+    return tokenizer
 
 
 @pytest.mark.parametrize(("name", "template"), [(name, template) for name, templates in TEMPLATES.items() for template in templates])

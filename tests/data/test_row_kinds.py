@@ -52,6 +52,8 @@ def test_keys_of_other_rows_are_not_in_a_row(place: str, is_typed: bool, tmp_pat
     table = pa.Table.from_pylist(MIXED)
     data = datasets.Dataset(table)
     if not is_typed:
+        if not hasattr(datasets, "Json"):
+            pytest.skip("this version of datasets has no such type")
         features = data.features.copy()
         message = {"role": datasets.Value("string"), "content": datasets.Value("string"), "tool_calls": datasets.Json()}
         features["chosen"] = datasets.List(message)
