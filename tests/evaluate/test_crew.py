@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from orpo.errors import ToldElsewhereError, UserError
+from orpo.errors import GuardStop, OrpoError, ToldElsewhereError, UserError
 from orpo.evaluate.crew import Alone, Crew, pieces_of
 
 
@@ -79,16 +79,17 @@ def test_several_tasks_in_turn_and_messages_larger_than_a_store_takes() -> None:
     assert in_crew(2, double, drive)[0] == [1, text, 1, 2 * text]
 
 
-def test_what_goes_wrong_in_another_process_is_told_by_the_first() -> None:
+@pytest.mark.parametrize("kind", [UserError, GuardStop])
+def test_what_goes_wrong_in_another_process_is_told_by_the_first(kind: type[OrpoError]) -> None:
     def do(rank: int, task: dict[str, Any]) -> list[Any]:
-        raise UserError("there is no such model", where="orpo eval")
+        raise kind("there is no such model")
 
     def drive(crew: Crew) -> None:
         crew.share({"do": "double"}, [[1], [2]], list, lambda piece: piece, lambda _, results: None)
 
-    with pytest.raises(UserError, match="process 1: .*there is no such model") as told:
+    with pytest.raises(UserError, match="process 1: .*there is no such model") as told:  # only what it says and its code travel
         in_crew(2, do, drive)
-    assert told.value.exit_code == 2
+    assert told.value.exit_code == kind.exit_code
 
 
 def test_the_others_leave_when_the_first_stops() -> None:

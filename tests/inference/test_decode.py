@@ -102,6 +102,21 @@ def test_keys_that_nobody_reads_are_noticed() -> None:
         shared.offer(torch.zeros(2, 1, 2, 2))
 
 
+@pytest.mark.parametrize(
+    ("mask", "keywords"),
+    [(torch.ones(1, 1, 1, 1, dtype=torch.bool), {}), (None, {"softcap": 30.0}), (None, {"s_aux": torch.zeros(1)}), (None, {})],
+    ids=["a mask of own keys alone", "a cap", "sinks", "several queries"],
+)
+def test_attention_that_is_not_computed_here_is_noticed(mask: torch.Tensor | None, keywords: dict[str, Any]) -> None:
+    """A mask of one number would be spread over all keys without a word."""
+    shared = prefix.Shared(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), prefix.Sharing([0, 0]))
+    own = torch.zeros(2, 1, 1, 2)
+    shared.offer(own)
+    query = torch.zeros(2, 1, 1 if keywords or mask is not None else 2, 2)
+    with pytest.raises(prefix.NotSharedError):
+        prefix.attend(torch.nn.Identity(), query, own, own.clone(), mask, **keywords)
+
+
 def test_rows_and_prompts_find_each_other() -> None:
     sharing = prefix.Sharing([2, 0, 0, 1, 2, 0])
     rows = torch.arange(6.0)[:, None]
