@@ -224,6 +224,20 @@ def test_an_adapter_that_is_switched_off_or_merged_or_listened_to_is_left_to_pef
         model.unmerge_adapter()
 
 
+def test_dropout_and_a_base_that_is_trained_are_seen_when_they_come() -> None:
+    """The forms are proved on the model as it is at the start; its state may change behind that."""
+    model = adapted(lora_dropout=0.5).eval()
+    layer, x = model.base_model.model.model.layers[0].mlp.up_proj, torch.ones(1, 2, 32)
+    with fused_modules(model):
+        assert type(layer(x).grad_fn).__name__.startswith("_AdaptedLinear")
+        model.train()
+        assert not torch.equal(layer(x), layer(x)), "dropout"
+        model.eval()
+        layer.base_layer.weight.requires_grad_()
+        layer(x).sum().backward()
+        assert layer.base_layer.weight.grad is not None
+
+
 def test_a_form_that_cuts_an_adapters_gradient_is_noticed_while_its_b_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     with torch.no_grad():
