@@ -166,6 +166,7 @@ def export_gguf(
     stops = [*stop_token_ids, *_as_ids(getattr(plain.generation_config, "eos_token_id", None))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place: a rename onto another file system would be a copy, which can be cut short.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
             draft = Path(staging) / path.name
             write(plain, tokenizer, draft, name=name or Path(plain.name_or_path or "model").name, stop_token_ids=stops)

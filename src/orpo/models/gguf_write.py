@@ -87,6 +87,7 @@ def write_gguf(
         _add_configuration(writer, model.config, name=name, is_half=dtype == "float16")
         _add_tokenizer(writer, tokenizer, vocabulary)
         _add_end_of_turn(writer, tokenizer, stop_token_ids)
+        # Twice over the tensors: the header, which names the place of every one, stands before the first value.
         for gguf_name, tensor in tensors_of(model):
             kind = _file_dtype(tensor, matrix_dtype)
             writer.add_tensor_info(gguf_name, tuple(tensor.shape), kind, tensor.numel() * kind.itemsize)
@@ -177,6 +178,7 @@ def _gguf_name(name: str) -> str | None:
 
 
 def _file_dtype(tensor: torch.Tensor, matrix_dtype: np.dtype[Any]) -> np.dtype[Any]:
+    # Norms and biases stay float32, as llama.cpp's own converter writes them and its kernels expect.
     return matrix_dtype if tensor.ndim > 1 else np.dtype(np.float32)
 
 
@@ -219,6 +221,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab
     for add, token_id in special.items():
         if token_id is not None:
             add(token_id)
+    # Tried, not read from its flags, which say what somebody asked for and not what its post-processor does.
     ids = tokenizer("a").input_ids
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
