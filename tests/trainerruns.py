@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from orpo import ORPOConfig, ORPOTrainer
 from orpo.data.types import TokenGroup
-from orpo.engine.parallel import gathered, is_sharded
+from orpo.engine.parallel import gathered, is_shard, is_sharded
 from randomgroups import random_groups
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 
@@ -123,7 +124,8 @@ def held_by_a_run(output_dir: str, flags: list[str]) -> None:
     """What memory a run's process came to hold above what it held before its model was loaded, as `orpo train` loads and trains it.
 
     Every rank leaves held-RANK.json: `start`, memory of its own until training begins, without pages of the model's file (those are the
-    page cache's, one copy for all, and given back when room is needed); `training`, all that is resident, from there to the end.
+    page cache's, one copy for all, and given back when room is needed), `moments`, when
+    and how much of it until the weights are spread; `training`, all that is resident, from there to the end.
     """
     import threading
     import time
@@ -144,6 +146,7 @@ def held_by_a_run(output_dir: str, flags: list[str]) -> None:
     def watch() -> None:
         while not is_over.is_set():
             samples.append(held("RssAnon:"))
+            moments.append(time.monotonic())
             time.sleep(0.02)
 
     class Begin(TrainerCallback):
@@ -156,15 +159,75 @@ def held_by_a_run(output_dir: str, flags: list[str]) -> None:
     args = config.training_args()
     data = prepare_data(config, args, lambda line: None)
     samples, floor = [held("RssAnon:")], held("VmRSS:")
+    moments: list[float] = []
     found: dict[str, Any] = {}
     Path("/proc/self/clear_refs").write_text("5")
     thread = threading.Thread(target=watch)
     thread.start()
     trainer = build_trainer(config, args, data, load_run_model(config, args, data).model, [Begin()])
+    spread = trainer.spread_weights
+
+    def spread_weights(checkpoint: str | None) -> None:
+        spread(checkpoint)
+        found.setdefault("moments", [[moment, held - samples[0]] for moment, held in zip(moments, samples[1:], strict=False)])
+
+    trainer.spread_weights = spread_weights  # type: ignore[method-assign]
     trainer.train()
     thread.join()
     found |= {"start": max(samples) - samples[0], "training": held("VmHWM:") - floor, "is_sharded": is_sharded(trainer.model)}
     (Path(output_dir) / f"held-{args.process_index}.json").write_text(json.dumps(found))
+
+
+def send_and_report(output_dir: str, flags: list[str], *, wrong: str | None = None, trains: bool = True) -> None:
+    """A run whose weights come from rank 0, as `orpo train` loads, spreads and trains it.
+
+    Every rank leaves sent-RANK.json: how many weights it had values of before they were sent, the most bytes that lay whole on it then,
+    its buffers, and the engine. Rank 0 leaves the weights that training starts from.
+    """
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    from orpo.engine import sending, shared
+    from orpo.run.config import resolve
+    from orpo.run.data import prepare_data
+    from orpo.training.runner import build_trainer
+    from orpo.training.startmodel import load_run_model
+
+    def whole_bytes() -> int:
+        """Of weights that lie here whole."""
+        whole = [one for one in trainer.model.parameters() if not one.is_meta and not is_shard(one)]
+        return sum(one.numel() * one.element_size() for one in whole)
+
+    def bring(sender: Any, module: torch.nn.Module) -> None:
+        before(sender, module)
+        seen.append(whole_bytes())
+
+    def wrong_step(*arguments: Any, **keywords: Any) -> Any:
+        result = step(*arguments, **keywords)
+        return replace(result, logp_N=result.logp_N + 0.01) if wrong == "values" else replace(result, loss=1.1 * result.loss)
+
+    config = resolve(None, [f"--output_dir={output_dir}", *flags])
+    args = config.training_args()
+    data = prepare_data(config, args, lambda line: None)
+    trainer = build_trainer(config, args, data, load_run_model(config, args, data).model, [])
+    found: dict[str, Any] = {"real": sum(not weight.is_meta for weight in trainer.model.parameters())}
+    seen: list[int] = []
+    before, step = sending.Sender.bring, shared.step
+    sending.Sender.bring = bring  # type: ignore[method-assign]
+    if wrong is not None:
+        shared.step = wrong_step
+    found |= {"engine": trainer.engine.name, "reason": trainer.engine.reason, "whole": max(seen)}
+    core = trainer.accelerator.unwrap_model(trainer.model)
+    found["is_tied"] = core.get_input_embeddings().weight is core.get_output_embeddings().weight
+    found["gradients"] = sum(weight.grad is not None for weight in core.parameters())
+    found["buffers"] = {name: buffer.flatten().tolist() for name, buffer in core.named_buffers()}
+    started = weights(trainer.model)
+    if args.process_index == 0:
+        save_file({name: weight.contiguous() for name, weight in started.items()}, Path(output_dir) / "started.safetensors")
+    if trains:
+        found["loss"] = trainer.train().training_loss
+    (Path(output_dir) / f"sent-{args.process_index}.json").write_text(json.dumps(found))
 
 
 def stream_and_report(output_dir: str, rows: str, *, stop_at: int | None = None, resume: bool = False, **options: Any) -> None:

@@ -70,6 +70,11 @@ class Parallelism:
         """Whether the weights themselves are in parts, layer by layer."""
         return self.kind in ("fsdp2", "zero3")
 
+    @property
+    def sends_weights(self) -> bool:
+        """Whether process 0 alone reads the weights, and sends each layer to the others as it is spread."""
+        return self.kind == "fsdp2"
+
 
 def parallelism_of(values: Mapping[str, Any], environ: Mapping[str, str]) -> Parallelism:
     """What a configuration without problems asks for."""

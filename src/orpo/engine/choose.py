@@ -3,13 +3,14 @@
 Packing a prompt once is exact for attention that goes through transformers' interface, and wrong without a sound for state-space or
 linear-attention layers and for custom code. So the first rows of a run go through both engines, and log-probabilities and gradients are
 compared before anything is trained: in the precision of the weights, whose rounding hides least, and in the precision and with the
-attention kernel that will train.
+attention kernel that will train. A model that is spread over processes is compared as it is spread, by all of them together, in what
+will train alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,12 @@ from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.kernels import KERNELS, resolve, suited
 from orpo.engine.layout import PreferenceBatch, StepResult, collate
+from orpo.engine.parallel import computing_device, forget_gradients, gradients_of, is_shard, norm_of, reshard
 from orpo.engine.router import Router, router_of
+from orpo.engine.sending import class_of
 from orpo.errors import UserError
 from orpo.objective import Objective
+from orpo.system.ranks import all_reduce_max, current_ranks, is_lost_contact
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +133,8 @@ def choose(
     """Choose the engine and leave the model ready for it.
 
     Args:
-        model: the causal language model, on its device, not yet wrapped for data parallelism.
+        model: the causal language model, on its device, not yet wrapped for data parallelism; spread by FSDP2 perhaps, and then all ranks
+            call with the same rows.
         groups: rows of the run; the first ones are compared.
         objective, nll_scope: of the run.
         requested: "auto", "shared" or "padded".
@@ -152,31 +157,27 @@ def choose(
     core = shared.unwrap(model)
     router = router_of(core, router_coef)
     compute = Compute(_precision(model)) if compute is None else compute
-    kernel = suited(attention_kernel, resolve(attention_kernel, next(model.parameters()).device, compute.dtype), core)
+    kernel = suited(attention_kernel, resolve(attention_kernel, computing_device(model), compute.dtype), core)
     if requested == "padded":
         return Engine("padded", "asked for", router=router)
     before = _attention_of(core)
-    problem = _obstacle(core)
+    problem, told = _obstacle(core), ""
     if problem is None:
-        try:
-            rows = rows_for_check(groups)
-            if sum(parameter.numel() for parameter in core.parameters()) > _QUICK_PARAMETERS:
-                logger.info("comparing    the two engines on the first %d rows", len(rows))
-            agreements = [compare(model, rows, objective, nll_scope, budget_bytes, router, **how) for how in _ways(model, kernel, compute)]
-            problem = next((str(agreement) for agreement in agreements if not agreement.holds), None)
-            problem = problem or _hidden_window(core, longest or int(measures_of(groups).longest_tokens.max()), agreements[0])
-            if problem is None:
-                core.set_attn_implementation(attention.NAME)
-                told = "; ".join(map(str, agreements))
-                logger.info("shared engine: %s", told)
-                return Engine("shared", f"agrees with the padded engine: {told}", budget_bytes, router, kernel)
-        except torch.OutOfMemoryError:
-            core.set_attn_implementation(before)
-            raise  # says nothing of the model, and the padded engine needs more
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        rows = rows_for_check(groups)
+        if sum(parameter.numel() for parameter in core.parameters()) > _QUICK_PARAMETERS:
+            logger.info("comparing    the two engines on the first %d rows", len(rows))
+        options = {"nll_scope": nll_scope, "budget_bytes": budget_bytes, "router": router}
+        longest = longest or int(measures_of(groups).longest_tokens.max())
+        problem, told = _tried(model, rows, objective, _ways(model, kernel, compute), longest, options)
+    if _is_spread(model):
+        problem = next((one for one in current_ranks().gather(problem) if one is not None), None)
+    if problem is None:
+        core.set_attn_implementation(attention.NAME)
+        logger.info("shared engine: %s", told)
+        return Engine("shared", f"agrees with the padded engine: {told}", budget_bytes, router, kernel)
+    if hasattr(core, "set_attn_implementation"):
         core.set_attn_implementation(before)
-    name = type(core).__name__
+    name = class_of(core).__name__
     if requested == "shared" or attention_kernel != "auto":
         where, mend = ("engine", "use engine: auto or padded") if requested == "shared" else ("attention_kernel", "attention_kernel: auto")
         raise UserError(f"the shared engine does not hold for {name}: {problem}", where=where, mend=mend)
@@ -184,9 +185,35 @@ def choose(
     return Engine("padded", f"the shared engine does not hold for {name}: {problem}", router=router)
 
 
+def _tried(
+    model: nn.Module,
+    rows: Sequence[TokenGroup],
+    objective: Objective,
+    ways: Sequence[dict[str, Any]],
+    longest: int,
+    options: Mapping[str, Any],
+) -> tuple[str | None, str]:
+    """What speaks against the shared engine, None where nothing does; and how far the engines are apart."""
+    try:
+        agreements = [compare(model, rows, objective, **options, **how) for how in ways]
+        problem = next((str(agreement) for agreement in agreements if not agreement.holds), None)
+        problem = problem or _hidden_window(shared.unwrap(model), longest, agreements[0])
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model, and the padded engine needs more
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
+        if _is_spread(model):
+            if is_lost_contact(error):
+                raise
+            forget_gradients(model)
+        return f"{type(error).__name__}: {error}", ""
+    return problem, "; ".join(map(str, agreements))
+
+
 def _ways(model: nn.Module, kernel: str, compute: Compute) -> list[dict[str, Any]]:
     """What is compared: the weights' own precision, and where it is another one, that of the run."""
     own = _precision(model)
+    if _is_spread(model):  # there is no other way to compute with it
+        return [{"kernel": kernel, "compute": replace(compute, dtype=own) if compute.dtype == torch.float32 else compute}]
     dtypes = KERNELS[kernel].dtypes
     ways: list[dict[str, Any]] = [{"kernel": kernel if dtypes is None or own in dtypes else "sdpa"}]
     if compute.dtype not in (own, torch.float32):  # weights in 16 bits compute as they are where float32 is wanted
@@ -261,13 +288,13 @@ def compare(
     core = shared.unwrap(model)
     parameters = _sampled_parameters(model)
     compute = Compute(_precision(model)) if compute is None else compute
-    batch = collate(groups, nll_scope).to(next(model.parameters()).device)
+    batch = collate(groups, nll_scope).to(computing_device(model))
     attention.register()
     is_training = model.training
     model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
     try:
         with torch.enable_grad(), compute.context():  # the caller may be an evaluation
-            expected = _values(padded.step(model, batch, objective, router=router), parameters, _scale(model, compute))
+            expected = _values(model, padded.step(model, batch, objective, router=router), parameters, _scale(model, compute))
             with attention_implementation(core, attention.NAME):
                 options: dict[str, Any] = {
                     "budget_bytes": budget_bytes,
@@ -275,14 +302,28 @@ def compare(
                     "kernel": kernel,
                     "gradient_scale": _scale(model, compute),
                 }
-                found = _values(shared.step(model, batch, objective, **options), parameters, options["gradient_scale"])
+                found = _values(model, shared.step(model, batch, objective, **options), parameters, options["gradient_scale"])
                 if _has_dropout(model):
                     _run_with_dropout(model, batch, objective, budget_bytes)
     finally:
         model.train(is_training)
     difference_N = (found[0] - expected[0]).abs()
     logp_difference = float(difference_N.max() if compute.dtype == torch.float32 else difference_N.mean())
-    return Agreement(logp_difference, _gradient_difference(found[1:], expected[1:]), compute.dtype, frozenset(batch.layout.windows))
+    gradient_difference = _gradient_difference(found[1:], expected[1:])
+    if _is_spread(model):
+        logp_difference, gradient_difference = _largest(logp_difference, gradient_difference, batch.input_ids_T.device)
+    return Agreement(logp_difference, gradient_difference, compute.dtype, frozenset(batch.layout.windows))
+
+
+def _is_spread(model: nn.Module) -> bool:
+    return any(is_shard(weight) for weight in model.parameters())
+
+
+def _largest(logp: float, gradient: float | None, device: torch.device) -> tuple[float, float | None]:
+    """Of any rank: all come to one choice."""
+    own = torch.tensor([logp, 0.0 if gradient is None else gradient], dtype=torch.float64, device=device)
+    logp, largest = all_reduce_max(own.nan_to_num(nan=torch.inf)).tolist()
+    return logp, None if gradient is None else largest
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -298,9 +339,13 @@ def _gradient_difference(found: list[Tensor], expected: list[Tensor]) -> float |
     """The largest distance of a gradient from what it should be, relative to its norm; None where there is no gradient."""
     if not expected:
         return None
-    norms = [float(gradient.norm()) for gradient in expected]
+    norms = [_norm(gradient) for gradient in expected]
     floor = max(NEGLIGIBLE_GRADIENT * max(norms), 1e-12)
-    return max(float((a - b).norm()) / max(norm, floor) for a, b, norm in zip(found, expected, norms, strict=True))
+    return max(_norm(a - b) / max(norm, floor) for a, b, norm in zip(found, expected, norms, strict=True))
+
+
+def _norm(gradient: Tensor) -> float:
+    return float(norm_of([gradient]) if is_shard(gradient) else gradient.norm())
 
 
 @contextmanager
@@ -343,6 +388,7 @@ def _run_with_dropout(model: nn.Module, batch: PreferenceBatch, objective: Objec
     model.train()
     with torch.random.fork_rng(devices), torch.no_grad():
         shared.step(model, batch, objective, budget_bytes=budget_bytes)
+    reshard(model)
 
 
 def _hidden_window(core: Any, longest: int, agreement: Agreement) -> str | None:
@@ -368,11 +414,12 @@ def _sampled_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [trainable[index] for index in sorted(picks)]
 
 
-def _values(result: StepResult, parameters: list[nn.Parameter], scale: Tensor | None) -> list[Tensor]:
+def _values(model: nn.Module, result: StepResult, parameters: list[nn.Parameter], scale: Tensor | None) -> list[Tensor]:
     """Token log-probabilities, then gradients."""
     if not parameters:
+        reshard(model)
         return [result.logp_N]
-    gradients = torch.autograd.grad(result.loss if scale is None else result.loss * scale, parameters, allow_unused=True)
+    gradients = gradients_of(result.loss if scale is None else result.loss * scale, parameters, model)
     zeros = [torch.zeros_like(parameter) for parameter in parameters]
     found = [zero if gradient is None else gradient for gradient, zero in zip(gradients, zeros, strict=True)]
     return [result.logp_N, *(gradient.float() if scale is None else gradient.float() / scale for gradient in found)]
@@ -380,4 +427,4 @@ def _values(result: StepResult, parameters: list[nn.Parameter], scale: Tensor | 
 
 def _scale(model: nn.Module, compute: Compute) -> Tensor | None:
     """In fp16 small gradients would be 0 in both engines."""
-    return torch.tensor(2.0**12, device=next(model.parameters()).device) if compute.dtype == torch.float16 else None
+    return torch.tensor(2.0**12, device=computing_device(model)) if compute.dtype == torch.float16 else None

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orpo.engine.parallel import is_shard, is_sharded
+
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
@@ -32,6 +34,7 @@ TOLERANCE = 1e-5
 def fused_modules(model: nn.Module) -> Iterator[int]:
     """The model's norms, gated MLPs and adapted layers in their lean form while the context lasts; gives the number of modules replaced."""
     changed = []
+    is_drawn = is_sharded(model)  # whose weights are nowhere whole
     proven: dict[tuple[Any, ...], bool] = {}
     for module in model.modules():
         for matches, forward in _FORMS:
@@ -40,7 +43,7 @@ def fused_modules(model: nn.Module) -> Iterator[int]:
                 continue
             kind = (type(module), forward, _settings(module), tuple(parameter.shape for parameter in module.parameters()))
             if kind not in proven:
-                proven[kind] = _is_equal(module, forward)
+                proven[kind] = _is_equal(_with_drawn_weights(module) if is_drawn else module, forward)
             if proven[kind]:
                 module.forward = MethodType(forward, module)  # bound, so that a deep copy of the model binds to the copy
                 changed.append(module)
@@ -127,7 +130,18 @@ def _is_bare_linear(layer: Any, *, may_have_bias: bool = False) -> bool:
     if type(layer) is not nn.Linear:
         return False
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return (may_have_bias or layer.bias is None) and type(layer.weight) is nn.Parameter and not any(hooks)
+    return (may_have_bias or layer.bias is None) and (type(layer.weight) is nn.Parameter or is_shard(layer.weight)) and not any(hooks)
+
+
+def _with_drawn_weights(module: nn.Module) -> nn.Module:
+    """A copy with weights of its own, the same on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {id(weight): _drawn(weight, generator) for weight in module.parameters()}
+    return copy.deepcopy(module, weights)  # which takes what it is given in the place of the weights
+
+
+def _drawn(weight: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(0.1 * torch.randn(weight.shape, generator=generator), requires_grad=weight.requires_grad)
 
 
 def _is_equal(module: nn.Module, forward: Callable[..., Tensor]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from orpo.engine import flex, varlen
 from orpo.engine.layout import PackedLayout
 from orpo.engine.rule import AttentionRule
+from orpo.engine.sending import class_of
 from orpo.errors import UserError
 
 KEY = "attention_kernel"
@@ -79,7 +80,7 @@ def suited(requested: str, name: str, model: nn.Module) -> str:
         return name
     if requested == "auto":
         return "sdpa"
-    raise _cannot(name, f"has not what {type(model).__name__} needs: {' and '.join(lacks)}")
+    raise _cannot(name, f"has not what {class_of(model).__name__} needs: {' and '.join(lacks)}")
 
 
 def _require(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from orpo.engine.precision import total_norm
+from orpo.engine.sending import Sender, class_of
 from orpo.engine.shared import unwrap
 from orpo.engine.zero import is_under_zero, own_row, whole_weight
 from orpo.errors import UserError
-from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.system.group import on_all
 from orpo.system.ranks import all_reduce_sum, current_ranks
 
@@ -25,6 +25,7 @@ from orpo.system.ranks import all_reduce_sum, current_ranks
 def shard(
     model: nn.Module,
     *,
+    device: torch.device,
     dtype: torch.dtype = torch.float32,
     layers: Sequence[str] = (),
     reshards: bool = True,
@@ -33,11 +34,12 @@ def shard(
 ) -> None:
     """Spread the weights over all ranks, in place; every rank calls it, before the optimizer is made.
 
-    Weights come to have the dtype that they are trained in one layer at a time, so that no rank holds the whole model in float32: what was
-    read as it is stored lies in its file's pages, which all processes of a machine share.
+    A layer at a time comes from rank 0 onto the device, in the dtype that it is trained in, and is cut into parts before the next: no rank
+    has room for more than its parts and one layer, but for what rank 0 has in host memory and has not sent.
 
     Args:
-        model: the same on every rank in shape; rank 0's values are what is spread.
+        model: the same on every rank in shape; rank 0's values are what is spread, the others' weights may be on the meta device.
+        device: what is computed on.
         dtype: of the gathered weights and what is computed with them; gradients are summed in float32.
         layers: class names of the modules that are gathered one at a time; by default the model's own decoder layers.
         reshards: give a layer's gathered weights back between its forward and its backward pass.
@@ -49,21 +51,19 @@ def shard(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    units = on_all(lambda: _units(model, layers, per_replica, dtype))
-    device = next(model.parameters()).device.type
-    _take_from_first(model)
+    units = on_all(lambda: _units(model, layers, per_replica, dtype, device))
+    sender = Sender(model, device)
     options: dict[str, Any] = {
-        "mesh": _mesh(device, per_replica),
+        "mesh": _mesh(device.type, per_replica),
         "reshard_after_forward": reshards,
         # Not autocast: the casts of all layers would be kept for the backward pass, a whole model in 16 bits on every rank.
         "mp_policy": MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offloads and device != "cpu" else OffloadPolicy(),  # there they are on a CPU
+        "offload_policy": CPUOffloadPolicy() if offloads and device.type != "cpu" else OffloadPolicy(),  # there they are on a CPU
     }
-    wanted = spread_dtype(model)
     for unit in units:
-        settle_dtype(_whole(unit), wanted)
+        sender.bring(unit)
         fully_shard(unit, **options)
-    settle_dtype(_whole(model), wanted)
+    sender.bring(model)
     # What is left (embeddings, last norm, head) is needed again at once by the backward pass: it stays gathered in between.
     fully_shard(model, **{**options, "reshard_after_forward": False})
     for module in _sharded_modules(model):
@@ -72,11 +72,11 @@ def shard(
     require_sharded(model)
 
 
-def _units(model: nn.Module, layers: Sequence[str], per_replica: int, dtype: torch.dtype) -> list[nn.Module]:
+def _units(model: nn.Module, layers: Sequence[str], per_replica: int, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
     size = current_ranks().world_size
     if per_replica and size % per_replica:
         raise UserError(f"{size} processes cannot form replicas of {per_replica}", where="fsdp", mend="full_shard spreads over all of them")
-    _refuse_quantized(model, dtype)
+    _refuse_quantized(model, dtype, device)
     return decoder_layers(model, layers)
 
 
@@ -87,17 +87,17 @@ def decoder_layers(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Modul
         UserError: a name that no module's class has.
     """
     core = unwrap(model)
-    known = {type(module).__name__ for module in core.modules()}
+    known = {class_of(module).__name__ for module in core.modules()}
     if missing := [name for name in names if name not in known]:
         own = sorted(getattr(core, "_no_split_modules", None) or ())
         raise UserError(
-            f"no module of {type(core).__name__} is a {missing[0]}",
+            f"no module of {class_of(core).__name__} is a {missing[0]}",
             where="fsdp_config.transformer_layer_cls_to_wrap",
             expected=f"names of its layers: {', '.join(own) or 'classes of its modules'}",
             mend="leave it out: the model's own decoder layers are taken",
         )
     wanted = set(names or getattr(core, "_no_split_modules", None) or ())
-    found = [module for module in core.modules() if type(module).__name__ in wanted]
+    found = [module for module in core.modules() if class_of(module).__name__ in wanted]
     if found:
         return found
     stacks: list[nn.Module] = [module for module in core.modules() if isinstance(module, nn.ModuleList)]
@@ -117,7 +117,7 @@ def _mesh(device: str, per_replica: int) -> Any:
     return init_device_mesh(device, (size // per_replica, per_replica), mesh_dim_names=("replicate", "shard"))
 
 
-def _refuse_quantized(model: nn.Module, dtype: torch.dtype) -> None:
+def _refuse_quantized(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     odd = next(((name, weight.dtype) for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
     if odd is not None:
         raise UserError(
@@ -126,9 +126,7 @@ def _refuse_quantized(model: nn.Module, dtype: torch.dtype) -> None:
             expected="weights stored as floating-point numbers",
             mend="bnb_4bit_quant_storage: bfloat16, or parallelism: ddp",
         )
-    if next(model.parameters()).device.type == "cpu" and any(
-        getattr(weight, "quant_state", None) is not None for weight in model.parameters()
-    ):
+    if device.type == "cpu" and any(getattr(weight, "quant_state", None) is not None for weight in model.parameters()):
         raise UserError(
             "bitsandbytes packs four-bit weights anew on a CPU, which their parts do not survive", where="fsdp", mend="parallelism: ddp"
         )
@@ -142,32 +140,10 @@ def _refuse_quantized(model: nn.Module, dtype: torch.dtype) -> None:
         )
 
 
-def _take_from_first(model: nn.Module) -> None:
-    """Rank 0's weights on every rank, as DDP does: an adapter may have been drawn from a seed of each process's own.
-
-    Those that are the same everywhere are not written: they may be pages of a file, which would become copies.
-    """
-    import torch.distributed as dist
-
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    own = torch.stack([checksum(tensor) for tensor in tensors])
-    first = own.clone()
-    dist.broadcast(first, 0)
-    differs = (own != first).to(torch.int64)
-    dist.all_reduce(differs, op=dist.ReduceOp.MAX)
-    for tensor, is_other in zip(tensors, differs.tolist(), strict=True):
-        if is_other:
-            dist.broadcast(tensor, 0)
-
-
 def checksum(tensor: Tensor) -> Tensor:
     """A sum of a tensor's bits, computed where it lies; int64, scalar."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().reshape(-1).view(bits).sum(dtype=torch.int64)
-
-
-def _whole(module: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in module.parameters() if not is_shard(weight)]
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:
@@ -214,10 +190,36 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def gradients_of(loss: Tensor, weights: Sequence[nn.Parameter], model: nn.Module) -> list[Tensor | None]:
+    """Gradients of some weights, of a spread model in parts; none is left behind. All ranks call it where weights are in shards.
+
+    Args:
+        weights: as they were before the forward pass, in which a spread model shows gathered ones.
+    """
+    if not any(is_shard(weight) for weight in weights):
+        return list(torch.autograd.grad(loss, weights, allow_unused=True))
+    loss.backward()
+    found = [weight.grad for weight in weights]
+    forget_gradients(model)
+    return found
+
+
+def forget_gradients(model: nn.Module) -> None:
+    """No gradients, and no gathered weights, whatever was begun."""
+    reshard(model)
+    model.zero_grad(set_to_none=True)
+
+
 def reshard(model: nn.Module) -> None:
     """Give gathered weights back after a forward pass that no backward pass follows."""
     for module in _sharded_modules(model):
         module.reshard()
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a model computes: of a spread one not where its parts lie, which may be offloaded."""
+    weight: Any = next(model.parameters())
+    return torch.device(weight.device_mesh.device_type) if is_shard(weight) else weight.device
 
 
 def norm_of(gradients: Iterable[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from orpo.engine.layout import PreferenceBatch, RouterResult, StepResult
+from orpo.engine.sending import class_of
 from orpo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,13 +60,13 @@ def router_of(core: Any, coef: float | None = None) -> Router | None:
     if not _has_loss(core):
         if coef:
             raise UserError(
-                f"{type(core).__name__} has no auxiliary loss of a router",
+                f"{class_of(core).__name__} has no auxiliary loss of a router",
                 where="router_aux_loss_coef",
                 expected="a mixture-of-experts model whose transformers class computes one (Mixtral, Qwen 3 MoE, gpt-oss, OLMoE)",
                 mend="leave it out",
             )
         if is_asked and coef is None:
-            logger.warning("%s asks for a router's auxiliary loss, and transformers computes none for it", type(core).__name__)
+            logger.warning("%s asks for a router's auxiliary loss, and transformers computes none for it", class_of(core).__name__)
         return None
     own = getattr(core, "router_aux_loss_coef", None)
     own = float(own if own is not None else getattr(text, "router_aux_loss_coef", 0.0) or 0.0)
@@ -77,7 +78,7 @@ def router_of(core: Any, coef: float | None = None) -> Router | None:
         logger.warning(
             "%s is a mixture of experts and trains without the router's auxiliary loss: %s; router_aux_loss_coef: %g adds it, 0 says "
             "that this is meant",
-            type(core).__name__,
+            class_of(core).__name__,
             why,
             own or 0.001,
         )
@@ -85,8 +86,8 @@ def router_of(core: Any, coef: float | None = None) -> Router | None:
 
 
 def _has_loss(core: Any) -> bool:
-    function = getattr(sys.modules.get(type(core).__module__), _LOSS, None)
-    takes = "output_router_logits" in inspect.signature(type(core).forward).parameters
+    function = getattr(sys.modules.get(class_of(core).__module__), _LOSS, None)
+    takes = "output_router_logits" in inspect.signature(class_of(core).forward).parameters
     return takes and function is not None and list(inspect.signature(function).parameters) == _TAKEN
 
 

@@ -19,6 +19,7 @@ from orpo.engine.flex import padded_rows
 from orpo.engine.head import HeadJob, LogitRule, head_loss
 from orpo.engine.layout import PreferenceBatch, StepResult
 from orpo.engine.router import Router, routing, with_routing
+from orpo.engine.sending import class_of
 from orpo.objective import Objective
 
 DEFAULT_BUDGET_BYTES = 256 * 2**20
@@ -75,7 +76,7 @@ def step(
             **({"output_router_logits": True} if router else {}),
         )
     if not results:
-        raise RuntimeError(f"{type(core).__name__} did not call its output embedding")
+        raise RuntimeError(f"{class_of(core).__name__} did not call its output embedding")
     loss, logp_N, sums = results[0]
     # The stand-in for the logits stays in the graph, with weight zero, so that wrappers that hook the model's output are triggered.
     result = StepResult(loss + 0.0 * output.logits.sum(), logp_N, sums)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.models.bare import is_bare
 from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.models.find import ModelSource, explain_failure, read_json
 from orpo.system.parts import has_weights_in_parts, read_parts, shapes_of_parts
@@ -96,7 +97,7 @@ def put_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, use_gradient
         settle_dtype(model.parameters(), spread_dtype(model))
     try:
         with nullcontext() if needs_base else _as_it_will_be(model):
-            adapted = get_peft_model(model, text_layers_only(peft_config, model))
+            adapted = get_peft_model(model, text_layers_only(peft_config, model), low_cpu_mem_usage=is_bare(model))
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise _does_not_fit(error, peft_config) from error
     pin_base(adapted)

@@ -54,14 +54,18 @@ def upcast_trainable(model: torch.nn.Module) -> str | None:
 
 
 def settle_dtype(weights: Iterable[torch.nn.Parameter], wanted: torch.dtype | None) -> None:
-    """Bring weights into the dtype that they are trained in, in place: `wanted`, where it is given, and float32 for what is trained."""
+    """Bring weights into the dtype that they are trained in, in place."""
+    for weight in weights:
+        if (dtype := dtype_in_training(weight, wanted)) != weight.dtype:
+            weight.data = weight.data.to(dtype)
+
+
+def dtype_in_training(weight: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What a weight is trained in: `wanted`, where it is given, and float32 if it is trained itself."""
     import torch
 
-    for weight in weights:
-        if wanted is not None and weight.is_floating_point() and weight.dtype != wanted:
-            weight.data = weight.data.to(wanted)
-        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
-            weight.data = weight.data.float()
+    dtype = weight.dtype if wanted is None or not weight.is_floating_point() else wanted
+    return torch.float32 if weight.requires_grad and dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def spread_dtype(model: torch.nn.Module) -> torch.dtype | None:

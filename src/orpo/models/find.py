@@ -332,3 +332,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot be read as JSON: {error}", where=str(path)) from error
+
+
+def refuse_random_weights(loading: Mapping[str, Any], source: ModelSource) -> None:
+    """transformers fills missing tensors with random numbers and goes on; a run would then train noise.
+
+    Raises:
+        UserError: `loading`, as transformers reports it, says that some are missing.
+    """
+    missing = sorted(loading.get("missing_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"weights are missing: {', '.join(missing[:3])}{more}",
+            where=source.location,
+            expected="every weight of the architecture in the safetensors files",
+            mend="copy or download the model again; if it was saved for another task (a classifier), use its language model",
+        )

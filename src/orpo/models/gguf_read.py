@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo.errors import UserError
+from orpo.models.bare import bare_model
+from orpo.models.options import ModelOptions
 from orpo.system.installing import pip_line
 
 if TYPE_CHECKING:
@@ -20,23 +22,31 @@ _SPECIAL_TOKENS = {
 }
 
 
-def load_gguf(path: Path, *, dtype: torch.dtype | None = None, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(
+    path: Path, *, dtype: torch.dtype | None = None, name: str | None = None, is_bare: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer of a GGUF file, as ordinary ones that can be trained and saved.
 
     Weights are unpacked from their blocks to `dtype` (default fp32) as they stand: what quantisation lost stays lost.
+
+    Args:
+        is_bare: shapes without values.
 
     Raises:
         UserError: the `gguf` package is missing, or the file is not a GGUF file that transformers can read.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if not path.is_file():
         raise UserError("there is no such file", where=str(path))
     facts = _gguf_facts(path)
     place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype or torch.float32, **place, **_unpack_all())
+        if is_bare:
+            model = bare_model(AutoConfig.from_pretrained(str(path.parent), **place), ModelOptions(dtype=dtype))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype or torch.float32, **place, **_unpack_all())
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **place)
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise UserError(

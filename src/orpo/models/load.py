@@ -7,6 +7,7 @@ LoRA is in `orpo.models.adapters`, devices are in `orpo.system.machine`; their p
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo.errors import UserError
 from orpo.models.adapters import HUB_COMMIT, about_base, adapter_base, is_adapted, load_adapter, merge, set_generation
+from orpo.models.bare import bare_model, settle_buffers
 from orpo.models.bundled import BUNDLED_ALIAS, BUNDLED_HUB_ID, bundled_model_folder, cache_folder, find_bundled_gguf
 from orpo.models.dequantize import dequantized
 from orpo.models.dtype import SPREAD_DTYPE, computing_dtype, dtype_name, parse_dtype, spread_dtype, upcast_trainable
@@ -30,6 +32,7 @@ from orpo.models.find import (
     find_source,
     hub_commit,
     read_config,
+    refuse_random_weights,
 )
 from orpo.models.fingerprint import dtype_to_read, stored_dtype, weights_sha256
 from orpo.models.gguf_read import load_gguf
@@ -40,6 +43,7 @@ from orpo.models.softcap import honour_soft_cap
 from orpo.models.tokenizer import as_tokenizer, settle_padding
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
 from orpo.system.parts import has_weights_in_parts
+from orpo.system.ranks import current_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -131,21 +135,21 @@ def load_model(
     adapter_base: str | None = None,
     is_dequantized: bool = False,
     is_spread: bool = False,
+    is_sent: bool = False,
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer, in eval mode, on the best device.
 
     Args:
         name_or_path: a hub id, a folder (model, PEFT adapter or run), a `.gguf` file, or `smollm2-135m-instruct`.
-        revision: commit, tag or branch of a hub id.
         dtype: of the weights in memory; unset means fp32, because trained weights need it (docs: precision). "auto" keeps the files' own.
-        trust_remote_code: run Python code that comes with the model; needs a pinned `revision`.
+        revision, trust_remote_code: commit, tag or branch of a hub id; run Python code that comes with the model of a pinned one.
         device: unset means CUDA, MPS or the CPU, whichever is there first.
         load_in_4bit, load_in_8bit: quantize with bitsandbytes while loading; only adapters can then be trained.
         model_init_kwargs: anything else for transformers' `from_pretrained`.
-        is_adapter_trainable: of an adapter folder: go on training the adapter.
-        adapter_base: of an adapter folder: another base than the one it names, such as the full-precision weights of a quantized one.
+        is_adapter_trainable, adapter_base: of an adapter folder: go on training it; another base than it names, as in full precision.
         is_dequantized: of a model that is stored quantized: plain weights from it, which an adapter can be merged into.
         is_spread: weights stay as they are stored, pages of their files, until they are spread over processes and come to have `dtype`.
+        is_sent: of several processes the first alone reads weights, on the CPU; the others have shapes until they are sent. Not quantized.
 
     Raises:
         UserError: nothing there, no causal language model, only pickles, damaged files, remote code without leave, no such device.
@@ -171,6 +175,7 @@ def load_model(
             adapter_base=adapter_base,
             is_dequantized=is_dequantized,
             is_spread=is_spread,
+            is_sent=is_sent and current_ranks().world_size > 1,
         ),
         dtype,
     )
@@ -180,9 +185,7 @@ def load_model(
         source = replace(source, kind="adapter", location=str(adapter))
     if source.kind == "adapter":
         return _load_adapted(source, options, is_trainable=is_adapter_trainable)
-    if source.kind == "gguf":
-        return _load_gguf(source, options)
-    return _load_plain(source, options)
+    return (_load_gguf if source.kind == "gguf" else _load_plain)(source, options)
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -276,8 +279,13 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
         is_quantized = "quantization_config" in arguments or getattr(config, "quantization_config", None) is not None
         if is_quantized:  # such a model is built on its device; it cannot be moved there afterwards
             arguments.setdefault("device_map", {"": device})
-        if is_in_parts:
-            model, loading = model_from_parts(source, config, options, is_quantized=is_quantized), {}
+        is_sent = options.is_sent and not is_quantized
+        loading: Mapping[str, Any] = {}
+        code = {name: hub[name] for name in ("code_revision",) if name in hub}
+        if is_sent and not current_ranks().is_first:
+            model = bare_model(config, options, **code)
+        elif is_in_parts:
+            model = model_from_parts(source, config, options, is_quantized=is_quantized)
         else:
             read_as = options.dtype if is_quantized else dtype_to_read(source, options, hub)
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -285,13 +293,14 @@ def _load_plain(source: ModelSource, options: ModelOptions) -> LoadedModel:
             )
             if read_as != options.dtype:
                 setattr(model, SPREAD_DTYPE, options.dtype)
+                settle_buffers(model, bare_model(copy.deepcopy(config), options, **code))
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for bad input
         raise _unknown_argument(error, options) or explain_failure(error, source) from error
-    _refuse_random_weights(loading, source)
+    refuse_random_weights(loading, source)
     if options.is_dequantized and is_quantized:
         model = dequantized(model)
         notes = (*notes, "dequantized: what quantisation lost stays lost")
-    if "device_map" not in arguments:
+    if "device_map" not in arguments and not is_sent:
         model.to(device)
     if source.kind == "alias":
         model.config._name_or_path = model.name_or_path = source.name
@@ -320,19 +329,6 @@ def _hub_arguments(source: ModelSource, options: ModelOptions) -> dict[str, Any]
     return arguments
 
 
-def _refuse_random_weights(loading: Mapping[str, Any], source: ModelSource) -> None:
-    """transformers fills missing tensors with random numbers and goes on; a run would then train noise."""
-    missing = sorted(loading.get("missing_keys") or ())
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"weights are missing: {', '.join(missing[:3])}{more}",
-            where=source.location,
-            expected="every weight of the architecture in the safetensors files",
-            mend="copy or download the model again; if it was saved for another task (a classifier), use its language model",
-        )
-
-
 def _load_gguf(source: ModelSource, options: ModelOptions) -> LoadedModel:
     if options.load_in_4bit or options.load_in_8bit:
         raise UserError(
@@ -340,11 +336,13 @@ def _load_gguf(source: ModelSource, options: ModelOptions) -> LoadedModel:
             where=source.location,
             mend="leave load_in_4bit and load_in_8bit off",
         )
-    model, tokenizer = load_gguf(Path(source.location), dtype=options.dtype)
+    is_bare = options.is_sent and not current_ranks().is_first
+    model, tokenizer = load_gguf(Path(source.location), dtype=options.dtype, is_bare=is_bare)
     check_config(model.config, source)
     if options.attn_implementation:
         model.set_attn_implementation(options.attn_implementation)
-    model.to(choose_device(options.device))
+    if not options.is_sent:
+        model.to(choose_device(options.device))
     notes = ("unpacked from the blocks of a GGUF file: what quantisation lost stays lost", *settle_padding(tokenizer))
     return _with_facts(model.eval(), tokenizer, source, options, None, notes)
 
@@ -434,7 +432,7 @@ def _with_facts(
         num_parameters=model.num_parameters(),
         stored_dtype=stored,
         dtype=in_memory,
-        device=str(model.device),
+        device=str(choose_device(options.device) if options.is_sent else model.device),
         quantization=quantization,
         notes=tuple(collected),
     )

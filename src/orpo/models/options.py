@@ -28,3 +28,4 @@ class ModelOptions:
     adapter_base: str | None = None
     is_dequantized: bool = False
     is_spread: bool = False
+    is_sent: bool = False

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from orpo.engine.choose import GRADIENT_TOLERANCE, LOGP_TOLERANCE, rows_for_check
 from orpo.engine.compiled import compiled_layers, why_not
 from orpo.engine.layout import PreferenceBatch, collate
+from orpo.engine.parallel import gradients_of, is_sharded, norm_of
+from orpo.system.ranks import all_reduce_max
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ def compile_layers(trainer: Any, stack: ExitStack) -> str | None:
             count = attempt.enter_context(compiled_layers(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode))
             logger.info("compiling %d decoder layers", count)
             difference = _difference(_values(trainer, batch), expected)
+            if is_sharded(model):  # all come to one decision
+                difference = tuple(all_reduce_max(torch.tensor(difference, dtype=torch.float64, device=args.device)).tolist())
         except Exception as error:  # Dynamo's, a backend's, a compiler's that is missing
             problem: str | None = why_not(error)
         else:
@@ -54,7 +58,7 @@ def _values(trainer: Any, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]
     try:
         with torch.random.fork_rng(devices, device_type=trainer.args.device.type), torch.enable_grad(), trainer._computing():
             result = trainer.engine.step(model, batch, trainer.training_objective)
-            gradients = torch.autograd.grad(result.loss, [trained[0], trained[-1]], allow_unused=True)
+            gradients = gradients_of(result.loss, [trained[0], trained[-1]], model)
     finally:
         model.train(is_training)
     return result.logp_N, [gradient for gradient in gradients if gradient is not None]
@@ -63,7 +67,7 @@ def _values(trainer: Any, batch: PreferenceBatch) -> tuple[Tensor, list[Tensor]]
 def _difference(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
     """The mean of log-probabilities, nats, and the largest of gradients, in their norm."""
     pairs = zip(found[1], expected[1], strict=True)
-    gradient = max((float((a - b).float().norm() / b.float().norm().clamp(min=1e-12)) for a, b in pairs), default=0.0)
+    gradient = max((float(norm_of([a - b]) / norm_of([b]).clamp(min=1e-12)) for a, b in pairs), default=0.0)
     return float((found[0] - expected[0]).abs().mean()), gradient
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from orpo.engine.parallel import decoder_layers
+from orpo.engine.parallel import decoder_layers, own_part
 
 if TYPE_CHECKING:
     from orpo.config.options import ORPOConfig
@@ -82,7 +82,7 @@ def budget_bytes(args: ORPOConfig, *, held: float = 0.0) -> float | None:
 
 def fewest_layers(model: nn.Module, need: MemoryNeed, args: ORPOConfig) -> int:
     """How many layers of a loaded model a run computes again."""
-    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    stored = sum(part.numel() * part.element_size() for part in map(own_part, model.parameters()))
     budget = budget_bytes(args, held=stored)
     count = need.fewest(budget)
     if budget is not None and need.peak(count) > budget:

@@ -55,6 +55,8 @@ class CheckpointMixin(_Base):
     """The folder, where somebody holds it for longer than the training takes."""
     parallelism: Parallelism
     _facts: dict[str, Any] | None = None
+    _early_facts: dict[str, Any] | None = None
+    """Those without the engine, where they were asked for before it was chosen."""
     _signals: SignalCallback
     _is_evaluation_due = False
     _evaluated_from: int | None = None
@@ -152,15 +154,17 @@ class CheckpointMixin(_Base):
     def facts(self) -> dict[str, Any]:
         """What a resumed run must share with the one that saved."""
         if self._facts is None:
-            self._facts = {
-                "data": fingerprint(self.train_dataset),
-                "rows_per_step": self.train_sampler.rows_per_step,
-                "engine": self.engine.name,
-                "compute_dtype": self.args.compute_dtype,
-                "objective_code": plugin_sha256(type(self.training_objective)),
-                "config": options_as_facts(self.args, **self.hidden_args),
-            }
+            self._facts = {**(self._early_facts or self._facts_without_engine()), "engine": self.engine.name}
         return self._facts
+
+    def _facts_without_engine(self) -> dict[str, Any]:
+        return {
+            "data": fingerprint(self.train_dataset),
+            "rows_per_step": self.train_sampler.rows_per_step,
+            "compute_dtype": self.args.compute_dtype,
+            "objective_code": plugin_sha256(type(self.training_objective)),
+            "config": options_as_facts(self.args, **self.hidden_args),
+        }
 
     # ---- resume --------------------------------------------------------------------------------------------------------------------
 
@@ -178,6 +182,17 @@ class CheckpointMixin(_Base):
             hold.look_for(wanted)
             yield hold
 
+    def checkpoint_to_read(self, hold: RunHold) -> str | None:
+        """The same before the engine is chosen, for weights that have to be read by then.
+
+        Raises:
+            CheckpointError: it is of another run, as far as can be said without the engine.
+        """
+        self.train_sampler.rows_per_step = hold.rows_per_step(self.args)
+        self._early_facts = self._facts_without_engine()
+        hold.require_same(allow=self.args.allow_changed_resume, **self._early_facts)
+        return None if hold.checkpoint is None else str(hold.checkpoint)
+
     def checkpoint_to_resume(self, hold: RunHold) -> str | None:
         """The checkpoint to go on from, proved whole and of this run; None to start anew.
 
@@ -188,7 +203,7 @@ class CheckpointMixin(_Base):
         self.train_sampler.rows_per_step = hold.rows_per_step(self.args)
         # Without a checkpoint too: what the run's start already knew of itself is what its checkpoints keep.
         hold.require_same(allow=self.args.allow_changed_resume, **self.facts())
-        self._facts = dict(hold.now)
+        self._facts, self._early_facts = dict(hold.now), None
         if hold.checkpoint is None or hold.manifest is None:
             return None
         if versions := hold.other_versions():

@@ -19,6 +19,7 @@ from orpo.data.types import TokenGroup
 from orpo.engine.kernels import resolve
 from orpo.errors import UserError, UserErrors
 from orpo.models.adapters import put_adapter
+from orpo.models.bare import grow_embeddings
 from orpo.models.dtype import settle_dtype, spread_dtype
 from orpo.models.newtokens import positions_of, require_rows, with_new_tokens
 from orpo.objective import Objective, kind_of
@@ -195,15 +196,21 @@ def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
     kwargs = dict(given) if isinstance(given, dict) else {}
     revision = kwargs.pop("revision", args.model_revision)
     kwargs.pop("trust_remote_code", None)
-    loaded = load_model(
-        model,
-        revision=revision,
-        trust_remote_code=args.trust_remote_code,
-        device=args.device,
-        dtype=kwargs.pop("dtype", None),
-        model_init_kwargs=kwargs,
-        is_spread=args.spread.spreads_weights,
-    )
+    dtype = kwargs.pop("dtype", None)
+
+    def load() -> Any:
+        return load_model(
+            model,
+            revision=revision,
+            trust_remote_code=args.trust_remote_code,
+            device=args.device,
+            dtype=dtype,
+            model_init_kwargs=kwargs,
+            is_spread=args.spread.spreads_weights,
+            is_sent=args.spread.sends_weights,
+        )
+
+    loaded = on_all(load) if args.spread.sends_weights else load()  # the others would wait for what one process cannot read
     return loaded.model, loaded.tokenizer
 
 
@@ -286,7 +293,7 @@ def _grow_embeddings(model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         settle_dtype(model.parameters(), spread_dtype(model))  # or the new rows would be rounded
-        model.resize_token_embeddings(len(tokenizer))
+        grow_embeddings(model, len(tokenizer))
         logger.info("the vocabulary has grown from %d to %d for the chat template's tokens", rows, len(tokenizer))
 
 

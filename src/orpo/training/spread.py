@@ -16,8 +16,11 @@ from orpo.data.types import TokenGroup
 from orpo.engine.choose import Engine, has_unused_weights
 from orpo.engine.parallel import decoder_layers, is_sharded, shard
 from orpo.engine.zero import Zero
+from orpo.errors import UserError
 from orpo.objective import Objective
-from orpo.system.allocator import return_freed_memory
+from orpo.system.allocator import map_large_blocks, return_freed_memory
+from orpo.system.group import on_all
+from orpo.system.parts import has_weights_in_parts
 from orpo.system.ranks import Ranks
 from orpo.training.compiling import compile_layers
 from orpo.training.planning import packed_lengths, weigh_model
@@ -61,7 +64,12 @@ class SpreadMixin(_Base):
             super().create_accelerator_and_postprocess()
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """As in transformers; a model that is on the CPU stays as it is: `cpu:0`, as a process of several has it, would make a copy."""
+        """As in transformers; a model that is on the CPU stays as it is: `cpu:0`, as a process of several has it, would make a copy.
+
+        One whose layers are brought to the device as they are spread is never there whole.
+        """
+        if self.args.spread.sends_weights:
+            return
         if device.type != "cpu" or any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
             super()._move_model_to_device(model, device)
 
@@ -103,19 +111,31 @@ class SpreadMixin(_Base):
             "compiled": self.compiled,
         }
 
-    def spread_weights(self, checkpoint: str | None, engine: Engine) -> None:
+    def spread_weights(self, checkpoint: str | None) -> None:
         """Spread the weights over the ranks, those of a checkpoint that has them whole too."""
         if not self._is_sharded:
-            self._settle_ddp(engine)
-        if not self._is_sharded or is_sharded(self.model):
             return
-        self.load_whole_weights(checkpoint)
+        if is_sharded(self.model):
+            self._refuse_whole(checkpoint)
+            return
+        is_read_here = self.ranks.is_first or not self.parallelism.sends_weights
+        on_all(lambda: self.load_whole_weights(checkpoint) if is_read_here else None)
         self.before_sharding()
+        if self.args.device.type == "cpu":
+            map_large_blocks()
         self._start_zero() if self.parallelism.zero else self._shard()
         if self.args.device.type == "cpu":
             return_freed_memory()  # the weights as they were whole
         self.model._is_accelerate_prepared = True  # or accelerate would put DDP around it
         self._keep_as_spread(self.model)
+
+    def _refuse_whole(self, checkpoint: str | None) -> None:
+        if self.parallelism.sends_weights and checkpoint is not None and not has_weights_in_parts(checkpoint):
+            raise UserError(
+                "this trainer has spread its weights already, and the checkpoint's are whole",
+                where=checkpoint,
+                mend="call train(resume_from_checkpoint=…) on a new trainer, before anything is evaluated",
+            )
 
     def _keep_as_spread(self, model: nn.Module) -> None:
         """The same for accelerate before 1.15, which looks at the mark on optimizers alone."""
@@ -142,10 +162,10 @@ class SpreadMixin(_Base):
         else:  # DDP and ZeRO take the mean over ranks; FSDP's shards are summed.
             self.accelerator.backward(loss / self.args.world_size if self._is_sharded else loss)
 
-    def _settle_ddp(self, engine: Engine) -> None:
+    def settle_ddp(self, engine: Engine) -> None:
         """Turn off DDP's search for weights without a gradient, which walks the graph in every micro-batch, where there are none."""
         wrapper = self.accelerator.ddp_handler
-        if self.args.world_size == 1 or self.args.ddp_find_unused_parameters is not None or wrapper is None:
+        if self._is_sharded or self.args.world_size == 1 or self.args.ddp_find_unused_parameters is not None or wrapper is None:
             return
         if wrapper.find_unused_parameters:
             wrapper.find_unused_parameters = has_unused_weights(self.model, engine, self.known_rows, self.training_objective)
@@ -166,6 +186,7 @@ class SpreadMixin(_Base):
         per_replica = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if wanted.is_hybrid else 0
         shard(
             self.model,
+            device=self.args.device,
             dtype=getattr(torch, self.args.compute_dtype),
             layers=wanted.layers,
             reshards=wanted.reshards,

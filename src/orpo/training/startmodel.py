@@ -8,6 +8,7 @@ from orpo.config.options import ORPOConfig
 from orpo.errors import UserError
 from orpo.run.config import RunConfig
 from orpo.run.data import RunData
+from orpo.system.allocator import map_large_blocks
 
 if TYPE_CHECKING:
     from orpo.models.load import LoadedModel
@@ -53,9 +54,12 @@ def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> Loaded
     """The model of a run, with room for the tokens that the chat template has added to the vocabulary."""
     from transformers import set_seed
 
+    from orpo.models.bare import grow_embeddings
     from orpo.models.dtype import settle_dtype, spread_dtype
     from orpo.models.load import load_model
 
+    if args.spread.sends_weights:
+        map_large_blocks()  # those of the process that has read the weights are given back layer by layer
     set_seed(args.seed)  # new embeddings and adapters are drawn before the trainer sets its seed
     extra = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
     extra.pop("trust_remote_code", None)
@@ -73,8 +77,9 @@ def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> Loaded
         model_init_kwargs=extra,
         is_adapter_trainable=not config["use_peft"],
         is_spread=args.spread.spreads_weights,
+        is_sent=args.spread.sends_weights,
     )
     if data.encoder.new_tokens and len(data.tokenizer) > loaded.model.get_input_embeddings().weight.shape[0]:
         settle_dtype(loaded.model.parameters(), spread_dtype(loaded.model))  # or the new rows would be rounded
-        loaded.model.resize_token_embeddings(len(data.tokenizer))
+        grow_embeddings(loaded.model, len(data.tokenizer))
     return loaded

@@ -198,6 +198,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
     def engine(self) -> Engine:
         """The engine of this model, chosen at first use by running the first rows through both."""
         if self._engine is None:
+            if self.parallelism.sends_weights:
+                self.spread_weights(None)  # nobody has the weights whole to choose by
             self._engine = choose(
                 self.model,
                 self.known_rows,
@@ -284,6 +286,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             require_reference(self.training_objective, self.known_rows, self.eval_dataset)
+            if self.parallelism.sends_weights:
+                self.spread_weights(self.checkpoint_to_read(hold))
             checkpoint = self.checkpoint_to_resume(hold)
             engine = self.engine  # chosen before the model is wrapped
             if self.args.device.type == "cpu":
@@ -292,7 +296,9 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             if not self.compiling(stack) and self.args.device.type == "cpu" and engine.name == "shared":
                 stack.enter_context(fused_modules(self.model))
             self.recomputed_layers = stack.enter_context(self.recomputing())
-            self.spread_weights(checkpoint, engine)
+            if not self.parallelism.sends_weights:
+                self.spread_weights(checkpoint)
+            self.settle_ddp(engine)
             stack.enter_context(guard.hold())
             stack.enter_context(self._whole_steps(is_resumed=checkpoint is not None))
             is_complete = checkpoint is not None and self.is_complete_at(checkpoint)
