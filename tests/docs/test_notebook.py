@@ -136,7 +136,7 @@ def test_one_line_changes_the_data(notebook: Any) -> None:
 
 
 SHOWN = {
-    NOTEBOOK.name: ("SFT+DPO", "accuracy"),
+    NOTEBOOK.name: ("SFT+DPO", "accuracy", "step 38 of 38", "data:image/svg+xml"),
     "audit_and_clean.ipynb": ("left because of", "<table"),
     "base_model_to_gguf.ipynb": ("step 20 of 20", "data:image/svg+xml", "largest difference"),
 }
