@@ -14,6 +14,7 @@ from adapted import adapt
 from orpo.errors import UserError
 from orpo.models.export import export_adapter, export_gguf, export_merged
 from orpo.models.load import load_model, merge
+from orpo.models.verify import Probe, check_merge
 from tinymodels import ARCHITECTURES, build_tiny_model, build_tiny_tokenizer
 
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -48,6 +49,21 @@ def test_every_architecture_is_published(architecture: str, dtype: str, tmp_path
     assert loaded.facts.dtype == dtype
     targets = ["in_proj"] if architecture == "mamba" else None  # PEFT takes no other layer of it
     export_merged(moved(adapt(loaded.model, r=2, target_modules=targets), 0.02), tokenizer, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("seed", [6, 9, 12])
+@pytest.mark.parametrize("architecture", ["gpt_oss", "mixtral"])
+def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(architecture: str, seed: int, tmp_path: Path, tokenizer: Any) -> None:
+    folder = export_merged(build_tiny_model(architecture, vocab_size=384), tokenizer, tmp_path / "whole", dtype="bfloat16")
+    torch.manual_seed(seed)  # PEFT draws A from the process's own numbers
+    adapted = moved(adapt(load_model(folder, device="cpu", dtype="auto").model, r=2), 0.02)
+    before = Probe.of(adapted)
+    merged = merge(adapted)
+    check_merge(before, merged)
+    with torch.no_grad():
+        merged.model.layers[0].self_attn.o_proj.weight.mul_(0.5)
+    with pytest.raises(UserError, match="not the model it was made from"):
+        check_merge(before, merged)
 
 
 TIED = [["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"], ["q_proj"]]

@@ -187,6 +187,11 @@ def pin_base(model: Any) -> None:
         settings.revision = commit
 
 
+def has_experts(model: Any) -> bool:
+    """Whether a token takes its way through some of a layer's experts: a mixture of experts, by the names in its configuration."""
+    return any("experts" in name and name[0] != "_" for name in vars(model.config.get_text_config()))
+
+
 def is_adapted(model: Any) -> bool:
     """Whether the model carries a PEFT adapter."""
     import sys
