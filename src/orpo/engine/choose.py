@@ -27,6 +27,7 @@ from orpo.engine.parallel import computing_device, forget_gradients, gradients_o
 from orpo.engine.router import Router, router_of
 from orpo.engine.sending import class_of
 from orpo.errors import UserError
+from orpo.models.adapters import has_experts
 from orpo.objective import Objective
 from orpo.system.ranks import all_reduce_max, current_ranks, is_lost_contact
 
@@ -235,7 +236,7 @@ def rows_for_check(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
 
 def has_unused_weights(model: nn.Module, engine: Engine, groups: Sequence[TokenGroup], objective: Objective) -> bool:
     """Whether some trainable weights take no part in the loss of the first rows, or may take none in that of others (experts)."""
-    if any("experts" in name and name[0] != "_" for name in vars(shared.unwrap(model).config.get_text_config())):
+    if has_experts(shared.unwrap(model)):
         return True
     batch = collate(rows_for_check(groups), "sequence").to(next(model.parameters()).device)
     with torch.enable_grad():
