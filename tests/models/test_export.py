@@ -16,6 +16,7 @@ from orpo.errors import UserError
 from orpo.models.export import export_adapter, export_gguf, export_merged
 from orpo.models.gguf_write import why_not_here
 from orpo.models.load import load_model, weights_sha256
+from orpo.models.softcap import honour_soft_cap
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 from tokenizerrules import llama3_like, sentencepiece_like, smollm_like
 
@@ -30,6 +31,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained_adapter(model: Any, **settings: Any) -> Any:
     torch.manual_seed(0)
+    honour_soft_cap(model)  # as whoever loads or trains one does; the oldest transformers drops it
     adapted = adapt(model, r=4, **settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

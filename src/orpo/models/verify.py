@@ -17,6 +17,7 @@ import numpy as np
 
 from orpo.errors import UserError
 from orpo.models.adapters import adapter_base, has_experts, is_adapted
+from orpo.models.softcap import honour_soft_cap
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ def check_merged(plain: PreTrainedModel, folder: Path) -> None:
         _check_files(plain, folder)
         return
     written = type(plain).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True).eval()
+    honour_soft_cap(written)
     _check_equal(plain.state_dict(), written.state_dict())  # not the files: some architectures are stored under other names than they run
     _check_logits(plain, written, "merged model")
 
