@@ -219,7 +219,10 @@ def breaks_off(model: Path, folder: Path) -> bool:
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "orpo", "chat", str(model), "--max_new_tokens", "480", "--temperature", "3"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder, start_new_session=True, env=environment)
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, cwd=folder, start_new_session=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell takes from what it starts with "&"
+    )  # fmt: skip
     os.close(slave)
     try:
         read_until(master, process, "> ")

@@ -68,7 +68,7 @@ class SpreadMixin(_Base):
 
         One whose layers are brought to the device as they are spread is never there whole.
         """
-        if self.args.spread.sends_weights:
+        if self.parallelism.sends_weights:  # not `args`, which hide FSDP while transformers' Trainer is made
             return
         if device.type != "cpu" or any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
             super()._move_model_to_device(model, device)
