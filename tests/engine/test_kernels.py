@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -196,23 +197,28 @@ def values(step: Callable[[], StepResult], model: nn.Module) -> list[Tensor]:
     return [result.logp_N, *(gradient for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.parametrize(
-    "architecture", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "llama", "qwen3", "gemma3", "mistral"))]
-)
-def test_a_model_under_flex_attention_equals_the_padded_engine(architecture: str) -> None:
-    """Window, soft cap and sinks, each from a model that has them; the row is padded to a whole block."""
+def assert_equals_padded(architecture: str, kernel: str, runs_here: AbstractContextManager[Any]) -> None:
+    """A model's log-probabilities and gradients under a kernel are those of the padded engine."""
     batch: PreferenceBatch = collate(random_groups(4, kinds=("pair", "four", "sft"), prompt=(10, 18), answer=(1, 14)))
     attention.register()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build_tiny_model(architecture)
         expected = values(lambda: padded.step(model, batch, ORPO(1.0)), model)
-        with flex_trains_here(), attention_implementation(model, attention.NAME):
-            found = values(lambda: shared.step(model, batch, ORPO(1.0), kernel="flex"), model)
+        with runs_here, attention_implementation(model, attention.NAME):
+            found = values(lambda: shared.step(model, batch, ORPO(1.0), kernel=kernel), model)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     largest = max(float(gradient.norm()) for gradient in expected[1:])
     for left, right in zip(found[1:], expected[1:], strict=True):
         assert (left - right).norm() <= 1e-4 * right.norm() + 1e-6 * largest
+
+
+@pytest.mark.parametrize(
+    "architecture", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "llama", "qwen3", "gemma3", "mistral"))]
+)
+def test_a_model_under_flex_attention_equals_the_padded_engine(architecture: str) -> None:
+    """Window, soft cap and sinks, each from a model that has them; the row is padded to a whole block."""
+    assert_equals_padded(architecture, "flex", flex_trains_here())
 
 
 @pytest.mark.parametrize(
@@ -220,18 +226,7 @@ def test_a_model_under_flex_attention_equals_the_padded_engine(architecture: str
 )
 def test_a_model_under_variable_length_attention_equals_the_padded_engine(architecture: str) -> None:
     """Through torch's own operator: what it is given, and the gradients that its autograd asks for."""
-    batch: PreferenceBatch = collate(random_groups(4, kinds=("pair", "four", "sft"), prompt=(10, 18), answer=(1, 14)))
-    attention.register()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = build_tiny_model(architecture)
-        expected = values(lambda: padded.step(model, batch, ORPO(1.0)), model)
-        with varlen_runs_here(), attention_implementation(model, attention.NAME):
-            found = values(lambda: shared.step(model, batch, ORPO(1.0), kernel="varlen"), model)
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
-    largest = max(float(gradient.norm()) for gradient in expected[1:])
-    for left, right in zip(found[1:], expected[1:], strict=True):
-        assert (left - right).norm() <= 1e-4 * right.norm() + 1e-6 * largest
+    assert_equals_padded(architecture, "varlen", varlen_runs_here())
 
 
 def test_the_start_compares_the_very_kernel_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
