@@ -28,7 +28,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. `data` is "hh" (4 pairs a step), "sharegpt" or "ultrafeedback" (2 pairs a step, length 1024)."""
+    """One comparison. `data` is "hh" (4 pairs a step), "sharegpt", "orca" or "ultrafeedback" (2 pairs a step, length 1024)."""
 
     data: str = "hh"
     method: str = "full"
@@ -139,7 +139,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=["hh", "sharegpt", "ultrafeedback"])
+    parser.add_argument("--data", choices=["hh", "sharegpt", "orca", "ultrafeedback"])
     parser.add_argument("--method", choices=["full", "lora"])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--checkpointing", action="store_true")

@@ -20,8 +20,12 @@ from transformers import TrainerCallback
 from orpo.system.machine import peak_memory_bytes
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-FILES = {"hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz", "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json"}
-WORDS = {"hh": (95, 28, 36), "sharegpt": (300, 220, 240), "ultrafeedback": (155, 265, 265)}
+FILES = {
+    "hh": DATA / "hh_harmless" / "harmless-base-test.jsonl.gz",
+    "sharegpt": DATA / "sharegpt_demo" / "dpo_en_demo.json",
+    "orca": DATA / "orca_dpo" / "validation.jsonl",
+}
+WORDS = {"hh": (95, 28, 36), "sharegpt": (300, 220, 240), "orca": (190, 140, 240), "ultrafeedback": (155, 265, 265)}
 """Words of prompt, chosen and rejected of made-up rows where there is no file, for about the same tokens."""
 
 

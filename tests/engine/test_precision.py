@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from orpo import ORPOTrainer
 from orpo.data.types import TokenGroup
 from orpo.engine import precision
 from orpo.engine.precision import MasterAdamW, WorkingWeights, autocast_to, total_norm
-from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, return_freed_memory
+from orpo.system.allocator import forget_file_pages, keep_freed_memory, limit_kernel_cache, return_freed_memory
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 from trainerruns import logged, make_trainer, weights
@@ -339,6 +342,57 @@ def test_freed_memory_is_given_back() -> None:
     kept, left = map(float, run.stdout.split())
     assert kept > 150
     assert left < 50
+
+
+def resident_of(file: Path) -> int:
+    """KiB of a mapped file that this process holds."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [number for number, line in enumerate(lines) if line.endswith(str(file))]
+    return sum(int(next(line.split()[1] for line in lines[start:] if line.startswith("Rss:"))) for start in starts)
+
+
+needs_pagemap = pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="what pages are in memory is asked of Linux")
+
+
+@needs_pagemap
+def test_pages_of_a_file_are_let_go_and_what_was_written_to_them_stays(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    kept = torch.randn(4_000_000)
+    save_file({"weight": kept}, file)
+    mapped = load_file(file)["weight"]
+    mapped[1_000_000:1_100_000] = 3.0
+    kept[1_000_000:1_100_000] = 3.0
+    assert torch.equal(mapped, kept)
+    assert resident_of(file) > 15_000
+    assert 15_000_000 < forget_file_pages([(mapped.data_ptr(), mapped.nbytes)]) < 15_700_000
+    assert resident_of(file) < 1_000
+    assert torch.equal(mapped, kept)
+    assert forget_file_pages([(kept.data_ptr(), kept.nbytes)]) == 0  # of no file
+    assert torch.equal(mapped, kept)
+
+
+@needs_pagemap
+def test_a_frozen_base_is_not_held_twice(tmp_path: Path) -> None:
+    """LoRA in bf16 on a float32 file: once its copies are made nothing of the file stays in memory, after an evaluation neither."""
+    build_tiny_model("llama", vocab_size=16384, hidden_size=128).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    base = load_file(file)
+    held: list[int] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            held.append(resident_of(file))
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    groups = random_groups(8)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"bf16": True, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(tmp_path / "run", groups, model=model, arguments={"eval_dataset": groups, "peft_config": adapter}, **options)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(held) == 4
+    assert max(held) < file.stat().st_size / 1024 / 4
+    assert torch.equal(trainer.model.get_base_model().get_input_embeddings().weight, base["model.embed_tokens.weight"])
 
 
 def test_a_limit_of_the_kernel_cache_that_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,18 @@ def test_parts_in_shards_go_down_with_the_number_of_processes(model_folder: Path
     assert list(plans(model_folder, "L4")) == ["ddp"], "one process has nothing to share"
 
 
+@pytest.mark.parametrize(
+    ("stored", "more", "bytes_each"), [("float32", {}, 2), ("bfloat16", {}, 6), ("float32", {"bf16_weights": False}, 6)]
+)
+def test_a_frozen_base_counts_once_where_it_is_let_go_of(stored: str, more: dict[str, Any], bytes_each: int, tmp_path: Path) -> None:
+    """A float32 file stays mapped, and a step reads the bf16 copies alone; what was converted to float32 is held beside them."""
+    LlamaConfig(architectures=["LlamaForCausalLM"], dtype=stored, num_hidden_layers=2).save_pretrained(tmp_path)
+    keys = {"model_name_or_path": str(tmp_path), "dataset_name": "demo", "bf16": True, "use_cpu": True, "use_peft": True, **more}
+    config = resolve(None, [word for key, value in keys.items() for word in (f"--{key}", str(value))])
+    plan = make_plan(config, config.training_args())
+    assert plan.weights_bytes == bytes_each * plan.num_parameters + 6 * plan.num_trainable
+
+
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 8}
 RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
 RUNS: list[tuple[int, str, dict[str, Any]]] = [

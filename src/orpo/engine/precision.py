@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orpo.system.allocator import forget_file_pages
+
 WORKING_DEVICES = ("cpu", "cuda")
 """Where working weights are used unless the user says otherwise."""
 
@@ -37,6 +39,14 @@ class WorkingWeights:
         self._is_active = False
         self._may_be_behind = False
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.parameters if parameter.requires_grad]
+
+    def set_frozen_aside(self) -> None:
+        """Let go of the pages of frozen masters that are mapped from a file: a step reads their copies alone."""
+        forget_file_pages(
+            (parameter.data_ptr(), parameter.nbytes)
+            for parameter in self.parameters
+            if not parameter.requires_grad and parameter.device.type == "cpu" and parameter.is_contiguous()
+        )
 
     def close(self) -> None:
         """Stop watching the parameters."""

@@ -5,8 +5,12 @@ Where there is no glibc (musl, macOS, Windows) its functions do nothing and say 
 
 from __future__ import annotations
 
+import array
 import ctypes
+import itertools
+import mmap
 import os
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -48,6 +52,41 @@ def return_freed_memory() -> bool:
     """
     malloc_trim = _function("malloc_trim")
     return malloc_trim is not None and bool(malloc_trim(0))
+
+
+def forget_file_pages(blocks: Iterable[tuple[int, int]]) -> int:
+    """Let go of the pages of a mapped file that nobody has written to, for memory that will hardly be read again.
+
+    A checkpoint is mapped, not read: its pages count as the process's own once they have been touched. Whatever reads them later finds
+    them again, in the system's cache of files or in the file.
+
+    Args:
+        blocks: address and length in bytes of each.
+
+    Returns:
+        How many bytes are let go of: none where there is no `/proc/self/pagemap` (Linux has it).
+    """
+    madvise = _function("madvise")
+    forgotten = 0
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            for address, length in blocks:
+                first, end = -(-address // mmap.PAGESIZE), (address + length) // mmap.PAGESIZE  # pages that are wholly within
+                states = array.array("Q", os.pread(pagemap.fileno(), max(0, end - first) * 8, first * 8))
+                for is_file, run in itertools.groupby(enumerate(states, first), lambda page: page[1] >> 61 == _PRESENT_OF_FILE):
+                    pages = [number for number, _ in run] if is_file else []
+                    if pages and not madvise(
+                        ctypes.c_void_p(pages[0] * mmap.PAGESIZE), ctypes.c_size_t(len(pages) * mmap.PAGESIZE), mmap.MADV_DONTNEED
+                    ):
+                        forgotten += len(pages) * mmap.PAGESIZE
+    except (OSError, TypeError, AttributeError):
+        return forgotten
+    return forgotten
+
+
+_PRESENT_OF_FILE = 0b101
+"""Upper three bits of a page's state (the kernel's admin-guide/mm/pagemap): present, not swapped, of a file. A page that was written to is
+no longer the file's, and letting go of it would lose what was written."""
 
 
 KERNEL_CACHE_VARIABLE, KERNEL_CACHE_SIZE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256"

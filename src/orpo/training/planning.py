@@ -167,6 +167,8 @@ def make_plan(
         num_steps = max(1, round(-(-num_rows // (rows_per_step * args.world_size)) * args.num_train_epochs))
     trained = shape.num_trainable
     weights, stored = _weight_bytes(config, shape, dtype)
+    if _base_stays_in_its_file(config, args):
+        weights -= frozen_bytes(config, shape)
     optimizer = round(trained * _optimizer_bytes(args))
     gradients = round(trained * _gradient_bytes(args))
     logits, runtime = _logits_bytes(shape, args, microbatch), _CPU_RUNTIME_BYTES if args.device.type == "cpu" else 0
@@ -304,6 +306,14 @@ def frozen_bytes(config: RunConfig, shape: ModelShape) -> float:
         packed = _8BIT_BYTES if config["load_in_8bit"] else _NESTED_4BIT_BYTES if config["use_bnb_nested_quant"] else _4BIT_BYTES
         return shape.num_quantizable * packed + (shape.num_parameters - shape.num_quantizable) * 4.0
     return shape.num_parameters * _STORED_BYTES.get(config["dtype"] or "float32", 2.0)
+
+
+def _base_stays_in_its_file(config: RunConfig, args: ORPOConfig) -> bool:
+    """Whether an adapter's base is mapped from its files and let go of once its working copies are made (`WorkingWeights`)."""
+    is_copied = args.compute_dtype == "bfloat16" and args.world_size == 1 and args.bf16_weights is not False
+    is_plain = config["use_peft"] and not (config["load_in_4bit"] or config["load_in_8bit"]) and config["dtype"] in (None, "float32")
+    stored = str(getattr(read_model_config(config), "dtype", None)).removeprefix("torch.")
+    return args.device.type == "cpu" and is_copied and is_plain and stored == "float32"
 
 
 def copy_bytes(config: RunConfig, shape: ModelShape, working: float) -> float:

@@ -290,8 +290,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
                 self.spread_weights(self.checkpoint_to_read(hold))
             checkpoint = self.checkpoint_to_resume(hold)
             engine = self.engine  # chosen before the model is wrapped
+            self._make_room()  # that of the choice
             if self.args.device.type == "cpu":
-                return_freed_memory()  # that of the choice
                 (map_large_blocks if self._is_sharded else keep_freed_memory)()
             if not self.compiling(stack) and self.args.device.type == "cpu" and engine.name == "shared":
                 stack.enter_context(fused_modules(self.model))
@@ -421,6 +421,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         """Between steps and an evaluation, whose tensors have other shapes: or what one has freed would lie beside what the other needs."""
         if self.args.device.type == "cpu":
             return_freed_memory()
+            if self._working is not None:
+                self._working.set_frozen_aside()
 
     def _evaluate_microbatch(self, microbatch: PreferenceBatch) -> Any:
         with torch.no_grad(), self._computing():
