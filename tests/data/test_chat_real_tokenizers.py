@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +11,8 @@ import pytest
 from chatcorpus import all_templates, tokens_of
 from chatgrid import Oracle, grid, judge
 from orpo.data.template import TemplateEncoder
-
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orpo" / "tokenizers"
+from orpo.models.load import load_tokenizer
+from realtokenizers import FOLDER
 
 SAMPLE = 0.3
 """Share of the grid that is tried by default."""
@@ -31,14 +29,9 @@ TEMPLATES = {
 
 @cache
 def real_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
     if not (FOLDER / name / "tokenizer.json").is_file():
         pytest.skip(f"the tokenizer of {name} is not here: make tokenizers")
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
-    if tokenizer.decode(tokenizer.encode("What is it?", add_special_tokens=False)) != "What is it?":
-        pytest.skip(f"this version of transformers reads the tokenizer of {name} as another kind, and loses its spaces")
-    return tokenizer
+    return load_tokenizer(FOLDER / name)
 
 
 @pytest.mark.parametrize(("name", "template"), [(name, template) for name, templates in TEMPLATES.items() for template in templates])

@@ -17,7 +17,9 @@ from orpo.cli import main
 from orpo.errors import UserError
 from orpo.models import gguf_convert
 from orpo.models.export import export_gguf
+from orpo.models.load import load_tokenizer
 from orpo.models.verify import check_quantized
+from realtokenizers import FOLDER as TOKENIZERS
 from tinymodels import build_tiny_model, build_tiny_tokenizer
 from tokenizerrules import gemma_like, llama3_like, qwen2_like, sentencepiece_like, smollm_like
 
@@ -185,7 +187,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gptoss": ("gpt_oss", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}),
     "deepseek_v3": ("llama", {}),
 }
-TOKENIZERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orpo" / "tokenizers"
 
 
 @needs_llama_cpp
@@ -194,11 +195,9 @@ TOKENIZERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_tokenizers_are_cut_alike(name: str, tmp_path: Path) -> None:
     """A hundred thousand merges, and special tokens that small ones lack; 32 greedy tokens are the same."""
-    from transformers import AutoTokenizer
-
     if not (TOKENIZERS / name / "tokenizer.json").is_file():
         pytest.skip(f"the tokenizer of {name} is not here: make tokenizers")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    tokenizer = load_tokenizer(TOKENIZERS / name)
     if not tokenizer.chat_template:
         tokenizer.chat_template = (
             "{% for message in messages %}<|start|>{{ message['role'] }}<|message|>{{ message['content'] }}<|end|>{% endfor %}"

@@ -40,7 +40,7 @@ from orpo.models.inparts import model_from_parts
 from orpo.models.options import ModelOptions
 from orpo.models.quantized import quantization_arguments, stored_quantization
 from orpo.models.softcap import honour_soft_cap
-from orpo.models.tokenizer import as_tokenizer, settle_padding
+from orpo.models.tokenizer import as_tokenizer, read_tokenizer, settle_padding
 from orpo.system.machine import bf16_is_fast, choose_device, cpu_flags, hub_answers
 from orpo.system.parts import has_weights_in_parts
 from orpo.system.ranks import current_ranks
@@ -376,14 +376,15 @@ def _has_own_tokenizer(adapter: ModelSource) -> bool:
 
 
 def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     options = ModelOptions(revision=revision, trust_remote_code=trust_remote_code)
     if source.is_local:
         check_tokenizer_files(source)
     try:
         arguments = _hub_arguments(source, options)
-        tokenizer = as_tokenizer(AutoTokenizer.from_pretrained(source.location, **arguments))
+        found, notes = read_tokenizer(source.location, **arguments)
+        tokenizer = as_tokenizer(found)
         is_mistral_common = type(tokenizer).__name__ == "MistralCommonBackend"
         if is_mistral_common:
             # Taken by AutoTokenizer where mistral-common is installed; it has no chat template, and renders by rules of its own.
@@ -397,7 +398,7 @@ def _tokenizer_of(source: ModelSource, revision: str | None, trust_remote_code: 
             expected="a tokenizer.json, with its tokenizer_config.json and chat template",
             mend="take these files from a repository of the same model that has them, and put them into the model's folder",
         )
-    return tokenizer, settle_padding(tokenizer)
+    return tokenizer, (*notes, *settle_padding(tokenizer))
 
 
 def _with_facts(

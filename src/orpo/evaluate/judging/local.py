@@ -83,14 +83,15 @@ class RewardModel:
     """
 
     def __init__(self, name: str, *, revision: str | None = None, device: str | None = None) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         from orpo.models.fingerprint import weights_sha256
+        from orpo.models.tokenizer import read_tokenizer
         from orpo.system.machine import choose_device
 
         options = {"revision": revision} if revision else {}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, **options)
+            self.tokenizer, _ = read_tokenizer(name, **options)
             self.model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **options)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"the reward model cannot be loaded: {error}", where=f"judge {name}", expected="a folder or hub id") from error
