@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashcpu import flash, varlen_runs_here
-from flexcpu import flex_trains_here
+from flexcpu import flex_as_on_a_gpu, flex_trains_here
 from orpo.engine import attention, flex, kernels, padded, shared, varlen
 from orpo.engine.choose import Compute, attention_implementation, choose
 from orpo.engine.layout import PackedLayout, PreferenceBatch, StepResult, collate
@@ -302,23 +302,37 @@ def test_auto_takes_what_was_measured_on_the_card_and_nothing_was_yet(monkeypatc
 # --- compiling ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_new_lengths_windows_and_layouts_compile_nothing_anew() -> None:
-    """What Dynamo traces, without the code behind it: one graph, whatever the lengths that follow."""
-    torch._dynamo.reset()
-    attend = flex._compiled("eager")
+CALLS = [((60, 70), None), ((200, 99, 31), None), ((7, 5), 4), ((400, 3), 100), ((600, 20, 300), None), ((128,), 2)]
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_new_lengths_windows_and_layouts_compile_nothing_anew(backend: str, softcap: float | None) -> None:
+    """What Dynamo traces, without the code behind it, and with the graph of the backward pass: one, whatever the lengths that follow."""
     counts = []
-    for lengths, window in [((60, 70), None), ((200, 99, 31), None), ((7, 5), 4), ((400, 3), 100), ((600, 20, 300), None), ((128,), 2)]:
-        layout = PackedLayout.of([lengths, (5, 2)])
-        num_rows = flex.padded_rows(layout.num_rows)
-        query, key, value = (tensor.float() for tensor in inputs(num_rows, width=16))
-        with torch.no_grad():
-            found = attend(query, key, value, block_mask=flex.block_mask(layout, num_rows, window, CPU), enable_gqa=True, scale=0.3)
-        mask = torch.eye(num_rows, dtype=torch.bool)
-        mask[: layout.num_rows, : layout.num_rows] = full_mask(layout, window)
-        torch.testing.assert_close(found.transpose(1, 2), written_out(query, key, value, mask, 0.3), rtol=1e-4, atol=1e-4)
-        counts.append(kernels.num_compiled_graphs())
+    with flex_as_on_a_gpu(backend):
+        for lengths, window in CALLS:
+            layout = PackedLayout.of([lengths, (5, 2)])
+            leaves64 = [tensor.requires_grad_() for tensor in inputs(flex.padded_rows(layout.num_rows), width=16)]
+            leaves = [leaf.detach().float().requires_grad_() for leaf in leaves64]
+            found = flex.attend(*leaves, layout, AttentionRule(0.3, window, softcap)).transpose(1, 2)
+            expected = written_out(*leaves64, padded_mask(layout, leaves[0].shape[2], window), 0.3, softcap)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+            direction = torch.randn_like(expected)
+            wanted = torch.autograd.grad(expected, leaves64, direction)
+            for left, right in zip(torch.autograd.grad(found, leaves, direction.float()), wanted, strict=True):
+                assert (left.double() - right).norm() <= 1e-4 * right.norm()
+            counts.append(kernels.num_compiled_graphs())
     assert counts[0] > 0
     assert len(set(counts)) == 1, counts
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def padded_mask(layout: PackedLayout, num_rows: int, window: int | None) -> Tensor:
+    """Rows of padding see themselves."""
+    mask = torch.eye(num_rows, dtype=torch.bool)
+    mask[: layout.num_rows, : layout.num_rows] = full_mask(layout, window)
+    return mask
 
 
 # --- as a user asks for one --------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule
         query,
         key,
         value,
-        score_mod=None if rule.softcap is None else _cap(rule.softcap),
+        score_mod=None if rule.softcap is None else _cap(rule.softcap, query.device),
         block_mask=block_mask(layout, query.shape[2], rule.window, query.device),
         scale=rule.scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -67,11 +67,13 @@ def _compiled(backend: str = "inductor") -> Callable[..., Any]:
 
 
 @functools.cache
-def _cap(softcap: float) -> Callable[..., Tensor]:
-    """One function for each soft cap: another object would be compiled anew."""
+def _cap(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    """The soft cap as a change of scores, one for each value and device."""
+    # A tensor: a number would become a symbol, at which the graph ends, and the operator would write out all scores.
+    cap = torch.full((), softcap, device=device)
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return capped
 
