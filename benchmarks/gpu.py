@@ -94,7 +94,7 @@ def environment() -> dict[str, Any]:
 def test_files() -> list[str]:
     """Those with tests marked `cuda`, by their text: to collect every test of the suite would take half a minute of the device's time."""
     files = sorted((HERE.parent / "tests").rglob("test_*.py"))
-    return [str(path) for path in files if "mark.cuda" in path.read_text(encoding="utf-8")]
+    return [str(path) for path in files if re.search(r"mark\.cuda|= CUDA_TESTS", path.read_text(encoding="utf-8"))]
 
 
 def cuda_tests(limit_s: float, log: Path, files: list[str] | None = None) -> dict[str, Any]:

@@ -309,6 +309,22 @@ def test_tests_that_hang_are_over_at_their_limit_and_what_they_did_is_known(gpu:
     assert [name.rpartition("::")[2] for name in found["who_failed"]] == ["test_fails"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_tests_for_a_gpu_have_no_fault_of_their_own(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those that ask CUDA itself, on a CPU with stand-ins for its kernels."""
+    monkeypatch.setenv("ORPO_CUDA_TESTS_ON", "cpu")
+    found = gpu.cuda_tests(1400, tmp_path / "tests.log")
+    assert found["code"] == 0, found["last_lines"]
+    assert found["failed"] == 0
+    assert found["passed"] > 80
+    asking = [line for line in (tmp_path / "tests.log").read_text().splitlines() if "SKIPPED (" in line and "::" in line]
+    assert {line.partition("::")[2].partition(" ")[0].partition("[")[0] for line in asking} <= {
+        "test_nobody_waits_inside_the_engine", "test_the_host_waits_once_per_step", "test_the_peak_is_what_the_plan_says",
+        "test_the_engines_agree_on_a_gpu", "test_a_gpu_computes_what_the_cpu_does", "test_cuda_is_chosen_by_itself",
+    }  # fmt: skip
+
+
 def test_the_outcome_of_tests_is_read_from_what_they_have_written_so_far(gpu: Any) -> None:
     text = """collecting ... collected 5 items
 

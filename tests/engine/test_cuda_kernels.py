@@ -1,18 +1,20 @@
 """On a GPU: every kernel against attention in float64, models against the padded engine, the compiled head, and what compiles twice.
 
-`make test-cuda` runs all of it. FlexAttention compiles for some ten seconds per kind of call, so its list is short and each entry of it has
-something that the others have not.
+`make test-cuda` runs all of it, and `cudadevice.py` says how a CPU does. FlexAttention compiles for some ten seconds per kind of call, so
+its list is short and each entry of it has something that the others have not.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from cudadevice import CUDA_TESTS, DEVICE, kernels_here, only_on_a_gpu
 from orpo.engine import attention, flex, kernels, logits, padded, shared
 from orpo.engine.attention import shared_attention_forward
 from orpo.engine.choose import Compute, choose, compare
@@ -23,8 +25,7 @@ from packedrows import full_mask, inputs, written_out
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 
-DEVICE = "cuda"
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = CUDA_TESTS
 LAYOUT = PackedLayout.of([(150, 3, 140), (5, 2), (90, 60, 1, 30)])
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 1e-3, BF16: 6e-2, FP16: 1e-2}
@@ -37,15 +38,23 @@ CALLS: list[tuple[str, torch.dtype, int, int, int | None, float | None, bool]] =
     ("sdpa", BF16, 64, 4, None, None, False),
     ("sdpa", FP16, 64, 2, 40, None, False),
     *(("sdpa", FP32, 64, 2, window, cap, sinks) for window in (None, 40) for cap, sinks in ((0.7, False), (None, True), (0.7, True))),
+    *(("sdpa", BF16, 64, 2, 40, cap, sinks) for cap, sinks in ((0.7, False), (None, True))),
     ("flex", FP32, 64, 2, None, None, False),
-    ("flex", BF16, 64, 2, None, None, False),
-    ("flex", BF16, 64, 2, 40, None, False),
-    ("flex", BF16, 128, 2, None, None, True),
+    ("flex", FP16, 64, 4, None, None, False),
+    ("flex", BF16, 64, 2, 40, None, True),
+    ("flex", BF16, 96, 4, None, 0.7, False),
+    ("flex", BF16, 128, 2, 40, None, False),
     ("flex", BF16, 256, 1, 40, 0.7, False),
-    *(("varlen", BF16, size, 2, window, None, False) for size in (64, 128, 256) for window in (None, 40)),
+    *(("varlen", BF16, size, 2, window, None, False) for size in (64, 96, 128, 256) for window in (None, 40)),
     ("varlen", BF16, 64, 4, None, None, False),
     ("varlen", FP16, 64, 1, 1, None, False),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    with kernels_here():
+        yield
 
 
 def with_kernel(name: str, layout: PackedLayout = LAYOUT) -> PackedLayout:
@@ -86,6 +95,7 @@ def test_a_new_length_compiles_nothing() -> None:
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},
     "gemma3": {"head_dim": 16},
     "mistral": {},
     "gpt_oss": {"head_dim": 16},
@@ -100,19 +110,23 @@ def test_a_model_equals_the_padded_engine(architecture: str, precision: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build_tiny_model(architecture, hidden_size=64, **MODELS[architecture]).to(DEVICE).train()
-    compute = Compute(FP32) if precision == "fp32" else Compute(BF16, lambda: torch.autocast("cuda", BF16))
+    compute = Compute(FP32) if precision == "fp32" else Compute(BF16, lambda: torch.autocast(DEVICE, BF16))
     agreement = compare(model, random_groups(6, kinds=("pair", "four"), prompt=(10, 40), answer=(3, 30)), ORPO(1.0), compute=compute)
     assert agreement.holds, agreement
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture"), [("flex", "llama"), ("flex", "mistral"), ("flex", "gpt_oss"), ("varlen", "llama"), ("varlen", "mistral")]
+    ("name", "architecture"),
+    [
+        *(("flex", name) for name in ("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "qwen3_moe")),
+        *(("varlen", name) for name in ("llama", "mistral", "qwen3", "gemma3", "qwen3_moe")),
+    ],
 )
 def test_a_run_can_have_the_kernel(name: str, architecture: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build_tiny_model(architecture, hidden_size=64, **MODELS[architecture]).to(DEVICE).train()
-    compute = Compute(BF16, lambda: torch.autocast("cuda", BF16))
+    compute = Compute(BF16, lambda: torch.autocast(DEVICE, BF16))
     engine = choose(model, random_groups(6, prompt=(10, 40), answer=(3, 30)), ORPO(1.0), attention_kernel=name, compute=compute)
     assert (engine.name, engine.kernel) == ("shared", name)
 
@@ -137,6 +151,7 @@ def test_the_head_is_compiled_and_equal() -> None:
         assert (parameter.grad - gradients[name]).norm() <= 1e-3 * gradients[name].norm() + 1e-6, name
 
 
+@only_on_a_gpu
 def test_nobody_waits_inside_the_engine() -> None:
     """Forward and backward of a micro-batch from pinned memory, with any synchronisation an error; the first one compiles."""
     model = build_tiny_model("llama", hidden_size=64).to(DEVICE).train()

@@ -1,10 +1,11 @@
 """On a GPU: short real runs. All ways to compute give one trajectory, a resumed run is the uninterrupted one, the host waits once a step,
-and the memory is what the plan says. `make test-cuda` runs all of it."""
+and the memory is what the plan says. `make test-cuda` runs all of it, and `cudadevice.py` says how a CPU does."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,21 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from cudadevice import CUDA_TESTS, DEVICE, compiler, kernels_here, only_on_a_gpu
 from orpo import ORPOTrainer
 from orpo.data.types import TokenGroup
 from randomgroups import random_groups
 from tinymodels import build_tiny_model
 from trainerruns import assert_same_trajectory, logged, make_trainer, weights
 
-DEVICE = "cuda"
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = CUDA_TESTS
 STEPS = 30
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    with kernels_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,13 @@ def test_thirty_steps_in_bf16_follow_it(kernel: str, tmp_path: Path, groups: lis
     assert_same_trajectory(found, exact, largest=5e-2, mean=5e-3)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "flex", "varlen"])
+def test_thirty_steps_in_fp16_follow_it(kernel: str, tmp_path: Path, groups: list[TokenGroup], exact: list[float]) -> None:
+    """With the scale of a run that skips no step."""
+    found = losses(tmp_path, groups, engine="shared", attention_kernel=kernel, bf16=False, fp16=True)
+    assert_same_trajectory(found, exact, largest=5e-2, mean=5e-3)
+
+
 def test_an_adapter_follows_its_own_padded_run(tmp_path: Path, groups: list[TokenGroup]) -> None:
     from peft import LoraConfig
 
@@ -83,11 +97,10 @@ def test_an_adapter_on_four_bit_weights_learns(tmp_path: Path, groups: list[Toke
 
     build_tiny_model("llama", hidden_size=64, num_layers=2).save_pretrained(tmp_path / "model")
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantized, device_map={"": 0})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantized, device_map={"": DEVICE})
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = make_trainer(
-        tmp_path / "run", groups, model=model, arguments={"peft_config": config}, use_cpu=False, bf16=True, max_steps=20, learning_rate=5e-3
-    )
+    options = {"use_cpu": DEVICE == "cpu", "bf16": True, "max_steps": 20, "learning_rate": 5e-3}
+    trainer = make_trainer(tmp_path / "run", groups, model=model, arguments={"peft_config": config}, **options)
     trainer.train()
     assert trainer.engine.name == "shared"
     assert sum(logged(trainer)[-5:]) < sum(logged(trainer)[:5])
@@ -123,6 +136,7 @@ class Waits(TrainerCallback):
         self._last = found
 
 
+@only_on_a_gpu
 @pytest.mark.parametrize("kernel", ["sdpa", "flex", "varlen"])
 def test_the_host_waits_once_per_step(kernel: str, tmp_path: Path, groups: list[TokenGroup]) -> None:
     trainer = trainer_of(tmp_path, groups, attention_kernel=kernel, bf16=True, max_steps=7, logging_steps=1000, optim="adamw_torch_fused")
@@ -138,6 +152,7 @@ def test_the_host_waits_once_per_step(kernel: str, tmp_path: Path, groups: list[
     assert max(waits.counts[2:]) <= 1, waits.counts
 
 
+@only_on_a_gpu
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_peak_is_what_the_plan_says(method: str, tmp_path: Path) -> None:
     """Within 15 %, of what torch holds: without the context and the libraries, which the plan counts by themselves."""
@@ -175,7 +190,7 @@ def test_the_peak_is_what_the_plan_says(method: str, tmp_path: Path) -> None:
 def test_compiled_layers_follow_the_float32_run(
     kernel: str, is_half: bool, tmp_path: Path, groups: list[TokenGroup], exact: list[float]
 ) -> None:
-    trainer = trainer_of(tmp_path, groups, engine="shared", attention_kernel=kernel, bf16=is_half, torch_compile=True)
+    trainer = trainer_of(tmp_path, groups, engine="shared", attention_kernel=kernel, bf16=is_half, torch_compile=True, **compiler)
     trainer.train()
     assert trainer.compiled == "yes"
     assert trainer.graphs.num_late == 0
