@@ -120,6 +120,32 @@ def train_and_report(
         (Path(output_dir) / "report.json").write_text(json.dumps(report))
 
 
+def leave_a_layer_out_and_report(output_dir: str, **options: Any) -> None:
+    """A run whose steps after the first leave one layer's MLP out: moved.json says how far its weights went after that."""
+    from pathlib import Path
+
+    from transformers import TrainerCallback
+
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    class LeaveOut(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 1:
+                seen.append(weights(trainer.model)[name])
+                trainer.model.model.layers[1].mlp.forward = lambda x: 0 * x
+
+    torch.manual_seed(0)
+    seen: list[torch.Tensor] = []
+    trainer = make_trainer(output_dir, random_groups(13), engine="padded", optim="sgd", max_steps=3, **options)
+    first = build_tiny_model("llama", num_layers=2).get_parameter(name)
+    trainer.add_callback(LeaveOut())
+    trainer.train()
+    last = weights(trainer.model)[name]
+    if trainer.args.process_index == 0:
+        moved = {"before": float((seen[0] - first).norm()), "after": float((last - seen[0]).norm())}
+        (Path(output_dir) / "moved.json").write_text(json.dumps(moved))
+
+
 def held_by_a_run(output_dir: str, flags: list[str]) -> None:
     """What memory a run's process came to hold above what it held before its model was loaded, as `orpo train` loads and trains it.
 
@@ -178,6 +204,11 @@ def held_by_a_run(output_dir: str, flags: list[str]) -> None:
     (Path(output_dir) / f"held-{args.process_index}.json").write_text(json.dumps(found))
 
 
+def num_tied(model: torch.nn.Module) -> int:
+    """Names of weights that are another one's too."""
+    return len(list(model.named_parameters(remove_duplicate=False))) - len(list(model.named_parameters()))
+
+
 def send_and_report(output_dir: str, flags: list[str], *, wrong: str | None = None, trains: bool = True) -> None:
     """A run whose weights come from rank 0, as `orpo train` loads, spreads and trains it.
 
@@ -219,7 +250,7 @@ def send_and_report(output_dir: str, flags: list[str], *, wrong: str | None = No
         shared.step = wrong_step
     found |= {"engine": trainer.engine.name, "reason": trainer.engine.reason, "whole": max(seen)}
     core = trainer.accelerator.unwrap_model(trainer.model)
-    found["is_tied"] = core.get_input_embeddings().weight is core.get_output_embeddings().weight
+    found["tied"] = num_tied(core)
     found["gradients"] = sum(weight.grad is not None for weight in core.parameters())
     found["buffers"] = {name: buffer.flatten().tolist() for name, buffer in core.named_buffers()}
     started = weights(trainer.model)

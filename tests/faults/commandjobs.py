@@ -49,6 +49,17 @@ def train(
     os._exit(code)
 
 
+def train_at_home(homes: list[str]) -> None:
+    """Run `orpo train run.yaml` as a rank with a folder of its own, as on a machine of its own, and leave with the exit code."""
+    from orpo.cli import main
+
+    os.chdir(homes[int(os.environ["RANK"])])
+    code = main(["train", "run.yaml"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _use_up_memory(step: int) -> None:
     """A real refusal of the system, met by torch's own allocator in the middle of a step."""
     import torch

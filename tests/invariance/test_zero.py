@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def test_the_same_number_of_processes_gives_the_same_bits_and_nothing_is_pickled
     again = train(forks, tmp_path / "run", 2, kind, resume=True)
     assert losses(again) == losses(whole)
     assert all(torch.equal(again["weights"][name], weight) for name, weight in whole["weights"].items())
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_a_weight_that_a_step_does_not_reach_keeps_no_gradient_of_the_step_before(kind: str, forks: Zygote, tmp_path: Path) -> None:
+    logs = [tmp_path / f"rank-{rank}.log" for rank in range(2)]
+    ends = forks.run_ranks("trainerruns:leave_a_layer_out_and_report", logs, output_dir=str(tmp_path), parallelism=kind)
+    assert [end.status for end in ends] == [0, 0], "\n".join(log.read_text() for log in logs)
+    moved = json.loads((tmp_path / "moved.json").read_text())
+    assert moved["before"] > 0
+    assert moved["after"] == 0
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])

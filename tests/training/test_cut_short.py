@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from faults.forked import Zygote
 from orpo import ORPOTrainer
 from orpo.errors import GuardStop
 from orpo.training.steps import StepBatch, StepDataset, StepSampler
@@ -64,28 +69,42 @@ def in_a_forward(trainer: ORPOTrainer) -> None:
     handle = trainer.model.model.layers[0].register_forward_pre_hook(count)
 
 
+def _at_gradient_of(module: torch.nn.Module, call: Callable[[Any, torch.Tensor], torch.Tensor | None]) -> None:
+    """Call something with the gradient of what a module gives, at every backward pass until it removes the handle that it gets too.
+
+    Not a hook of a weight: where weights are in parts it is another tensor that gets the gradient.
+    """
+
+    def watch(_: Any, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: call(handle, gradient))
+
+    handle = module.register_forward_hook(watch)
+
+
 def in_a_backward(trainer: ORPOTrainer) -> None:
     """Of the step's second micro-batch, when some of its gradients are there."""
     calls = 0
 
-    def count(gradient: torch.Tensor) -> None:
+    def count(handle: Any, _: torch.Tensor) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             handle.remove()
             no_memory()
 
-    handle = trainer.model.model.layers[0].mlp.down_proj.weight.register_hook(count)
+    _at_gradient_of(trainer.model.model.layers[0], count)
 
 
 def at_the_guard(trainer: ORPOTrainer) -> None:
     """When the step's gradients are added up and unscaled."""
 
-    def ruin(gradient: torch.Tensor) -> torch.Tensor:
+    def ruin(handle: Any, gradient: torch.Tensor) -> torch.Tensor:
         handle.remove()
         return gradient * math.nan
 
-    handle = trainer.model.model.norm.weight.register_hook(ruin)
+    _at_gradient_of(trainer.model.model.norm, ruin)
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler._scale = torch.tensor(1.0)  # where an overflow is no longer the scaler's to mend
 
@@ -125,6 +144,48 @@ def test_the_next_training_is_as_if_it_had_not_been(precision: str, point: str, 
         assert logged(found, name)[-STEPS:] == logged(expected, name)[-STEPS:], name
     for name, weight in weights(expected.model).items():
         assert torch.equal(weights(found.model)[name], weight), name
+
+
+def report_trained_again(output_dir: str, *, point: str | None, parallelism: str) -> None:
+    """As one rank of several, where all are ended at one point (None: between two steps): what is logged, and the weights."""
+    at, spoil = ("step begins", lambda trainer: interrupt()) if point is None else POINTS[point]
+    trainer = trained_again(Path(output_dir), at, spoil, {"parallelism": parallelism})
+    found = {name: weight.contiguous() for name, weight in weights(trainer.model).items()}
+    if trainer.ranks.is_first:
+        save_file(found, Path(output_dir) / "weights.safetensors")
+        log = {name: logged(trainer, name)[-STEPS:] for name in ("loss", "grad_norm", "logps/chosen")}
+        (Path(output_dir) / "log.json").write_text(json.dumps(log))
+
+
+NEEDS_RESET = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot forget a pass that was cut short")
+NEEDS_DEEPSPEED = [pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "parallelism",
+    [
+        pytest.param("fsdp2", marks=[pytest.mark.slow, NEEDS_RESET]),
+        pytest.param("zero2", marks=NEEDS_DEEPSPEED),
+        pytest.param("zero3", marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_the_next_training_of_several_processes_is_as_if_it_had_not_been(
+    parallelism: str, point: str, forks: Zygote, tmp_path: Path
+) -> None:
+    """What was gathered for a layer, gradients that wait to be sent, and those of the first micro-batch are forgotten too."""
+    for name, ended_at in (("cut", point), ("clean", None)):
+        logs = [tmp_path / f"{name}-{rank}.log" for rank in range(2)]
+        (tmp_path / name).mkdir()
+        job = "training.test_cut_short:report_trained_again"
+        ends = forks.run_ranks(job, logs, output_dir=str(tmp_path / name), point=ended_at, parallelism=parallelism)
+        assert [end.status for end in ends] == [0, 0], "\n".join(log.read_text() for log in logs)
+    found, expected = (json.loads((tmp_path / name / "log.json").read_text()) for name in ("cut", "clean"))
+    assert found == expected
+    cut, clean = (load_file(tmp_path / name / "weights.safetensors") for name in ("cut", "clean"))
+    assert all(torch.equal(cut[name], weight) for name, weight in clean.items())
 
 
 def step_of(trainer: ORPOTrainer) -> StepBatch:

@@ -67,13 +67,8 @@ class Parallelism:
 
     @property
     def spreads_weights(self) -> bool:
-        """Whether the weights themselves are in parts, layer by layer."""
+        """Whether the weights themselves are in parts: process 0 alone reads them, and sends each layer to the others as it is spread."""
         return self.kind in ("fsdp2", "zero3")
-
-    @property
-    def sends_weights(self) -> bool:
-        """Whether process 0 alone reads the weights, and sends each layer to the others as it is spread."""
-        return self.kind == "fsdp2"
 
 
 def parallelism_of(values: Mapping[str, Any], environ: Mapping[str, str]) -> Parallelism:

@@ -23,9 +23,20 @@ from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.kernels import KERNELS, resolve, suited
 from orpo.engine.layout import PreferenceBatch, StepResult, collate
-from orpo.engine.parallel import computing_device, forget_gradients, gradients_of, is_shard, norm_of, reshard
+from orpo.engine.parallel import (
+    computing_device,
+    forget_gradients,
+    gradients_of,
+    is_in_parts,
+    is_shard,
+    norm_of,
+    num_elements,
+    reshard,
+    trained_alone,
+)
 from orpo.engine.router import Router, router_of
 from orpo.engine.sending import class_of
+from orpo.engine.zero import Zero
 from orpo.errors import UserError
 from orpo.models.adapters import has_experts
 from orpo.objective import Objective
@@ -85,10 +96,11 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How a run computes: in what precision, and the context that its steps are made in."""
+    """How a run computes: in what precision, the context that its steps are made in, and what holds the model where DeepSpeed does."""
 
     dtype: torch.dtype
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    zero: Zero | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +146,8 @@ def choose(
     """Choose the engine and leave the model ready for it.
 
     Args:
-        model: the causal language model, on its device, not yet wrapped for data parallelism; spread by FSDP2 perhaps, and then all ranks
-            call with the same rows.
+        model: the causal language model, on its device, not yet wrapped for data parallelism; its weights may be in parts, and then all
+            ranks call with the same rows.
         groups: rows of the run; the first ones are compared.
         objective, nll_scope: of the run.
         requested: "auto", "shared" or "padded".
@@ -165,12 +177,12 @@ def choose(
     problem, told = _obstacle(core), ""
     if problem is None:
         rows = rows_for_check(groups)
-        if sum(parameter.numel() for parameter in core.parameters()) > _QUICK_PARAMETERS:
+        if sum(map(num_elements, core.parameters())) > _QUICK_PARAMETERS:
             logger.info("comparing    the two engines on the first %d rows", len(rows))
         options = {"nll_scope": nll_scope, "budget_bytes": budget_bytes, "router": router}
         longest = longest or int(measures_of(groups).longest_tokens.max())
         problem, told = _tried(model, rows, objective, _ways(model, kernel, compute), longest, options)
-    if _is_spread(model):
+    if is_in_parts(model):
         problem = next((one for one in current_ranks().gather(problem) if one is not None), None)
     if problem is None:
         core.set_attn_implementation(attention.NAME)
@@ -202,10 +214,8 @@ def _tried(
     except torch.OutOfMemoryError:
         raise  # says nothing of the model, and the padded engine needs more
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
-        if _is_spread(model):
-            if is_lost_contact(error):
-                raise
-            forget_gradients(model)
+        if is_in_parts(model) and is_lost_contact(error):
+            raise
         return f"{type(error).__name__}: {error}", ""
     return problem, "; ".join(map(str, agreements))
 
@@ -213,7 +223,7 @@ def _tried(
 def _ways(model: nn.Module, kernel: str, compute: Compute) -> list[dict[str, Any]]:
     """What is compared: the weights' own precision, and where it is another one, that of the run."""
     own = _precision(model)
-    if _is_spread(model):  # there is no other way to compute with it
+    if is_in_parts(model):  # there is no other way to compute with it
         return [{"kernel": kernel, "compute": replace(compute, dtype=own) if compute.dtype == torch.float32 else compute}]
     dtypes = KERNELS[kernel].dtypes
     ways: list[dict[str, Any]] = [{"kernel": kernel if dtypes is None or own in dtypes else "sdpa"}]
@@ -291,33 +301,30 @@ def compare(
     compute = Compute(_precision(model)) if compute is None else compute
     batch = collate(groups, nll_scope).to(computing_device(model))
     attention.register()
+    called = model if compute.zero is None else compute.zero.engine
     is_training = model.training
     model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
     try:
-        with torch.enable_grad(), compute.context():  # the caller may be an evaluation
-            expected = _values(model, padded.step(model, batch, objective, router=router), parameters, _scale(model, compute))
+        with torch.enable_grad(), compute.context(), trained_alone(model, parameters):  # the caller may be an evaluation
+            expected = _values(model, padded.step(called, batch, objective, router=router), parameters, compute)
             with attention_implementation(core, attention.NAME):
-                options: dict[str, Any] = {
-                    "budget_bytes": budget_bytes,
-                    "router": router,
-                    "kernel": kernel,
-                    "gradient_scale": _scale(model, compute),
-                }
-                found = _values(model, shared.step(model, batch, objective, **options), parameters, options["gradient_scale"])
+                options: dict[str, Any] = {"budget_bytes": budget_bytes, "router": router, "kernel": kernel}
+                result = shared.step(called, batch, objective, **options, gradient_scale=_scale(model, compute))
+                found = _values(model, result, parameters, compute)
                 if _has_dropout(model):
                     _run_with_dropout(model, batch, objective, budget_bytes)
+    except BaseException as error:
+        if is_in_parts(model) and not is_lost_contact(error):
+            forget_gradients(model, compute.zero)  # or what was gathered would stay, and be added to
+        raise
     finally:
         model.train(is_training)
     difference_N = (found[0] - expected[0]).abs()
     logp_difference = float(difference_N.max() if compute.dtype == torch.float32 else difference_N.mean())
-    gradient_difference = _gradient_difference(found[1:], expected[1:])
-    if _is_spread(model):
+    gradient_difference = _gradient_difference(found[1:], expected[1:], are_rows=compute.zero is not None)
+    if is_in_parts(model):
         logp_difference, gradient_difference = _largest(logp_difference, gradient_difference, batch.input_ids_T.device)
     return Agreement(logp_difference, gradient_difference, compute.dtype, frozenset(batch.layout.windows))
-
-
-def _is_spread(model: nn.Module) -> bool:
-    return any(is_shard(weight) for weight in model.parameters())
 
 
 def _largest(logp: float, gradient: float | None, device: torch.device) -> tuple[float, float | None]:
@@ -336,17 +343,17 @@ def _precision(model: nn.Module) -> torch.dtype:
     return next((kind for kind in (torch.bfloat16, torch.float16) if kind in dtypes), torch.float32)
 
 
-def _gradient_difference(found: list[Tensor], expected: list[Tensor]) -> float | None:
+def _gradient_difference(found: list[Tensor], expected: list[Tensor], *, are_rows: bool) -> float | None:
     """The largest distance of a gradient from what it should be, relative to its norm; None where there is no gradient."""
     if not expected:
         return None
-    norms = [_norm(gradient) for gradient in expected]
+    norms = [_norm(gradient, are_rows=are_rows) for gradient in expected]
     floor = max(NEGLIGIBLE_GRADIENT * max(norms), 1e-12)
-    return max(_norm(a - b) / max(norm, floor) for a, b, norm in zip(found, expected, norms, strict=True))
+    return max(_norm(a - b, are_rows=are_rows) / max(norm, floor) for a, b, norm in zip(found, expected, norms, strict=True))
 
 
-def _norm(gradient: Tensor) -> float:
-    return float(norm_of([gradient]) if is_shard(gradient) else gradient.norm())
+def _norm(gradient: Tensor, *, are_rows: bool) -> float:
+    return float(norm_of([gradient], are_rows=are_rows) if are_rows or is_shard(gradient) else gradient.norm())
 
 
 @contextmanager
@@ -415,12 +422,13 @@ def _sampled_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [trainable[index] for index in sorted(picks)]
 
 
-def _values(model: nn.Module, result: StepResult, parameters: list[nn.Parameter], scale: Tensor | None) -> list[Tensor]:
+def _values(model: nn.Module, result: StepResult, parameters: list[nn.Parameter], compute: Compute) -> list[Tensor]:
     """Token log-probabilities, then gradients."""
+    scale = _scale(model, compute)
     if not parameters:
         reshard(model)
         return [result.logp_N]
-    gradients = gradients_of(result.loss if scale is None else result.loss * scale, parameters, model)
+    gradients = gradients_of(result.loss if scale is None else result.loss * scale, parameters, model, compute.zero)
     zeros = [torch.zeros_like(parameter) for parameter in parameters]
     found = [zero if gradient is None else gradient for gradient, zero in zip(gradients, zeros, strict=True)]
     return [result.logp_N, *(gradient.float() if scale is None else gradient.float() / scale for gradient in found)]

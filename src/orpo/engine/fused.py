@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orpo.engine.parallel import is_shard, is_sharded
+from orpo.engine.parallel import is_in_parts, is_shard, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,14 @@ TOLERANCE = 1e-5
 def fused_modules(model: nn.Module) -> Iterator[int]:
     """The model's norms, gated MLPs and adapted layers in their lean form while the context lasts; gives the number of modules replaced."""
     changed = []
-    is_drawn = is_sharded(model)  # whose weights are nowhere whole
+    is_drawn = is_in_parts(model)  # whose weights are nowhere whole
     proven: dict[tuple[Any, ...], bool] = {}
     for module in model.modules():
         for matches, forward in _FORMS:
             # A forward of this instance alone is somebody's hook (accelerate puts its own there); it stays.
             if not matches(module) or "forward" in module.__dict__:
                 continue
-            kind = (type(module), forward, _settings(module), tuple(parameter.shape for parameter in module.parameters()))
+            kind = (type(module), forward, _settings(module), tuple(map(whole_shape, module.parameters())))
             if kind not in proven:
                 proven[kind] = _is_equal(_with_drawn_weights(module) if is_drawn else module, forward)
             if proven[kind]:
@@ -62,8 +62,8 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1 and _epsilon(module) is not None
+    weight = module._parameters.get("weight")  # of this module alone: PEFT's wrapper of embeddings computes what it calls its weight
+    return type(module).__name__.endswith("RMSNorm") and weight is not None and weight.dim() == 1 and _epsilon(module) is not None
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -134,14 +134,22 @@ def _is_bare_linear(layer: Any, *, may_have_bias: bool = False) -> bool:
 
 
 def _with_drawn_weights(module: nn.Module) -> nn.Module:
-    """A copy with weights of its own, the same on every rank."""
+    """A copy with weights of its own, the same on every rank, and without anybody's hooks, which would gather the true ones."""
     generator = torch.Generator().manual_seed(3)
-    weights = {id(weight): _drawn(weight, generator) for weight in module.parameters()}
-    return copy.deepcopy(module, weights)  # which takes what it is given in the place of the weights
+    drawn = {id(weight): _drawn(weight, generator) for weight in module.parameters()}
+    return _copied(module, drawn)
+
+
+def _copied(module: nn.Module, weights: dict[int, nn.Parameter]) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__dict__.update({name: type(hooks)() for name, hooks in vars(module).items() if "_hooks" in name and isinstance(hooks, dict)})
+    twin.__dict__["_parameters"] = {name: None if own is None else weights[id(own)] for name, own in module._parameters.items()}
+    twin.__dict__["_modules"] = {name: None if child is None else _copied(child, weights) for name, child in module._modules.items()}
+    return twin
 
 
 def _drawn(weight: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(0.1 * torch.randn(weight.shape, generator=generator), requires_grad=weight.requires_grad)
+    return nn.Parameter(0.1 * torch.randn(whole_shape(weight), generator=generator), requires_grad=weight.requires_grad)
 
 
 def _is_equal(module: nn.Module, forward: Callable[..., Tensor]) -> bool:

@@ -7,7 +7,7 @@ without a word.) Gradients are plain sums over ranks: what each rank adds to the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from orpo.engine.precision import total_norm
 from orpo.engine.sending import Sender, class_of
 from orpo.engine.shared import unwrap
-from orpo.engine.zero import is_under_zero, own_row, whole_weight
+from orpo.engine.zero import Zero, is_under_zero, own_row, whole_weight
 from orpo.errors import UserError
 from orpo.system.group import on_all
 from orpo.system.ranks import all_reduce_sum, current_ranks
@@ -97,15 +97,34 @@ def decoder_layers(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Modul
             mend="leave it out: the model's own decoder layers are taken",
         )
     wanted = set(names or getattr(core, "_no_split_modules", None) or ())
-    found = [module for module in core.modules() if class_of(module).__name__ in wanted]
-    if found:
+    if found := list(_outermost(core, wanted)):
         return found
     stacks: list[nn.Module] = [module for module in core.modules() if isinstance(module, nn.ModuleList)]
     return list(max(stacks, key=_num_weights, default=nn.ModuleList()).children())
 
 
+def _outermost(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
+    """Modules of these classes, but none inside another: Mamba names its blocks and their mixers, and a weight is cut once."""
+    for child in module.children():
+        if class_of(child).__name__ in names:
+            yield child
+        else:
+            yield from _outermost(child, names)
+
+
 def _num_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(map(num_elements, module.parameters()))
+
+
+def num_elements(weight: Tensor) -> int:
+    """Elements of the whole weight; under ZeRO-3 a weight that is not gathered says that it has none."""
+    return whole_shape(weight).numel()
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Shape of the whole weight, also under ZeRO-3."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def _mesh(device: str, per_replica: int) -> Any:
@@ -157,6 +176,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(True for _ in _sharded_modules(model)) or any(is_under_zero(weight) for weight in model.parameters())
 
 
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether the weights themselves are in parts: FSDP2 or ZeRO-3 has been applied."""
+    return any(is_shard(weight) or hasattr(weight, "ds_tensor") for weight in model.parameters())
+
+
 def require_sharded(model: nn.Module) -> None:
     """Hold what was asked for against what is: every weight is in shards.
 
@@ -190,12 +214,29 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gradients_of(loss: Tensor, weights: Sequence[nn.Parameter], model: nn.Module) -> list[Tensor | None]:
-    """Gradients of some weights, of a spread model in parts; none is left behind. All ranks call it where weights are in shards.
+@contextmanager
+def trained_alone(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Under FSDP2 no other weight gets a gradient while the context lasts: a backward pass would make all of them, a model in float32."""
+    kept = {id(weight) for weight in weights}
+    others = [weight for weight in model.parameters() if weight.requires_grad and is_shard(weight) and id(weight) not in kept]
+    for weight in others:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in others:
+            weight.requires_grad_(True)
+
+
+def gradients_of(loss: Tensor, weights: Sequence[nn.Parameter], model: nn.Module, zero: Zero | None = None) -> Sequence[Tensor | None]:
+    """Gradients of some weights, of a spread model in parts; none is left behind. All ranks call it where weights are in parts.
 
     Args:
         weights: as they were before the forward pass, in which a spread model shows gathered ones.
+        zero: what holds the model, where DeepSpeed does and its weights are in parts.
     """
+    if zero is not None:
+        return zero.gradients(loss, weights)
     if not any(is_shard(weight) for weight in weights):
         return list(torch.autograd.grad(loss, weights, allow_unused=True))
     loss.backward()
@@ -204,8 +245,13 @@ def gradients_of(loss: Tensor, weights: Sequence[nn.Parameter], model: nn.Module
     return found
 
 
-def forget_gradients(model: nn.Module) -> None:
+def forget_gradients(model: nn.Module, zero: Zero | None = None) -> None:
     """No gradients, and no gathered weights, whatever was begun."""
+    model.zero_grad(set_to_none=True)  # those of weights that are gathered now
+    if zero is not None:
+        zero.drop()
+    if callable(forget := getattr(model, "reset_iter_state", None)):  # of FSDP2, from torch 2.13 on
+        forget()
     reshard(model)
     model.zero_grad(set_to_none=True)
 
@@ -222,13 +268,17 @@ def computing_device(model: nn.Module) -> torch.device:
     return torch.device(weight.device_mesh.device_type) if is_shard(weight) else weight.device
 
 
-def norm_of(gradients: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients of the whole model, the same on every rank; all ranks call it where they are in shards."""
+def norm_of(gradients: Iterable[Tensor], *, are_rows: bool = False) -> Tensor:
+    """Euclidean norm of all gradients of the whole model, the same on every rank; all ranks call it where they are in parts.
+
+    Args:
+        are_rows: they are plain tensors that are parts, as `Zero.gradients` gives them.
+    """
     gradients = list(gradients)
     norm = total_norm([own_part(gradient) for gradient in gradients])
-    if not any(is_shard(gradient) for gradient in gradients):
+    if not are_rows and not any(is_shard(gradient) for gradient in gradients):
         return norm
-    return all_reduce_sum(norm.double().square() / _num_copies(gradients[0])).sqrt()
+    return all_reduce_sum(norm.double().square() / (1 if are_rows else _num_copies(gradients[0]))).sqrt()
 
 
 def _num_copies(gradient: Any) -> int:

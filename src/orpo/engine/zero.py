@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orpo.engine.sending import Sender
 from orpo.engine.shared import unwrap
 from orpo.errors import UserError
 from orpo.system.group import on_all
@@ -31,10 +32,12 @@ class Zero:
     """A model that DeepSpeed holds. All ranks call every method, in the same order.
 
     Args:
-        model: whole, the same on every rank in shape; rank 0's values are what is spread. Changed in place.
+        model: the same on every rank in shape; rank 0's values are what is spread, and under stage 3 the others' weights may be on the meta
+            device. Changed in place.
         layers: its modules that are spread one after the other under stage 3.
-        optimizer: made for its weights.
+        make_optimizer: makes the optimizer of its weights, once they are in parts.
         settings: DeepSpeed's configuration as far as the user has given it; `zero_optimization` with its stage at least.
+        device: what is computed on.
         dtype: of the weights that are computed with; gradients are added up and weights are kept in float32.
         max_grad_norm: total norm that gradients are cut to; 0: they are not.
 
@@ -46,36 +49,35 @@ class Zero:
         self,
         model: nn.Module,
         layers: Iterable[nn.Module],
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[[], torch.optim.Optimizer],
         *,
         settings: Mapping[str, Any],
+        device: torch.device,
         dtype: torch.dtype,
         max_grad_norm: float,
     ) -> None:
-        on_all(lambda: _check(model, optimizer))
-        if next(model.parameters()).device.type == "cpu":
+        on_all(lambda: _refuse_quantized(model))
+        if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         # Its kernels for all-reduce on a CPU would be compiled at the first start, for minutes, and need a compiler.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         self.model = model
+        self.stage = int(settings["zero_optimization"]["stage"])
+        config = _configuration(model, settings, dtype=dtype, max_grad_norm=max_grad_norm)
+        exact = _spread(model, layers, config, dtype, device) if self.stage == 3 else _rounded(model.parameters(), dtype)
+        optimizer = make_optimizer()
+        on_all(lambda: _refuse_optimizer(optimizer))
         self.groups = list(optimizer.param_groups)  # DeepSpeed takes those out that hold nothing
         self.group_names = [[name for name, weight in model.named_parameters() if _is_in(weight, group)] for group in self.groups]
         self._base = optimizer
         self._is_dropped = False
-        self.stage = int(settings["zero_optimization"]["stage"])
-        exact = {
-            name: weight.detach()
-            for name, weight in model.named_parameters()
-            if weight.requires_grad and dtype not in (torch.float32, weight.dtype)
-        }
-        config = _configuration(model, settings, dtype=dtype, max_grad_norm=max_grad_norm)
-        if self.stage == 3:
-            _spread(model, layers, config, dtype)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         self._require_applied()
-        self._set_masters(exact)
+        while exact:  # each is given back as soon as it has its place
+            weight, values = exact.popitem()
+            _set_own_part(weight, values) if self.stage == 3 else _set_part(weight, values, None)
         self.optimizer = ZeroOptimizer(self)
 
     def _require_applied(self) -> None:
@@ -108,19 +110,29 @@ class Zero:
             return float("nan")
         return sum(norm * norm for norm in norms) ** 0.5
 
+    def gradients(self, loss: Tensor, weights: Iterable[nn.Parameter]) -> list[Tensor]:
+        """Gradients of some weights, of each what lies here as one row; none is left behind. Stage 3 alone."""
+        from deepspeed.utils import safe_get_local_grad
+
+        self.begin_micro_batch(is_last=True)
+        self.backward(loss)
+        found = [safe_get_local_grad(weight).clone() for weight in weights]
+        self.drop()
+        return found
+
     def drop(self) -> None:
-        """Forget the step's gradients: no weight moves."""
+        """Forget the step's gradients, also those of a step that an error has cut short: no weight moves."""
         inner = self.engine.optimizer
-        inner.zero_grad(set_to_none=True)
-        for group in list(inner.averaged_gradients):
-            inner.averaged_gradients[group] = None
-        inner.micro_step_id = 0 if self.stage == 3 else -1
+        _forget_backward(inner)
+        if self.stage == 3:
+            _forget_forward(self.model, inner.parameter_offload)
         self._is_dropped = True
 
     def step(self) -> None:
         """Clip and move the weights."""
         if not self._is_dropped:
             self.engine.step()
+            _clear_rows(self.engine.optimizer)
 
     # ---- weights and state ---------------------------------------------------------------------------------------------------------
 
@@ -137,13 +149,8 @@ class Zero:
             with torch.no_grad(), _gathered_to_change(named[name]):
                 named[name].data.copy_(value)
         self.engine.optimizer.refresh_fp32_params()
-        self._set_masters({name: value for name, value in values.items() if named[name].dtype != torch.float32})
-
-    def _set_masters(self, values: Mapping[str, Tensor]) -> None:
-        """float32 weights as they were before they were rounded to what is computed with."""
-        named = dict(self.model.named_parameters())
         for name, value in values.items():
-            if named[name].requires_grad:
+            if named[name].requires_grad and named[name].dtype != torch.float32:  # or it is what it was rounded to
                 _set_part(named[name], value.float(), None)
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -221,7 +228,7 @@ def _is_in(weight: Tensor, group: Mapping[str, Any]) -> bool:
     return any(weight is other for other in group["params"])
 
 
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in STEPPED_BY_ELEMENT:
         names = ", ".join(kind.__name__ for kind in STEPPED_BY_ELEMENT)
         raise UserError(
@@ -230,6 +237,9 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             expected=f"torch's {names}",
             mend="optim: adamw_torch, or parallelism: fsdp2",
         )
+
+
+def _refuse_quantized(model: nn.Module) -> None:
     odd = next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None)
     if odd is not None:
         raise UserError(
@@ -261,16 +271,35 @@ def _configuration(model: nn.Module, settings: Mapping[str, Any], *, dtype: torc
     }
 
 
-def _spread(model: nn.Module, layers: Iterable[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Put weights into parts layer by layer, in `dtype`: DeepSpeed itself converts the whole model first, on every rank."""
+def _spread(
+    model: nn.Module, layers: Iterable[nn.Module], config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> dict[nn.Parameter, Tensor]:
+    """Bring weights from rank 0 and put them into parts, a layer at a time, in `dtype`: DeepSpeed itself converts the whole model first.
+
+    Returns:
+        What lies here of trained weights that were rounded to `dtype`, in float32.
+    """
     import deepspeed
 
+    sender = Sender(model, device)
+    exact: dict[nn.Parameter, Tensor] = {}
     for module in (*layers, model):
-        for weight in module.parameters():
-            if not hasattr(weight, "ds_id"):
-                # A copy: DeepSpeed writes rank 0's values into it, and pages of a file that are written to stay this process's own.
-                weight.data = weight.data.to(dtype, copy=True)
+        sender.bring(module)
+        whole = [weight for weight in module.parameters() if not hasattr(weight, "ds_id")]
+        rounded = _rounded(whole, dtype)
+        for weight in whole:
+            if weight.requires_grad or dtype != torch.float32:  # a frozen base in 16 bits stays as small as it is
+                weight.data = weight.data.to(dtype)
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+        exact |= {weight: _row_of(weight, values).clone() for weight, values in rounded.items()}
+    return exact
+
+
+def _rounded(weights: Iterable[nn.Parameter], dtype: torch.dtype) -> dict[nn.Parameter, Tensor]:
+    """Trained weights as they are before they are rounded to `dtype`."""
+    return {
+        weight: weight.detach().float() for weight in weights if weight.requires_grad and dtype != torch.float32 and weight.dtype != dtype
+    }
 
 
 def whole_weight(weight: Tensor) -> Tensor:
@@ -317,8 +346,62 @@ def _set_part(weight: Tensor, value: Tensor, key: str | None) -> None:
     if not hasattr(weight, "ds_id"):
         utils.safe_set_full_fp32_param(weight, value) if key is None else utils.safe_set_full_optimizer_state(weight, value, key)
         return
+    _set_own_part(weight, _row_of(weight, value), key)
+
+
+def _row_of(weight: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that is cut as the weight is under ZeRO-3, padded to the length of every part."""
     # By parts: DeepSpeed's own way from the whole reads past the end of the last one.
-    size, rank = weight.ds_tensor.numel(), current_ranks().rank  # type: ignore[attr-defined]
+    size, rank = weight.ds_tensor.numel(), current_ranks().rank
     part = value.flatten()[rank * size : (rank + 1) * size]
-    part = torch.nn.functional.pad(part, (0, size - part.numel())).to(weight.ds_tensor.device)  # type: ignore[attr-defined]
+    return torch.nn.functional.pad(part, (0, size - part.numel())).to(weight.ds_tensor.device)
+
+
+def _set_own_part(weight: Tensor, part: Tensor, key: str | None = None) -> None:
+    from deepspeed import utils
+
     utils.safe_set_local_fp32_param(weight, part) if key is None else utils.safe_set_local_optimizer_state(weight, part, key)
+
+
+def _forget_backward(inner: Any) -> None:
+    """Gradients wherever DeepSpeed's optimizer keeps them, and how far its backward pass had come."""
+    inner.zero_grad(set_to_none=True)
+    for group in list(inner.averaged_gradients):
+        inner.averaged_gradients[group] = None
+    inner._backward_active_depth = inner._remaining_grad_acc_hooks = 0
+    if _clear_rows(inner):
+        inner.micro_step_id = 0
+        inner.params_already_reduced = dict.fromkeys(inner.params_already_reduced, False)
+        for bucket in inner.ipg_buckets.values():
+            bucket.clear_params()
+        return
+    inner.micro_step_id = -1
+    inner.params_already_reduced = [False] * len(inner.params_already_reduced)
+    inner.all_grad_tensors = dict.fromkeys(inner.all_grad_tensors)
+    inner.extra_large_param_to_reduce.clear()
+    for bucket in inner.ipg_buckets.values():
+        bucket.clear()
+    inner._release_ipg_buffers()
+
+
+def _clear_rows(inner: Any) -> bool:
+    """Under stage 3 gradients to 0 where they are added up: DeepSpeed leaves a weight that the next step does not reach with the old one.
+
+    Returns:
+        Whether it is stage 3.
+    """
+    rows = getattr(inner, "grad_partitions_flat_buffer", None)
+    if rows is not None:
+        rows.zero_()
+    return rows is not None
+
+
+def _forget_forward(model: nn.Module, offload: Any) -> None:
+    """Give back weights that a forward or backward pass of stage 3 has gathered, and what it has noted of its way through the layers."""
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload.release_backward_leftovers()
+    offload.partition_all_parameters()
+    for module in model.modules():
+        vars(module)["_parameters"]._in_forward = False  # while it is set, whoever looks at a weight gathers it

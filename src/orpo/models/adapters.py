@@ -72,6 +72,7 @@ def put_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, use_gradient
         UserError: the model has an adapter already, or none of its layers has a name that is asked for.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from torch.linalg import LinAlgError
 
     if is_adapted(model):
         raise UserError("the model has an adapter already", where="peft_config", mend="merge it first, or leave peft_config out")
@@ -98,7 +99,7 @@ def put_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, use_gradient
     try:
         with nullcontext() if needs_base else _as_it_will_be(model):
             adapted = get_peft_model(model, text_layers_only(peft_config, model), low_cpu_mem_usage=is_bare(model))
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, LinAlgError) as error:  # the last of weights that are not finite
         raise _does_not_fit(error, peft_config) from error
     pin_base(adapted)
     return adapted

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from orpo.errors import OrpoError, ToldElsewhereError, UserError
 from orpo.system.place import Place, adopt
-from orpo.system.ranks import current_ranks
+from orpo.system.ranks import current_ranks, is_lost_contact
 
 T = TypeVar("T")
 
@@ -194,6 +194,21 @@ def on_all(work: Callable[[], T]) -> T:
         raise
     _exchange(None, None)
     return result
+
+
+def alike(work: Callable[[], T]) -> T:
+    """Do what goes wrong on every rank or on none, such as what all ranks come to together; rank 0 alone says why. All ranks call it.
+
+    Raises:
+        Exception: what `work` raised; an `OrpoError` on rank 0 alone.
+        ToldElsewhereError: rank 0 says it.
+    """
+    try:
+        return work()
+    except OrpoError as error:
+        if current_ranks().is_first or is_lost_contact(error):
+            raise
+        raise _elsewhere(str(error).splitlines()[0], error.exit_code) from error
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orpo.engine.parallel import norm_of, own_part
+from orpo.engine.parallel import forget_gradients, norm_of, own_part
 from orpo.engine.precision import MasterAdamW, WorkingWeights
 from orpo.system.ranks import Ranks, all_reduce_max
 from orpo.training.guards import NonFiniteGuard
@@ -80,11 +80,9 @@ class GradientMixin(ScalingMixin):
 
     def forget_step(self, model: nn.Module) -> None:
         """Forget gradients, wherever they lie, and what has been done to them. The sums forget with their next `start`."""
-        model.zero_grad(set_to_none=True)
+        forget_gradients(model, self.zero)
         if self._working is not None:
             self._working.drop()
-        if self.zero is not None:
-            self.zero.drop()
         self.forget_scaled()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, MasterAdamW):

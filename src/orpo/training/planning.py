@@ -227,17 +227,18 @@ def weigh_model(model: Any, args: ORPOConfig, microbatch_tokens: int) -> MemoryN
     """
     import torch
 
+    from orpo.engine.parallel import num_elements
     from orpo.engine.shared import unwrap
 
     core, dtype = unwrap(model), args.compute_dtype
     weights = list(model.parameters())
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    trained = sum(num_elements(weight) for weight in weights if weight.requires_grad)
     # Of float32 weights a copy in the dtype of compute is made.
-    copies = sum(weight.numel() for weight in weights if weight.dtype == torch.float32) * (0 if dtype == "float32" else 2)
+    copies = sum(num_elements(weight) for weight in weights if weight.dtype == torch.float32) * (0 if dtype == "float32" else 2)
     per_token, one_layer, layer_inputs = _activation_bytes(core.config, getattr(torch, dtype))
     text = core.config.get_text_config()
     shape = ModelShape(
-        num_parameters=sum(weight.numel() for weight in weights),
+        num_parameters=sum(map(num_elements, weights)),
         num_trainable=trained,
         num_matmul=0,
         vocab_size=int(text.vocab_size),
@@ -246,7 +247,7 @@ def weigh_model(model: Any, args: ORPOConfig, microbatch_tokens: int) -> MemoryN
         one_layer_bytes_per_token=one_layer,
         num_layers=int(text.num_hidden_layers),
     )
-    fixed = sum(weight.numel() * weight.element_size() for weight in weights) + copies
+    fixed = sum(num_elements(weight) * weight.element_size() for weight in weights) + copies
     fixed += trained * (_gradient_bytes(args) + _optimizer_bytes(args)) + _logits_bytes(shape, args, microbatch_tokens)
     return _need(shape, microbatch_tokens, fixed=fixed + (_CPU_RUNTIME_BYTES if args.device.type == "cpu" else 0))
 

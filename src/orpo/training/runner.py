@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from orpo.config.options import ORPOConfig
-from orpo.engine.parallel import is_sharded, whole_state
+from orpo.engine.parallel import is_sharded, num_elements, whole_state
 from orpo.errors import GuardStop, SignalStop, UserError
 from orpo.objective import kind_of
 from orpo.run.config import RunConfig, as_facts
@@ -33,7 +33,7 @@ from orpo.system.machine import describe_device, memory_facts, peak_memory_bytes
 from orpo.system.plugins import loaded_plugins
 from orpo.system.ranks import current_ranks
 from orpo.system.redact import redact, redact_text
-from orpo.training.guards import SignalGuard
+from orpo.training.guards import SignalGuard, first_cause
 from orpo.training.setup import require_kernel
 from orpo.training.startmodel import load_run_model, require_spreadable
 
@@ -90,7 +90,7 @@ def build_trainer(
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=data.tokenizer,
-            peft_config=_peft_config(config, data, model),
+            peft_config=on_all(lambda: _peft_config(config, data, model)),
             callbacks=callbacks,
         )
     except UserError as error:
@@ -190,7 +190,8 @@ def _run_training(
         tell(f"folder       {folder.path}")
         hold.look_for(args.resume_from_checkpoint, or_newest=True)
         on_all(lambda: _require_same_run(hold, config, args))
-        return _train(config, args, tell, callbacks, command, observer, data, trainer_class, folder=folder, hold=hold)
+        with first_cause(folder.path, current_ranks()):  # also for what goes wrong on one process before the training watches for it
+            return _train(config, args, tell, callbacks, command, observer, data, trainer_class, folder=folder, hold=hold)
 
 
 def _require_same_run(hold: RunHold, config: RunConfig, args: ORPOConfig) -> None:
@@ -272,7 +273,7 @@ def describe_schedule(trainer: ORPOTrainer) -> str:
     """Steps, pairs of a step, dtype, and how much of the model is trained."""
     args, sampler = trainer.args, trainer.train_sampler
     steps = args.max_steps if args.max_steps > 0 else -(-len(sampler) * args.num_train_epochs // 1)
-    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    trainable = sum(num_elements(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
     objective = trainer.training_objective
     recomputed = ", activations recomputed" if args.gradient_checkpointing is True else ""
     return (

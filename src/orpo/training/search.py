@@ -14,6 +14,7 @@ from orpo.config.objectives import find
 from orpo.errors import GuardStop
 from orpo.run.folder import RunFolder
 from orpo.system.files import make_run_folder
+from orpo.system.group import on_all
 from orpo.training.metrics import MetricsCallback
 from orpo.training.setup import prepared_model, resolve_objective
 
@@ -103,7 +104,8 @@ class SearchMixin(_Base):
             model, self._fresh_model = self._fresh_model, None
             return model
         self._engine, self._working = None, None
-        return prepared_model(super().call_model_init(trial), self.args, self._peft_config, self.processing_class, self.encoder)
+        make = super().call_model_init
+        return on_all(lambda: prepared_model(make(trial), self.args, self._peft_config, self.processing_class, self.encoder))
 
     def _hp_search_setup(self, trial: Any) -> None:
         if trial is None or self.hp_search_backend is None:  # else it is done: by now it would undo what a step hides from the Trainer

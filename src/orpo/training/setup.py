@@ -184,7 +184,17 @@ def require_router_gradient(args: ORPOConfig, router: Router | None) -> None:
         )
 
 
-def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
+def resolve_model(model: Any, args: ORPOConfig, processing_class: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """(model, tokenizer), loaded where they are given by name.
+
+    Raises:
+        UserError: the model cannot be loaded; two different tokenizers were given, or none can be found.
+    """
+    loaded, own_tokenizer = _loaded(model, args)
+    return loaded, _resolve_tokenizer(processing_class, tokenizer, own_tokenizer, loaded)
+
+
+def _loaded(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
     """(model, its own tokenizer if it was loaded here by name)."""
     if not isinstance(model, str):
         if args.model_init_kwargs:
@@ -198,28 +208,20 @@ def resolve_model(model: Any, args: ORPOConfig) -> tuple[Any, Any]:
     kwargs.pop("trust_remote_code", None)
     dtype = kwargs.pop("dtype", None)
 
-    def load() -> Any:
-        return load_model(
-            model,
-            revision=revision,
-            trust_remote_code=args.trust_remote_code,
-            device=args.device,
-            dtype=dtype,
-            model_init_kwargs=kwargs,
-            is_spread=args.spread.spreads_weights,
-            is_sent=args.spread.sends_weights,
-        )
-
-    loaded = on_all(load) if args.spread.sends_weights else load()  # the others would wait for what one process cannot read
+    loaded = load_model(
+        model,
+        revision=revision,
+        trust_remote_code=args.trust_remote_code,
+        device=args.device,
+        dtype=dtype,
+        model_init_kwargs=kwargs,
+        is_spread=args.spread.spreads_weights,
+        is_sent=args.spread.spreads_weights,
+    )
     return loaded.model, loaded.tokenizer
 
 
-def resolve_tokenizer(processing_class: Any, tokenizer: Any, own: Any, model: Any) -> Any:
-    """The one tokenizer of the run.
-
-    Raises:
-        UserError: two different ones were given, or none can be found.
-    """
+def _resolve_tokenizer(processing_class: Any, tokenizer: Any, own: Any, model: Any) -> Any:
     from orpo.models.load import as_tokenizer, load_tokenizer
 
     if processing_class is not None and tokenizer is not None and processing_class is not tokenizer:

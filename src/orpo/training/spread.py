@@ -68,7 +68,7 @@ class SpreadMixin(_Base):
 
         One whose layers are brought to the device as they are spread is never there whole.
         """
-        if self.parallelism.sends_weights:  # not `args`, which hide FSDP while transformers' Trainer is made
+        if self.parallelism.spreads_weights:  # not `args`, which hide FSDP while transformers' Trainer is made
             return
         if device.type != "cpu" or any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
             super()._move_model_to_device(model, device)
@@ -118,7 +118,7 @@ class SpreadMixin(_Base):
         if is_sharded(self.model):
             self._refuse_whole(checkpoint)
             return
-        is_read_here = self.ranks.is_first or not self.parallelism.sends_weights
+        is_read_here = self.ranks.is_first or not self.parallelism.spreads_weights
         on_all(lambda: self.load_whole_weights(checkpoint) if is_read_here else None)
         self.before_sharding()
         if self.args.device.type == "cpu":
@@ -130,7 +130,7 @@ class SpreadMixin(_Base):
         self._keep_as_spread(self.model)
 
     def _refuse_whole(self, checkpoint: str | None) -> None:
-        if self.parallelism.sends_weights and checkpoint is not None and not has_weights_in_parts(checkpoint):
+        if self.parallelism.spreads_weights and checkpoint is not None and not has_weights_in_parts(checkpoint):
             raise UserError(
                 "this trainer has spread its weights already, and the checkpoint's are whole",
                 where=checkpoint,
@@ -174,8 +174,9 @@ class SpreadMixin(_Base):
         self.zero = Zero(
             self.model,
             decoder_layers(self.model),
-            self.create_optimizer(),
+            self.create_optimizer,
             settings=self.parallelism.zero,
+            device=self.args.device,
             dtype=getattr(torch, self.args.compute_dtype),
             max_grad_norm=self.args.max_grad_norm or 0.0,
         )

@@ -58,7 +58,7 @@ def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> Loaded
     from orpo.models.dtype import settle_dtype, spread_dtype
     from orpo.models.load import load_model
 
-    if args.spread.sends_weights:
+    if args.spread.spreads_weights:
         map_large_blocks()  # those of the process that has read the weights are given back layer by layer
     set_seed(args.seed)  # new embeddings and adapters are drawn before the trainer sets its seed
     extra = dict(args.model_init_kwargs) if isinstance(args.model_init_kwargs, dict) else {}
@@ -77,7 +77,7 @@ def load_run_model(config: RunConfig, args: ORPOConfig, data: RunData) -> Loaded
         model_init_kwargs=extra,
         is_adapter_trainable=not config["use_peft"],
         is_spread=args.spread.spreads_weights,
-        is_sent=args.spread.sends_weights,
+        is_sent=args.spread.spreads_weights,
     )
     if data.encoder.new_tokens and len(data.tokenizer) > loaded.model.get_input_embeddings().weight.shape[0]:
         settle_dtype(loaded.model.parameters(), spread_dtype(loaded.model))  # or the new rows would be rounded

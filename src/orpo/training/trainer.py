@@ -26,7 +26,7 @@ from orpo.data.stored.windows import WindowedGroups
 from orpo.engine.choose import Compute, Engine, choose
 from orpo.engine.fused import fused_modules
 from orpo.engine.layout import PreferenceBatch
-from orpo.engine.parallel import is_sharded, reshard, synchronised
+from orpo.engine.parallel import is_sharded, num_elements, reshard, synchronised
 from orpo.engine.precision import WORKING_DEVICES, MasterAdamW, WorkingWeights, autocast_to
 from orpo.errors import UserError
 from orpo.models.adapters import raise_rate_of_b
@@ -36,6 +36,7 @@ from orpo.run.folder import RunFolder
 from orpo.run.scriptrows import as_eval_groups, as_training_groups
 from orpo.system.allocator import keep_freed_memory, limit_kernel_cache, map_large_blocks, return_freed_memory
 from orpo.system.files import make_run_folder
+from orpo.system.group import alike, on_all
 from orpo.system.ranks import Ranks, all_reduce_sum
 from orpo.training.ahead import Ahead
 from orpo.training.gradients import GradientMixin
@@ -60,7 +61,6 @@ from orpo.training.setup import (
     require_router_gradient,
     resolve_model,
     resolve_objective,
-    resolve_tokenizer,
     use_one_gpu,
 )
 from orpo.training.spread import SpreadMixin
@@ -135,6 +135,8 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         if not isinstance(args, ORPOConfig):
             raise UserError(f"args is a {type(args).__name__}", where="args", expected="an orpo.ORPOConfig")
         limit_kernel_cache()  # not in train(): who scores or generates with this trainer before it must not come first
+        if train_dataset is None:
+            raise UserError("train_dataset is missing", where="ORPOTrainer")
         args.ensure_output_dir()
         use_one_gpu(args)
         require_kernel(args)
@@ -144,21 +146,19 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         self._peft_config = peft_config
         self._engine: Engine | None = None
         self._working: WorkingWeights | None = None
-        loaded, own_tokenizer = resolve_model(model, args)
-        tokenizer = resolve_tokenizer(processing_class, tokenizer, own_tokenizer, loaded)
-        if train_dataset is None:
-            raise UserError("train_dataset is missing", where="ORPOTrainer")
-        train_groups, self.train_report, encoder = as_training_groups(train_dataset, tokenizer, args, loaded)
-        eval_groups, self.eval_report = as_eval_groups(eval_dataset, tokenizer, args, train_groups, encoder)
+        # Each part on all processes or on none: the others would wait for one that cannot read, or make, what they can.
+        loaded, tokenizer = on_all(lambda: resolve_model(model, args, processing_class, tokenizer))
+        train_groups, self.train_report, self.encoder = on_all(lambda: as_training_groups(train_dataset, tokenizer, args, loaded))
+        eval_groups, self.eval_report = on_all(lambda: as_eval_groups(eval_dataset, tokenizer, args, train_groups, self.encoder))
         agree_on_rows(train_groups, eval_groups)
-        self.encoder = encoder
+        loaded = None if loaded is None else on_all(lambda: prepared_model(loaded, args, peft_config, tokenizer, self.encoder))
         self.processing_class = tokenizer  # which model_init needs before the Trainer has set it
         if args.should_save:
             make_run_folder(str(args.output_dir))
         self.parallelism = args.spread
         with args.fsdp_hidden():
             super().__init__(
-                model=None if loaded is None else prepared_model(loaded, args, peft_config, tokenizer, encoder),
+                model=loaded,
                 args=args,
                 data_collator=only_item,
                 train_dataset=train_groups,
@@ -198,7 +198,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
     def engine(self) -> Engine:
         """The engine of this model, chosen at first use by running the first rows through both."""
         if self._engine is None:
-            if self.parallelism.sends_weights:
+            if self.parallelism.spreads_weights:
                 self.spread_weights(None)  # nobody has the weights whole to choose by
             self._engine = choose(
                 self.model,
@@ -209,7 +209,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
                 budget_bytes=self.args.logits_budget_bytes,
                 router_coef=self.args.router_aux_loss_coef,
                 attention_kernel=self.args.attention_kernel,
-                compute=Compute(self.compute_dtype, self._computing),
+                compute=Compute(self.compute_dtype, self._computing, self.zero if self.parallelism.spreads_weights else None),
                 longest=self.train_dataset.longest_tokens if isinstance(self.train_dataset, WindowedGroups) else None,
             )
             require_router_gradient(self.args, self._engine.router)
@@ -286,17 +286,18 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             self.add_callback(self._signals)
             stack.callback(self.remove_callback, self._signals)
             require_reference(self.training_objective, self.known_rows, self.eval_dataset)
-            if self.parallelism.sends_weights:
+            if self.parallelism.spreads_weights:
                 self.spread_weights(self.checkpoint_to_read(hold))
+            # Chosen before the model is wrapped; of a model in parts by all together, who come to one answer.
+            engine = (alike if self.parallelism.spreads_weights else on_all)(lambda: self.engine)
             checkpoint = self.checkpoint_to_resume(hold)
-            engine = self.engine  # chosen before the model is wrapped
             self._make_room()  # that of the choice
             if self.args.device.type == "cpu":
                 (map_large_blocks if self._is_sharded else keep_freed_memory)()
             if not self.compiling(stack) and self.args.device.type == "cpu" and engine.name == "shared":
                 stack.enter_context(fused_modules(self.model))
             self.recomputed_layers = stack.enter_context(self.recomputing())
-            if not self.parallelism.sends_weights:
+            if not self.parallelism.spreads_weights:
                 self.spread_weights(checkpoint)
             self.settle_ddp(engine)
             stack.enter_context(guard.hold())
@@ -374,7 +375,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
     def floating_point_ops(self, inputs: StepBatch) -> int:
         """6 floating-point operations per weight and packed token: forward, and twice that backward."""
         num_tokens = sum(batch.num_tokens for batch in inputs.microbatches)
-        return 6 * num_tokens * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
+        return 6 * num_tokens * sum(map(num_elements, self.model.parameters()))
 
     @property
     def _reward_scale(self) -> float | None:
