@@ -52,8 +52,8 @@ tokenizer.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
 model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
 rows, more = int(sys.argv[3]), {"fsdp": "full_shard auto_wrap"} if sys.argv[2] == "two" else {}
 args = ORPOConfig(
-    output_dir=sys.argv[2], max_steps=4, logging_steps=1, per_device_train_batch_size=rows, learning_rate=1e-3, bf16=False, report_to="none",
-    **more,
+    output_dir=sys.argv[2], max_steps=4, logging_steps=1, per_device_train_batch_size=rows, learning_rate=1e-3, bf16=False,
+    report_to="none", **more,
 )
 ORPOTrainer(model=model, args=args, train_dataset="rows.jsonl", processing_class=tokenizer).train()
 """
