@@ -19,6 +19,8 @@ import sys
 import traceback
 from typing import Any
 
+import torch
+
 
 def _run(job: str, arguments: dict[str, object]) -> int:
     from orpo.errors import OrpoError
@@ -36,8 +38,6 @@ def _run(job: str, arguments: dict[str, object]) -> int:
 
 
 def main() -> None:
-    import torch
-
     from faults import jobs
 
     torch.set_num_threads(1)
@@ -73,6 +73,7 @@ def _fork(command: dict[str, Any], rank: int) -> int:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(command["port"]),
         }  # fmt: skip
+    torch.set_num_threads(1)  # a fork's pool of threads is made anew by whoever asks first, and two that ask at once would end the process
     status = _run(command["job"], command["arguments"])
     sys.stdout.flush()
     os._exit(status)
