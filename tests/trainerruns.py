@@ -191,13 +191,20 @@ def held_by_a_run(output_dir: str, flags: list[str]) -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     trainer = build_trainer(config, args, data, load_run_model(config, args, data).model, [Begin()])
-    spread = trainer.spread_weights
+    spread, create_optimizer = trainer.spread_weights, trainer.create_optimizer
+
+    def are_spread() -> None:
+        found.setdefault("moments", [[moment, held - samples[0]] for moment, held in zip(moments, samples[1:], strict=False)])
 
     def spread_weights(checkpoint: str | None) -> None:
         spread(checkpoint)
-        found.setdefault("moments", [[moment, held - samples[0]] for moment, held in zip(moments, samples[1:], strict=False)])
+        are_spread()
 
-    trainer.spread_weights = spread_weights  # type: ignore[method-assign]
+    def create() -> Any:
+        are_spread()  # by ZeRO-3, before DeepSpeed makes room for what it trains with
+        return create_optimizer()
+
+    trainer.spread_weights, trainer.create_optimizer = spread_weights, create  # type: ignore[method-assign]
     trainer.train()
     thread.join()
     found |= {"start": max(samples) - samples[0], "training": held("VmHWM:") - floor, "is_sharded": is_sharded(trainer.model)}

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from orpo.config.values import NotAcceptedError, from_flag, from_yaml
 from orpo.data.reading.sources import DEMO_DATA
-from orpo.errors import UserErrors
+from orpo.errors import UserError, UserErrors
 from orpo.run.config import RunConfig, as_facts, resolve
 from orpo.run.data import open_run_rows
 from orpo.run.keys import key_defaults, key_types
+from orpo.run.read import read_flags
 
 MINIMAL = "model_name_or_path: some/model\ndataset_name: rows.jsonl\n"
 
@@ -101,10 +102,20 @@ class TestTypes:
             ("chat_template", "none", None),
             ("report_to", "none", None),
             ("output_dir", "1", "1"),
+            ("fsdp", "full_shard auto_wrap", "full_shard auto_wrap"),
+            ("fsdp", "true", True),
         ],
     )
     def test_flag_texts(self, key: str, text: str, value: object) -> None:
         assert from_flag(key_types()[key], text) == value
+
+    @pytest.mark.parametrize("word", ["--fsdp", "--use_peft", "--resume_from_checkpoint"])
+    def test_a_switch_may_stand_alone(self, word: str) -> None:
+        """Also one that takes words, as transformers' `--fsdp` does."""
+        problems: list[UserError] = []
+        given_flags, _ = read_flags([word, "--max_steps", "2"], problems)
+        assert not problems
+        assert given_flags[word[2:]].value is True
 
     @pytest.mark.parametrize(("key", "text"), [("learning_rate", "fast"), ("max_steps", "1.5"), ("use_peft", "maybe"), ("engine", "quick")])
     def test_flag_texts_that_do_not_fit(self, key: str, text: str) -> None:

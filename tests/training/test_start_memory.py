@@ -38,6 +38,8 @@ def _held_by_four(forks: Zygote, tmp_path: Path, kind: str, more: list[str]) -> 
     assert [end.status for end in ends] == [0] * 4, "\n".join(log.read_text() for log in logs)
     found = [json.loads((tmp_path / "run" / f"held-{rank}.json").read_text()) for rank in range(4)]
     assert all(rank["is_sharded"] for rank in found)
+    peaks = {name: sum(rank[name] for rank in found) / 2**20 for name in ("start", "training")}
+    print(f"\nall peaks of four ranks: until training {peaks['start']:.0f} MiB, from there {peaks['training']:.0f} (resident)")
     newest = [0] * 4
     largest = 0
     for _, rank, held in sorted((moment, rank, held) for rank, one in enumerate(found) for moment, held in one["moments"]):

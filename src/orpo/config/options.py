@@ -334,6 +334,7 @@ def field_types() -> dict[str, Any]:
     """Field name -> type annotation, for every field of `ORPOConfig`."""
     hints = typing.get_type_hints(ORPOConfig)
     hints["resume_from_checkpoint"] = bool | str | None  # as transformers' own train() takes it
+    hints["fsdp"] = bool | str | None  # as transformers' own flag, which may stand alone, and `fsdp: true`
     return {item.name: hints[item.name] for item in fields(ORPOConfig) if item.init}
 
 

@@ -10,7 +10,7 @@ will train alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from orpo.data.stored.measures import measures_of
 from orpo.data.types import TokenGroup
 from orpo.engine import attention, padded, shared
 from orpo.engine.kernels import KERNELS, resolve, suited
-from orpo.engine.layout import PreferenceBatch, StepResult, collate
+from orpo.engine.layout import PreferenceBatch, StepResult, collate, one_by_one
 from orpo.engine.parallel import (
     computing_device,
     forget_gradients,
@@ -306,7 +306,10 @@ def compare(
     model.eval()  # the comparison must not depend on dropout; checkpointing recomputes the same values either way
     try:
         with torch.enable_grad(), compute.context(), trained_alone(model, parameters):  # the caller may be an evaluation
-            expected = _values(model, padded.step(called, batch, objective, router=router), parameters, compute)
+            # Of a model in parts one row after the other, since a process may have room for little more than its part; the router's loss
+            # is of all tokens together.
+            rows = one_by_one(batch, nll_scope) if is_in_parts(model) and router is None else [batch]
+            expected = _added(_values(model, padded.step(called, row, objective, router=router), parameters, compute) for row in rows)
             with attention_implementation(core, attention.NAME):
                 options: dict[str, Any] = {"budget_bytes": budget_bytes, "router": router, "kernel": kernel}
                 result = shared.step(called, batch, objective, **options, gradient_scale=_scale(model, compute))
@@ -432,6 +435,12 @@ def _values(model: nn.Module, result: StepResult, parameters: list[nn.Parameter]
     zeros = [torch.zeros_like(parameter) for parameter in parameters]
     found = [zero if gradient is None else gradient for gradient, zero in zip(gradients, zeros, strict=True)]
     return [result.logp_N, *(gradient.float() if scale is None else gradient.float() / scale for gradient in found)]
+
+
+def _added(rows: Iterable[list[Tensor]]) -> list[Tensor]:
+    """`_values` of one batch from those of its rows."""
+    logps, *gradients = zip(*rows, strict=True)
+    return [torch.cat(logps), *(sum(rest, first) for first, *rest in gradients)]
 
 
 def _scale(model: nn.Module, compute: Compute) -> Tensor | None:

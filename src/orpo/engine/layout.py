@@ -295,6 +295,12 @@ def collate(groups: Sequence[TokenGroup], nll_scope: str = "sequence") -> Prefer
     )
 
 
+def one_by_one(batch: PreferenceBatch, nll_scope: str) -> list[PreferenceBatch]:
+    """The groups of a batch as batches of their own, normalised together; on the same device."""
+    counts = batch.index.num_nll_tokens, batch.index.num_pairs, 1.0 / batch.token_weight
+    return [collate([group], nll_scope).to(batch.input_ids_T.device).with_normalisers(*counts) for group in batch.groups]
+
+
 def sent(array: np.ndarray, device: torch.device) -> Tensor:
     """An array on the device; to a GPU it goes through pinned memory, so that nobody waits for it."""
     tensor = torch.from_numpy(array)
