@@ -76,6 +76,18 @@ def test_parts_in_shards_go_down_with_the_number_of_processes(model_folder: Path
     assert list(plans(model_folder, "L4")) == ["ddp"], "one process has nothing to share"
 
 
+def test_what_is_never_held_at_once_counts_once(model_folder: Path) -> None:
+    """Gradients come as activations go, unless a micro-batch before has left its own; ZeRO-3 has room for them from the start."""
+    one = plans(model_folder, "2xcpu", per_device_train_batch_size=2)
+    several = plans(model_folder, "2xcpu", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    for kind, rank in one.items():
+        later = rank.gradients_bytes + (rank.gathered_bytes if kind == "zero2" else 0)
+        activations = rank.activations_bytes + rank.logits_bytes
+        always = min(rank.gathered_bytes, activations) if kind == "zero2" else 0
+        assert several[kind].memory_bytes - rank.memory_bytes == (0 if kind == "zero3" else min(later, activations) - always), kind
+    assert plans(model_folder, "2xH100")["ddp"].freed_bytes == 0 < one["ddp"].freed_bytes
+
+
 @pytest.mark.parametrize(
     ("stored", "more", "bytes_each"), [("float32", {}, 2), ("bfloat16", {}, 6), ("float32", {"bf16_weights": False}, 6)]
 )

@@ -116,8 +116,9 @@ def rank_lines(plan: Plan, ranks: Sequence[RankPlan], hardware: Hardware, dtype:
         lines.append(f"{rank.kind:<12} {human_bytes(rank.memory_bytes)} a process{fits}{time}{note}")
         parts = {"weights": rank.weights_bytes, "gradients": rank.gradients_bytes, "optimizer": rank.optimizer_bytes}
         parts |= {"gathered": rank.gathered_bytes, "activations": rank.activations_bytes, "logits": rank.logits_bytes}
-        parts |= {"libraries": rank.runtime_bytes}
-        lines.append("             " + ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size))
+        parts |= {"freed blocks": rank.freed_bytes, "libraries": rank.runtime_bytes}
+        apart = f"; {human_bytes(rank.apart_bytes)} of it never at the same moment" if rank.apart_bytes else ""
+        lines.append("             " + ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size) + apart)
     loading = human_bytes(ranks[0].loading_bytes)
     lines.append(f"loading      {loading} of host memory: for each process (ddp, zero2), for a machine (fsdp2, zero3)")
     lines.append(f"checkpoint   {human_bytes(plan.checkpoint_bytes)} each")

@@ -27,6 +27,9 @@ RUNTIME_BYTES = {"cuda": round(1.2 * GIB), "cpu": 525 * 2**20}
 """A CUDA context with its libraries and the workspaces of products; Python and the libraries in a process on a CPU (measured)."""
 FIRST_EXCHANGE_BYTES = 250 * 2**20
 """Copies of weights, frozen ones too, that DDP makes to send rank 0's to all."""
+FREED_SHARE = 0.25
+"""Of one micro-batch's activations and logits, on a CPU: freed blocks that the C library keeps and the next micro-batch does not fit into.
+One number for all thirteen runs of `tests/training/test_hardware_plan.py`; watched there by steps it is 0.1 to 0.4."""
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 
 
@@ -105,7 +108,10 @@ class RankPlan:
     """What one process needs; bytes, seconds. Parts that a way of spreading does not have are 0.
 
     Attributes:
-        gathered_bytes: weights of other processes' parts that are here at once, and whole gradients on their way.
+        gathered_bytes: weights of other processes' parts that are here at once, and whole gradients on their way, as far as they need more
+            than the logits, which are gone by then.
+        freed_bytes: what the C library keeps of freed blocks.
+        apart_bytes: of the sum of the parts, what is never held at the same moment.
         loading_bytes: host memory while the model is loaded.
         sent_bytes: by one process in a step.
         seconds_per_step: None where nobody says how fast the machine is; the longer of computing and sending, which overlap.
@@ -119,6 +125,8 @@ class RankPlan:
     gathered_bytes: int
     activations_bytes: int
     logits_bytes: int
+    freed_bytes: int
+    apart_bytes: int
     runtime_bytes: int
     loading_bytes: int
     sent_bytes: int
@@ -128,7 +136,7 @@ class RankPlan:
     def memory_bytes(self) -> int:
         """Peak of a process while it trains."""
         model = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.gathered_bytes
-        return model + self.activations_bytes + self.logits_bytes + self.runtime_bytes
+        return model + self.activations_bytes + self.logits_bytes + self.freed_bytes + self.runtime_bytes - self.apart_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -157,7 +165,6 @@ def _plan_rank(
     trained, total = shape.num_trainable, shape.num_parameters
     is_adapter = bool(config["use_peft"])
     stored = trained * 4 + (frozen_bytes(config, shape) if is_adapter else 0)
-    optimizer = plan.optimizer_bytes
     parts = {"ddp": (1, 1, 1), "zero2": (1, ranks, ranks), "fsdp2": (ranks, ranks, ranks), "zero3": (ranks, ranks, ranks)}[kind]
     whole_weights = parts[0] == 1
     # A whole copy in 16 bits is kept by autocast until the backward pass is done.
@@ -166,6 +173,11 @@ def _plan_rank(
         copies = trained * width + (copy_bytes(config, shape, width) if is_adapter else 0)
     microbatches = max(1, round(plan.tokens_per_step / max(plan.tokens_per_microbatch, 1)))
     share = (ranks - 1) / ranks
+    weights = stored / parts[0] + copies
+    if kind.startswith("zero"):
+        weights += trained * 4 / ranks  # DeepSpeed trains a float32 copy of its part, of float32 weights too
+    logits = min(_logits_budget(args, hardware), plan.tokens_per_microbatch * shape.vocab_size * width)
+    gradients, gathered = trained * 4 / parts[1], _gathered(shape, trained, total, width, kind, ranks, logits)
     sent = 2 * share * trained * 4
     if not whole_weights:
         sent = microbatches * share * (2 * total * width + trained * 4)
@@ -174,12 +186,14 @@ def _plan_rank(
     return RankPlan(
         kind=kind,
         num_ranks=ranks,
-        weights_bytes=round(stored / parts[0] + copies),
-        gradients_bytes=round(trained * 4 / parts[1]),
-        optimizer_bytes=round(optimizer / parts[2]),
-        gathered_bytes=round(_gathered(shape, trained, total, width, kind, ranks)),
+        weights_bytes=round(weights),
+        gradients_bytes=round(gradients),
+        optimizer_bytes=round(plan.optimizer_bytes / parts[2]),
+        gathered_bytes=round(gathered),
         activations_bytes=plan.activations_bytes,
-        logits_bytes=min(_logits_budget(args, hardware), plan.tokens_per_microbatch * shape.vocab_size * width),
+        logits_bytes=logits,
+        freed_bytes=round(FREED_SHARE * (plan.whole_activations_bytes + logits)) if hardware.device is None else 0,
+        apart_bytes=round(min(_after_activations(kind, gradients, gathered, microbatches), plan.activations_bytes + logits)),
         runtime_bytes=RUNTIME_BYTES["cpu" if hardware.device is None else "cuda"],
         loading_bytes=round(stored),
         sent_bytes=round(sent),
@@ -187,16 +201,24 @@ def _plan_rank(
     )
 
 
-def _gathered(shape: ModelShape, trained: int, total: int, width: int, kind: str, ranks: int) -> float:
+def _after_activations(kind: str, gradients: float, gathered: float, microbatches: int) -> float:
+    """What comes only while activations and logits go: in a step of one micro-batch all gradients, but for those that DeepSpeed keeps
+    room for; ZeRO-2's buckets in any step."""
+    if kind == "zero2":
+        return gradients + gathered if microbatches == 1 else gathered
+    return gradients if microbatches == 1 and kind != "zero3" else 0.0
+
+
+def _gathered(shape: ModelShape, trained: int, total: int, width: int, kind: str, ranks: int, logits: float) -> float:
     """DDP's buckets hold every gradient once more. Sharded: two layers (one computes, the next comes) and what is outside of the layers,
-    with the whole gradients of one layer and of the outside in `width`, and in float32 on their way."""
+    with the whole gradients of one layer and of the outside in `width`, and in float32 on their way, where `logits` were."""
     if ranks == 1:
         return 0.0
     if kind in ("ddp", "zero2"):
         return max(trained * 4.0, min(FIRST_EXCHANGE_BYTES, total * 4.0))
     layer, outside = shape.layer_parameters, shape.num_parameters - shape.num_layers * shape.layer_parameters
     gradients = trained / max(total, 1)  # with an adapter next to nothing
-    return width * (2 * layer + outside) + gradients * (width + 4) * max(layer, outside)
+    return width * (2 * layer + outside) + max(gradients * (width + 4) * max(layer, outside) - logits, 0.0)
 
 
 def _seconds(

@@ -88,7 +88,10 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The estimate. Bytes are rounded to whole ones; times are None where nothing says how fast the machine is."""
+    """The estimate. Bytes are rounded to whole ones; times are None where nothing says how fast the machine is.
+
+    `whole_activations_bytes` are the activations if no layer were computed again.
+    """
 
     num_parameters: int
     num_trainable: int
@@ -106,6 +109,7 @@ class Plan:
     seconds_per_step: float | None
     num_layers: int = 0
     recomputed_layers: int = 0
+    whole_activations_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -193,6 +197,7 @@ def make_plan(
         seconds_per_step=seconds,
         num_layers=need.num_layers,
         recomputed_layers=recomputed,
+        whole_activations_bytes=round(need.activations(0)),
     )
 
 
