@@ -210,6 +210,30 @@ def test_two_trainings_go_on_from_each_other(tmp_path: Path) -> None:
     assert any(not torch.equal(weight, first[name]) for name, weight in weights(trainer.model).items())
 
 
+@pytest.mark.parametrize("between", ["configuration", "refused", "trained"])
+def test_a_trainer_goes_on_whatever_was_configured_since(between: str, tmp_path: Path) -> None:
+    """As in a notebook, where the next run is written down before this one is started."""
+    expected = make_trainer(tmp_path / "expected", random_groups(8), max_steps=2)
+    expected.train()
+    trainer = make_trainer(tmp_path / "run", random_groups(8), max_steps=2)
+
+    def other() -> None:
+        if between == "refused":
+            with pytest.raises(UserError, match="trains on cuda alone"):
+                make_trainer(tmp_path / "other", random_groups(8), attention_kernel="flex")
+        else:
+            assert make_config(tmp_path / "other").device.type == "cpu"
+        if between == "trained":
+            make_trainer(tmp_path / "other", random_groups(8), max_steps=1, bf16=True).train()
+
+    other()
+    trainer.train()
+    assert logged(trainer) == logged(expected)
+    evaluation = expected.evaluate(random_groups(2))
+    other()
+    assert trainer.evaluate(random_groups(2))["eval_loss"] == evaluation["eval_loss"]
+
+
 def test_callbacks_are_called_and_may_stop(tmp_path: Path) -> None:
     events: list[str] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,7 @@ class LoaderMixin(_Base):
     encoder: Any
     train_sampler: StepSampler | StreamSampler
     _ahead: Ahead | None = None
+    restore_accelerate: Callable[[], None]
 
     @property
     def known_rows(self) -> Sequence[TokenGroup]:
@@ -94,6 +95,7 @@ class LoaderMixin(_Base):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All rows, normalised together, cut into micro-batches over the ranks; an item is a piece of them."""
+        self.restore_accelerate()
         if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict):
             rows = self.eval_dataset[eval_dataset]
         else:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from orpo.config.parallelism import Parallelism
@@ -62,6 +63,16 @@ class SpreadMixin(_Base):
         """As in transformers, without accelerate's own FSDP."""
         with self.args.fsdp_hidden():
             super().create_accelerator_and_postprocess()
+        self._accelerate_state = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+
+    def restore_accelerate(self) -> None:
+        """Put back what accelerate keeps for the whole process, where another configuration has emptied it.
+
+        transformers does so whenever one is made, and only a trainer made of it fills it again; this trainer would not go on without.
+        """
+        for state, values in self._accelerate_state:
+            if not state:
+                state.update(values)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """As in transformers; a model that is on the CPU stays as it is: `cpu:0`, as a process of several has it, would make a copy.

@@ -272,6 +272,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
             SignalStop: SIGTERM or SIGINT; one checkpoint was saved.
         """
         refuse_overrides(self, ORPOTrainer)  # what was put on the trainer since
+        self.restore_accelerate()
         with ExitStack() as stack:
             stack.enter_context(self.trial_pruned(trial))
             self.begin_training(trial)
@@ -333,6 +334,7 @@ class ORPOTrainer(LoaderMixin, CheckpointMixin, GradientMixin, SpreadMixin, Outs
         Returns:
             The step's loss, this rank's part times the number of ranks, so that the mean over ranks is the loss.
         """
+        self.restore_accelerate()
         self.sums.start()
         with self.whole_or_nothing(model):
             loss = self._compute_step(model, inputs)
