@@ -81,8 +81,8 @@ def test_most_of_a_long_prompt_is_taken_whole() -> None:
 
 
 def test_rows_are_padded_to_whole_blocks_with_rows_that_see_themselves() -> None:
-    assert [flex.padded_rows(size) for size in (1, 128, 257, 16_000)] == [256, 256, 384, 16_000]
-    tensors = inputs(256, width=16)
+    assert [flex.padded_rows(size) for size in (1, 257, 385, 16_000)] == [384, 384, 512, 16_000]
+    tensors = inputs(384, width=16)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = flex.attend(*tensors, SMALL, AttentionRule(0.3))
@@ -305,15 +305,15 @@ def test_auto_takes_what_was_measured_on_the_card_and_nothing_was_yet(monkeypatc
 CALLS = [((60, 70), None), ((200, 99, 31), None), ((7, 5), 4), ((400, 3), 100), ((600, 20, 300), None), ((128,), 2)]
 
 
-@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize(("softcap", "width"), [(None, 16), (0.7, 16), (None, 256), pytest.param(None, 128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_new_lengths_windows_and_layouts_compile_nothing_anew(backend: str, softcap: float | None) -> None:
+def test_new_lengths_windows_and_layouts_compile_nothing_anew(backend: str, softcap: float | None, width: int) -> None:
     """What Dynamo traces, without the code behind it, and with the graph of the backward pass: one, whatever the lengths that follow."""
     counts = []
     with flex_as_on_a_gpu(backend):
         for lengths, window in CALLS:
             layout = PackedLayout.of([lengths, (5, 2)])
-            leaves64 = [tensor.requires_grad_() for tensor in inputs(flex.padded_rows(layout.num_rows), width=16)]
+            leaves64 = [tensor.requires_grad_() for tensor in inputs(flex.padded_rows(layout.num_rows), width=width)]
             leaves = [leaf.detach().float().requires_grad_() for leaf in leaves64]
             found = flex.attend(*leaves, layout, AttentionRule(0.3, window, softcap)).transpose(1, 2)
             expected = written_out(*leaves64, padded_mask(layout, leaves[0].shape[2], window), 0.3, softcap)

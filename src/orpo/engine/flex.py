@@ -30,8 +30,12 @@ BLOCK = 128
 
 
 def padded_rows(num_rows: int) -> int:
-    """Rows of whole blocks, and of two at least: a size of 1 would be compiled by itself."""
-    return max(2, -(-num_rows // BLOCK)) * BLOCK
+    """Rows of whole blocks, and of three at least.
+
+    One block would be compiled by itself, as every size of 1. Two are as many rows as a head of Gemma is wide, and a compiler that sees the
+    two alike takes them for one and the same size, until another length comes.
+    """
+    return max(3, -(-num_rows // BLOCK)) * BLOCK
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, rule: AttentionRule) -> Tensor:
