@@ -210,6 +210,25 @@ class TestCheckAndTrain:
         assert asked == []
 
 
+@pytest.mark.parametrize("asked", [{"parallelism": "fsdp2"}, {"fsdp": "full_shard"}, {"parallelism": "zero3"}, {"deepspeed": "zero3.json"}])
+def test_one_process_looks_ahead_of_a_run_of_several(
+    asked: dict[str, str], tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration for a cluster is looked at where it is written; to train it alone is refused as before."""
+    monkeypatch.chdir(tmp_path)
+    Path("zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    path = config_file(tmp_path, {**options, **asked})
+    for command in (["plan", path, "--hardware", "8xH100"], ["plan", path], ["audit", path], ["preview", path]):
+        assert main(command) == 0, capsys.readouterr()
+    assert main(["check", path]) == 0
+    (key,), said = asked, capsys.readouterr().out
+    assert f"warning  configuration  {key}: " in " ".join(said.split("\n"))
+    assert f"{key} = {asked[key]}" in said, "as it was given"
+    assert "ready: orpo train --num_processes N would run" in said
+    assert main(["train", path]) == 2
+    assert "there is one process" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_architecture_can_be_planned(name: str, tmp_path: Path, tiny_model_factory) -> None:
     model = tiny_model_factory(name)

@@ -57,10 +57,15 @@ LABEL_CELLS = 24
 
 
 class CheckReport:
-    """Findings in order; a check that raises a user error is a problem, and those that depend on it are skipped."""
+    """Findings in order; a check that raises a user error is a problem, and those that depend on it are skipped.
+
+    Attributes:
+        command: what would run where nothing is found.
+    """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.findings: list[CheckResult] = []
+        self.command = "orpo train"
         self._tell = tell
 
     def add(self, name: str, status: str, detail: str, **facts: Any) -> None:
@@ -103,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"is_ok": report.is_ok, "findings": [asdict(finding) for finding in report.findings]})
     else:
-        say(console, "ready: orpo train would run" if report.is_ok else "not ready: mend the problems above")
+        say(console, f"ready: {report.command} would run" if report.is_ok else "not ready: mend the problems above")
     return 0 if report.is_ok else UserError.exit_code
 
 
@@ -142,7 +147,7 @@ def _check_configuration(keys: list[str], report: CheckReport) -> tuple[RunConfi
     from orpo.run.config import given_facts, resolve
     from orpo.training.setup import require_kernel
 
-    config = resolve(None, keys)
+    config = resolve(None, keys, is_launch=False)
     args = config.training_args()
     require_kernel(args)
     if config["load_in_4bit"] or config["load_in_8bit"]:  # told with --quick as well, which loads nothing
@@ -155,6 +160,8 @@ def _check_configuration(keys: list[str], report: CheckReport) -> tuple[RunConfi
         report.show(f"{'':<23} {key} = {item['value']}   ({item['origin']})")
     for note in config.notes:
         report.add("configuration", WARNING, note)
+    if config.is_spread_later:
+        report.command = "orpo train --num_processes N"
     return config, args
 
 

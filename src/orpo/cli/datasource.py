@@ -110,7 +110,7 @@ def read_data_arguments(args: argparse.Namespace) -> DataInput:
     if args.sft_rows:
         flags.append("--sft_rows")
     if is_run:
-        config = resolve(args.data[0], flags)
+        config = resolve(args.data[0], flags, is_launch=False)
     else:
         data = args.data if len(args.data) > 1 else args.data[0]
         config = resolve(None, flags, base={"dataset_name": data}, name="the command line", has_model=False)

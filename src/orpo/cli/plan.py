@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from orpo.training.planning import make_plan
 
     quiet_libraries()
-    config = resolve(None, args.keys)
+    config = resolve(None, args.keys, is_launch=False)
     training = config.training_args()
     import torch
 

@@ -110,12 +110,13 @@ def _enum_choices() -> dict[str, tuple[str, ...]]:
     return {**choices, "engine": ENGINES, "parallelism": KINDS}
 
 
-def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:
+def check_values(values: dict[str, Any], hints: dict[str, Any], *, is_launch: bool = True) -> list[UserError]:
     """Every problem among the values of an `ORPOConfig`; also used for a configuration that is not yet one.
 
     Args:
         values: field name -> value; fields that are absent are not checked.
         hints: field name -> type annotation.
+        is_launch: the run begins now, with the processes that there are.
     """
     problems = _type_problems(values, hints)
     bad = {problem.where for problem in problems}
@@ -125,7 +126,7 @@ def check_values(values: dict[str, Any], hints: dict[str, Any]) -> list[UserErro
     usable = {name: value for name, value in values.items() if name not in bad}
     problems += compat.refusals(usable) + _cross_problems(usable) + _stream_problems(usable) + _tracker_problems(usable.get("report_to"))
     problems += _schedule_problems(usable) + _checkpointing_problems(usable)
-    return problems + optimizer_problems(usable) + sharding_problems(usable, os.environ)
+    return problems + optimizer_problems(usable) + sharding_problems(usable, os.environ, is_launch=is_launch)
 
 
 def _type_problems(values: dict[str, Any], hints: dict[str, Any]) -> list[UserError]:

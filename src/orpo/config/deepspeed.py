@@ -139,9 +139,9 @@ def _of_zero(given: Any, where: str) -> tuple[dict[str, Any], list[UserError]]:
     return zero, problems
 
 
-def zero_obstacles(values: Mapping[str, Any], where: str) -> list[UserError]:
-    """What else must hold for ZeRO: the package, and an optimizer that works on parts."""
-    if find_spec("deepspeed") is None:
+def zero_obstacles(values: Mapping[str, Any], where: str, *, is_launch: bool = True) -> list[UserError]:
+    """What else must hold for ZeRO: the package, where the run begins, and an optimizer that works on parts."""
+    if is_launch and find_spec("deepspeed") is None:
         mend = "pip install wheel, then DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed; or parallelism: fsdp2"
         return [UserError("needs the package deepspeed, which is not installed", where=where, mend=mend)]
     optim = str(getattr(values.get("optim"), "value", values.get("optim") or "adamw_torch"))

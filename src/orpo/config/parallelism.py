@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 from orpo.config.deepspeed import read_deepspeed, zero_obstacles
@@ -76,8 +77,28 @@ def parallelism_of(values: Mapping[str, Any], environ: Mapping[str, str]) -> Par
     return _read(values, environ)[0]
 
 
-def sharding_problems(values: Mapping[str, Any], environ: Mapping[str, str]) -> list[UserError]:
-    """Every way to ask for a sharded run that would not be one."""
+SHARDING_KEYS = ("parallelism", "fsdp", "fsdp_config", "deepspeed")
+"""Options that ask for it."""
+
+
+def not_spread_here(values: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
+    """What to tell where a sharded run is asked for and there is one process: that is, whoever looks ahead of the run; else None."""
+    wanted = parallelism_of(values, environ)
+    try:
+        if not wanted.is_sharded or read_place(environ).world_size > 1:
+            return None
+    except UserError:  # which is told when the processes meet
+        return None
+    missing = "; the package deepspeed, which it needs, is not installed here" if wanted.zero and find_spec("deepspeed") is None else ""
+    return f"{wanted.asked_by}: {wanted.kind} is for several processes (orpo train --num_processes N), and here is one{missing}"
+
+
+def sharding_problems(values: Mapping[str, Any], environ: Mapping[str, str], *, is_launch: bool = True) -> list[UserError]:
+    """Every way to ask for a sharded run that would not be one.
+
+    Args:
+        is_launch: the run begins now, with these processes; else they come later, perhaps elsewhere.
+    """
     wanted, problems = _read(values, environ)
     for name, what in _ACCELERATE_WANTS.items():
         if is_on(environ, name):
@@ -86,7 +107,7 @@ def sharding_problems(values: Mapping[str, Any], environ: Mapping[str, str]) -> 
     if values.get("parallelism_config"):
         problems.append(UserError("is not supported", where="parallelism_config", mend=_MEND))
     if wanted.is_sharded and not problems:
-        problems += _obstacles(wanted, values, environ)
+        problems += _obstacles(wanted, values, environ, is_launch=is_launch)
     return problems
 
 
@@ -207,18 +228,18 @@ def _is_true(value: Any) -> bool:
     return str(value).lower() in _ON
 
 
-def _obstacles(wanted: Parallelism, values: Mapping[str, Any], environ: Mapping[str, str]) -> list[UserError]:
+def _obstacles(wanted: Parallelism, values: Mapping[str, Any], environ: Mapping[str, str], *, is_launch: bool) -> list[UserError]:
     told = f"asks for {'FSDP' if wanted.kind == 'fsdp2' else 'ZeRO'}, which would not be applied"
     try:
         world_size = read_place(environ).world_size
     except UserError:  # which is told when the processes meet
         return []
-    if world_size == 1:
+    if world_size == 1 and is_launch:
         return [UserError(f"{told}: there is one process (orpo train --num_processes N starts more)", where=wanted.asked_by, mend=_MEND)]
     for name, reason in (("torch_compile", "it compiles the whole model"), ("fp16", "its scaler needs whole gradients")):
         if values.get(name):
             return [UserError(f"is not supported together with {wanted.kind}: {reason}", where=name, mend="leave it out")]
-    return zero_obstacles(values, wanted.asked_by) if wanted.zero else []
+    return zero_obstacles(values, wanted.asked_by, is_launch=is_launch) if wanted.zero else []
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:

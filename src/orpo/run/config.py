@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from orpo.config import compat
 from orpo.config.checks import best_metric_problems, check_values, value_notes
 from orpo.config.objectives import find, known, needs_reference, option_keys, options_without_effect
 from orpo.config.optimizers import optimizer_notes
+from orpo.config.parallelism import SHARDING_KEYS, not_spread_here
 from orpo.config.values import split_list
 from orpo.data.reading.sources import DEMO_DATA
 from orpo.data.reading.splits import needs_length
@@ -49,6 +51,7 @@ class RunConfig:
         notes: what the user should know (options without effect, values that are hardly meant).
         config_file: the YAML file, if there was one.
         name: what the run's folder is called where no output_dir says it.
+        is_spread_later: it asks for weights in parts, and this process only looks ahead of it.
     """
 
     values: dict[str, Any]
@@ -56,6 +59,7 @@ class RunConfig:
     notes: tuple[str, ...] = ()
     config_file: str | None = None
     name: str | None = None
+    is_spread_later: bool = False
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -74,7 +78,8 @@ class RunConfig:
 
         foreign = option_keys().keys() - {option.key for option in find(self.values["objective"]).options}  # told of as a note
         names = [name for name in {**field_types(), **option_keys()} if name in self.values and name not in foreign]
-        given = {name: self.values[name] for name in names if self.is_given(name)}
+        left_out = SHARDING_KEYS if self.is_spread_later else ()
+        given = {name: self.values[name] for name in names if self.is_given(name) and name not in left_out}
         with warnings.catch_warnings():  # which the notes tell already
             warnings.filterwarnings("ignore", message=r"\w+ has no effect: ", category=UserWarning)
             return ORPOConfig(**{**given, "output_dir": self.output_dir})
@@ -139,6 +144,7 @@ def resolve(
     base: Mapping[str, Any] | None = None,
     name: str | None = None,
     has_model: bool = True,
+    is_launch: bool = True,
 ) -> RunConfig:
     """Resolve a run's configuration.
 
@@ -147,6 +153,8 @@ def resolve(
         base: values between the defaults and the file, of a command that is a configuration of its own; their origin is `name`.
         name: what the run is called.
         has_model: whether a model has to be named; not by a command that only reads the data.
+        is_launch: whether the run begins now, with the processes that there are; a command that looks ahead of it in one process spreads
+            nothing itself, whatever the configuration asks for.
         flags: command-line arguments (`--learning_rate 1e-5`, `--lora_r=8`, `--use_peft`); one word that is no flag is the file.
 
     Raises:
@@ -176,14 +184,18 @@ def resolve(
     values["lora_target_modules"] = read_targets(values["lora_target_modules"])
     if isinstance(values["report_to"], str) and "," in values["report_to"]:
         values["report_to"] = split_list(values["report_to"])
-    problems += _value_problems(values, origins, has_broken_keys=bool(problems), has_model=has_model)
+    problems += _value_problems(values, origins, has_broken_keys=bool(problems), has_model=has_model, is_launch=is_launch)
     if problems:
         raise UserErrors(problems, title=f"The configuration has {len(problems)} problem{'s' if len(problems) > 1 else ''}:")
     notes += [note for _, note in compat.ignored({key: value for key, value in values.items() if origins[key] != "default"})]
     given_keys = [key for key in values if origins[key] != "default"]
     notes += value_notes(values) + notes_without_switch(values, set(given_keys))
     notes += optimizer_notes(values, given_keys) + options_without_effect(values["objective"], given_keys)
-    return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name)
+    is_spread_later = False
+    if not is_launch and (told := not_spread_here(values, os.environ)) is not None:
+        notes.append(told)
+        is_spread_later = True
+    return RunConfig(values, origins, tuple(dict.fromkeys(notes)), path, name, is_spread_later)
 
 
 def _objective_options(given: Mapping[str, Given]) -> dict[str, Any]:
@@ -194,12 +206,14 @@ def _objective_options(given: Mapping[str, Given]) -> dict[str, Any]:
     return {key: option.default for key, option in option_keys().items() if key in chosen or key in given}
 
 
-def _value_problems(values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool, has_model: bool) -> list[UserError]:
+def _value_problems(
+    values: dict[str, Any], origins: dict[str, str], *, has_broken_keys: bool, has_model: bool, is_launch: bool
+) -> list[UserError]:
     from orpo.config.options import field_types
 
     trainer = {key: value for key, value in values.items() if key in field_types() or key in option_keys()}
     own = {key: value for key, value in values.items() if key not in trainer}
-    problems = check_values(trainer, field_types()) + compat.refusals(own)
+    problems = check_values(trainer, field_types(), is_launch=is_launch) + compat.refusals(own)
     problems += _run_problems(values, has_broken_keys=has_broken_keys, has_model=has_model)
     problems += needs_reference(values["objective"]) + variable_problems(values)
     for problem in problems:
