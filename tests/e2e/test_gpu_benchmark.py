@@ -6,10 +6,12 @@ What it does with the minutes that it is given is tried on a clock that only mov
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -339,6 +343,29 @@ tests/engine/test_b.py::test_four """
     told = gpu.told_of_tests({**found, "code": None, "seconds": 119.6})
     assert told.splitlines()[0] == "cuda tests: 1 passed, 2 failed, 1 skipped in 120 s (stopped at its limit)"
     assert told.count("failed: tests") == 2
+
+
+def test_what_is_brought_along_needs_nothing_else() -> None:
+    """Beside what the machine has: packages are put there without those that they need."""
+    command = (BENCHMARKS / "gpu.md").read_text(encoding="utf-8").partition("pip download")[2].partition("git archive")[0]
+    words = [word.strip('"') for word in command.split() if not word.startswith("--")]
+    brought = {canonicalize_name(re.split(r"[<>=]", word)[0]) for word in words if re.match(r"[a-z]", word)}
+    assert {"datasets", "trl", "pytest"} <= brought
+    there = needed({"torch", "transformers", "accelerate", "peft"})
+    assert needed({"orpo", *brought}) - there - brought - {"orpo"} == set()
+
+
+def needed(names: set[str]) -> set[str]:
+    """Packages and all that they need, of those that are installed."""
+    found: set[str] = set()
+    waiting = {canonicalize_name(name) for name in names}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        with suppress(importlib.metadata.PackageNotFoundError):
+            wanted = map(Requirement, importlib.metadata.requires(name) or ())
+            waiting |= {canonicalize_name(one.name) for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})} - found
+    return found
 
 
 def test_every_test_for_a_gpu_is_in_a_file_that_is_found(gpu: Any) -> None:
