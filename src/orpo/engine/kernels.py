@@ -42,9 +42,7 @@ class Kernel:
 
 KERNELS: dict[str, Kernel] = {
     "sdpa": Kernel(None, None, True, True, "forward and backward on a CPU; the only one that has trained a model"),
-    "flex": Kernel(
-        ("cuda",), None, True, True, "on a CPU, backward by the operator's arithmetic; compiled for an H100, not run on one"
-    ),
+    "flex": Kernel(("cuda",), None, True, True, "on a CPU, backward by the operator's arithmetic; compiled for an H100, not run on one"),
     "varlen": Kernel(("cuda",), HALF, False, False, "what is handed to the kernel, on a CPU; the kernel itself was not run"),
 }
 MEASURED: dict[str, str] = {}
