@@ -158,7 +158,7 @@ class Measuring:
             self.results[arm.name] = dict(NO_TIME)
             return
         start = self.clock.now()
-        result = self.results[arm.name] = {"warm_up": {}, "timed": {}}
+        result = self.results[arm.name] = {"warm_up": {}, "timed": {}, "is_later": arm.is_extra}
         try:
             self.ready[arm.name] = self._warmed_up(arm, result)
         except CannotRunError as error:

@@ -79,6 +79,22 @@ def test_an_arm_that_fails_costs_the_others_nothing(gpu: Any, tmp_path: Path, mo
     assert arms["orpo, sdpa"]["pairs_per_s"] > 0
 
 
+def test_what_was_not_measured_in_turns_is_told_apart(gpu: Any) -> None:
+    import gpu_table
+
+    def arm(rate: float, is_later: bool = False) -> dict[str, Any]:
+        return {"pairs_per_s": rate, "is_estimate": False, "is_later": is_later}
+
+    arms = {"TRL": arm(10.0), "orpo, sdpa": arm(20.0), "orpo, padded": arm(5.0, True), "orpo, sdpa, compiled": arm(30.0, True)}
+    (line,) = gpu_table.verdicts({"cells": {"Llama-3.2-1B, HH": arms}})
+    assert line == "Llama-3.2-1B, HH: orpo, sdpa 2.00 × TRL; orpo, sdpa, compiled, measured later, 3.00 ×"
+    del arms["orpo, sdpa, compiled"]
+    (line,) = gpu_table.verdicts({"cells": {"Llama-3.2-1B, HH": arms}})
+    assert line == "Llama-3.2-1B, HH: orpo, sdpa 2.00 × TRL"
+    drawn = gpu_table.figure({"environment": {}, "cells": {"Llama-3.2-1B, HH": arms}})
+    assert "nothing here says anything of a GPU" in drawn
+
+
 def test_useful_operations_are_those_of_the_packed_row(gpu: Any) -> None:
     import gpu_cells
 
