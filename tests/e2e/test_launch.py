@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -89,6 +90,8 @@ class Desk:
         assert (self.run / weights).is_file()
         for line in SAID_ONCE:
             assert text.count(line) == 1, text
+        warnings = [line for line in text.splitlines() if line.startswith("warning")]
+        assert sorted(warnings) == sorted(set(warnings)), text  # not by every process
 
 
 @pytest.fixture
@@ -159,9 +162,10 @@ def test_a_launch_without_a_flag_for_it_is_one_training(words: tuple[str, ...], 
 def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read(
     words: tuple[str, ...], desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, text = desk.type(*words)
+    code, text = desk.type(*words, "--disable_dropout", "false")
     assert code == 0, text
     assert text.count("processes    2, gloo, fsdp2") == 1, text
+    assert text.count("warning: dropout is on") == 1, text
     desk.assert_one_training(text, weights="adapter/adapter_model.safetensors" if "--use_peft" in words else "model/model.safetensors")
     assert (desk.run / "checkpoint-4" / "sharded").is_dir()
     # The checkpoint of the last step, in parts, is the same model.
@@ -173,6 +177,19 @@ def test_a_sharded_run_ends_with_an_ordinary_folder_that_the_other_commands_read
     assert all(torch.equal(one[name], other[name]) for name in one)
     if "torchrun" not in words[0]:
         assert main(["eval", "run/checkpoint-4", "--data", "rows.jsonl", "--tasks", "pairs"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("flags", [["--parallelism", "zero2"], ["--deepspeed", str(LAUNCH / "zero3.json")]], ids=["zero2", "zero3"])
+@pytest.mark.parametrize("adapter", [[], ["--use_peft"]], ids=["full", "lora"])
+def test_zero_in_bf16_ends_with_an_ordinary_folder(flags: list[str], adapter: list[str], desk: Desk) -> None:
+    words = [sys.executable, "-m", "orpo", "train", "run.yaml", "--num_processes", "2", "--bf16", "true", *flags, *adapter]
+    code, text = desk.type(*words, DS_ACCELERATOR="cpu")
+    assert code == 0, text
+    desk.assert_one_training(text, weights="adapter/adapter_model.safetensors" if adapter else "model/model.safetensors")
 
 
 @pytest.mark.slow
@@ -191,7 +208,8 @@ SCRIPT = """
 import pathlib, sys
 from orpo import ORPOConfig, ORPOTrainer
 trainer = ORPOTrainer(
-    model=sys.argv[1], args=ORPOConfig(output_dir="run", max_steps=4, logging_steps=1, per_device_train_batch_size=2, report_to="none"),
+    model=sys.argv[1], args=ORPOConfig(output_dir="run", max_steps=4, logging_steps=1, per_device_train_batch_size=2, report_to="none",
+                    disable_dropout=False),
     train_dataset="rows.jsonl",
 )
 trainer.train()
@@ -206,6 +224,7 @@ def test_a_script_under_torchrun_is_one_training(desk: Desk, model_folder: Path)
     (desk.folder / "script.py").write_text(SCRIPT)
     code, text = desk.type(str(BIN / "torchrun"), "--nproc_per_node", "2", "script.py", str(model_folder))
     assert code == 0, text
+    assert text.count("dropout is on") == 1, text
     steps = [json.loads(line) for line in (desk.run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "nll_loss" in line] == [1, 2, 3, 4]
     said = [(desk.folder / f"rank-{rank}").read_text() for rank in range(2)]
@@ -322,6 +341,17 @@ def test_a_command_of_one_process_is_refused_where_a_launcher_has_started_severa
     for name in torch_names(0, "1"):
         monkeypatch.delenv(name)
     refuse_several(command)  # one process inside an allocation for several
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_two_launchers_at_once_are_refused_by_process_0_alone(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**torch_names(int(rank), "29500"), "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logging.getLogger("orpo"), "level", logging.INFO)
+    assert main(["train", "run.yaml", "--num_processes", "2"]) == 2
+    assert ("use one of the two" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_the_batch_script_is_one_that_bash_reads() -> None:

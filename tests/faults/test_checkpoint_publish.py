@@ -16,7 +16,7 @@ import pytest
 
 from faults import disks
 from orpo.checkpoint import PeerError, Ranks, find_newest, list_checkpoints, prune, publish, read_manifest, recover, verify
-from orpo.errors import CheckpointError, UserError
+from orpo.errors import CheckpointError, ToldElsewhereError, UserError
 
 
 def _writer(content: bytes = b"weights") -> Callable[[Path], None]:
@@ -351,6 +351,21 @@ def test_if_one_rank_fails_none_publishes_and_all_raise(bad: int, tmp_path: Path
     assert f"rank {bad} failed first" in str(results[1 - bad])
     assert "this rank's own trouble" in str(results[1 - bad])
     assert _names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("bad", [{0}, {1}, {0, 1}, {1, 2}])
+def test_a_disk_that_fails_is_told_by_the_first_rank_that_met_it_with_the_exit_code_of_all(bad: set[int], tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> Path:
+        def write(folder: Path) -> None:
+            if ranks.rank in bad:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return publish(tmp_path, 2, write, facts={}, ranks=ranks)
+
+    results = _on_ranks(3, work)
+    assert [getattr(error, "exit_code", None) for error in results] == [2, 2, 2]
+    assert [rank for rank, error in enumerate(results) if not isinstance(error, ToldElsewhereError)] == [min(bad)]
+    assert "no room for the checkpoint" in str(results[min(bad)])
 
 
 def test_ranks_that_write_the_same_name_are_refused(tmp_path: Path) -> None:

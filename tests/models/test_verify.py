@@ -12,7 +12,7 @@ import torch
 
 from adapted import adapt
 from orpo.errors import UserError
-from orpo.models.export import export_adapter, export_gguf, export_merged
+from orpo.models.export import export_adapter, export_gguf, export_merged, export_whole_state
 from orpo.models.load import load_model, merge
 from orpo.models.verify import Probe, check_merge
 from tinymodels import ARCHITECTURES, build_tiny_model, build_tiny_tokenizer
@@ -210,3 +210,13 @@ def test_an_adapter_whose_base_is_gone_is_written_with_a_word(tmp_path: Path, to
     folder = export_adapter(adapted, tokenizer, tmp_path / "adapter")
     assert (folder / "adapter_model.safetensors").is_file()
     assert "cannot be tried on its base" in caplog.text
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_whole_weights_are_read_as_written_whatever_the_model_computes_with(held: torch.dtype, tokenizer: Any, tmp_path: Path) -> None:
+    """Under ZeRO in bf16 a model holds rounded weights, and those that it is trained to are brought together in float32."""
+    model = build_tiny_model("llama", vocab_size=len(tokenizer))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = export_whole_state(model.to(held), state, tokenizer, tmp_path / "model")
+    written = load_model(str(folder)).model.state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in state.items())

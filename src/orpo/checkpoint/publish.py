@@ -17,7 +17,7 @@ from typing import Any
 
 from orpo.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, checked_name, hash_files, read_manifest, remember_verified
 from orpo.checkpoint.retain import aside_name, checkpoint_name, list_checkpoints, remove_owned
-from orpo.errors import CheckpointError, OrpoError
+from orpo.errors import EXIT_BUG, EXIT_USER, CheckpointError, OrpoError, ToldElsewhereError
 from orpo.system import files as fs
 from orpo.system.machine import versions
 from orpo.system.ranks import ALONE, Ranks
@@ -32,6 +32,10 @@ _TOO_LARGE_TEXTS = ("file too large", "os error 27")
 
 class PeerError(OrpoError):
     """Another rank failed first; its own error is the cause and is told there."""
+
+
+class ToldByPeerError(PeerError, ToldElsewhereError):
+    """The same where that rank is there to tell it: the command line says nothing more on this one."""
 
 
 def publish(
@@ -64,11 +68,11 @@ def publish(
     # Folders apart until all are done: two ranks that wrote the same name would write over each other, and nobody would know.
     own = staging if ranks.is_first else staging / f".rank-{ranks.rank}"
     try:
-        _all_or_none(ranks, lambda: _make_staging(run_dir, staging) if ranks.is_first else None)
-        written = _all_or_none(ranks, lambda: _write_own(own, write, is_first=ranks.is_first))
-        target = _all_or_none(ranks, lambda: _finish(run_dir, staging, step, written, facts, ranks.world_size) if ranks.is_first else None)[
-            0
-        ]
+        _all_or_none(run_dir, ranks, lambda: _make_staging(run_dir, staging) if ranks.is_first else None)
+        written = _all_or_none(run_dir, ranks, lambda: _write_own(own, write, is_first=ranks.is_first))
+        target = _all_or_none(
+            run_dir, ranks, lambda: _finish(run_dir, staging, step, written, facts, ranks.world_size) if ranks.is_first else None
+        )[0]
     # An interrupt too: what it leaves behind would stay until the next start.
     except BaseException as error:
         raised: BaseException = error
@@ -83,20 +87,24 @@ def publish(
     return Path(target)
 
 
-def _all_or_none(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
-    """Every rank's result, or an error on every rank: its own where it failed, `PeerError` elsewhere."""
-    result, failure = None, None
+def _all_or_none(run_dir: Path, ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+    """Every rank's result, or an error on every rank: its own where it failed, `PeerError` elsewhere and, of a disk that fails for several
+    alike, on all but the first of them."""
+    result, failure, told = None, None, None
     try:
         result = work()
     # Not BaseException: a rank that is told to leave at once leaves, and the others find it gone instead of waiting for its answer.
     except Exception as error:
         failure = error
-    outcomes = ranks.gather((result, None if failure is None else f"{type(failure).__name__}: {failure}"))
-    if failure is not None:
-        raise failure
-    for rank, (_, message) in enumerate(outcomes):
-        if message is not None:
-            raise PeerError(f"nothing was saved: rank {rank} failed first ({message.splitlines()[0]})")
+        told = (f"{type(error).__name__}: {error}", getattr(_explain(error, run_dir, 0), "exit_code", EXIT_BUG))
+    outcomes = ranks.gather((result, told))
+    for rank, (_, other) in enumerate(outcomes):
+        if failure is not None and (rank == ranks.rank or told is None or told[1] != EXIT_USER):
+            raise failure
+        if other is not None:
+            peer = ToldByPeerError(f"nothing was saved: rank {rank} failed first ({other[0].splitlines()[0]})")
+            peer.exit_code = other[1]
+            raise peer
     return [value for value, _ in outcomes]
 
 

@@ -252,7 +252,7 @@ class DataReport:
         if not self.num_rows:
             return "the source is empty; check dataset_name and the split"
         if not self.dropped or self.num_rows < min_rows:
-            return f"give at least {min_rows} rows, or lower per_device_train_batch_size and gradient_accumulation_steps"
+            return f"give at least {min_rows} rows, or lower per_device_train_batch_size, gradient_accumulation_steps or num_processes"
         reason = self.dropped.most_common(1)[0][0]
         if reason in ("too_long", "prompt_too_long"):
             return "raise max_length, or set truncation: keep_end"

@@ -123,8 +123,10 @@ def export_whole_state(
             (staging / "README.md").unlink(missing_ok=True)
             _save_generation(base, staging, stop_token_ids)
             _write_resize_note(model, staging)
-        elif stop_token_ids:
-            _add_stop_ids(base, staging / "generation_config.json", stop_token_ids)
+        else:
+            _write_dtype(state, staging / "config.json")
+            if stop_token_ids:
+                _add_stop_ids(base, staging / "generation_config.json", stop_token_ids)
         check_state(model, state, staging)
     return Path(folder)
 
@@ -331,6 +333,15 @@ def _add_stop_ids(model: PreTrainedModel, path: Path, stop_token_ids: Sequence[i
     own_ids = _as_ids(settings.get("eos_token_id", getattr(model.config, "eos_token_id", None)))
     ids = list(dict.fromkeys([*own_ids, *(int(token) for token in stop_token_ids)]))
     settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_dtype(state: Mapping[str, Any], path: Path) -> None:
+    """Say in the configuration what the weights are written in. transformers says what the model holds: under ZeRO in bf16 that is what is
+    computed with, and readers would round the weights."""
+    dtype = next(str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point())
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {name: dtype for name in ("dtype", "torch_dtype") if name in settings}
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

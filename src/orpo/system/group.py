@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from orpo.errors import OrpoError, ToldElsewhereError, UserError
 from orpo.system.place import Place, adopt
+from orpo.system.process import let_first_speak
 from orpo.system.ranks import current_ranks, is_lost_contact
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ def join(*, use_cpu: bool, backend: str | None, timeout_s: float) -> bool:
     import torch.distributed as dist
 
     place = adopt(os.environ)
+    let_first_speak()
     group_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if backend not in (None, "gloo", "mpi") and (use_cpu or not _has_accelerator()):
         raise UserError(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from orpo.errors import ToldElsewhereError, UserError
-from orpo.system.place import read_place
+from orpo.system.place import own_rank, read_place
 
 SHUTDOWN_S = 600
 """How long processes may take to save after a signal before they are killed; torchrun's own 30 s are short for a large model."""
@@ -44,9 +44,7 @@ def refuse_several(command: str, mend: str | None = None) -> None:
     if place.world_size == 1:
         return
     if place.rank:
-        told = ToldElsewhereError("process 0 says why")
-        told.exit_code = UserError.exit_code
-        raise told
+        raise _told_by_first()
     raise UserError(
         f"{place.said_by} is {place.world_size}: a launcher has started {place.world_size} processes, and this command is done by one",
         where=f"orpo {command}",
@@ -54,6 +52,12 @@ def refuse_several(command: str, mend: str | None = None) -> None:
         or f"start it alone: orpo {command} …; `orpo train` and `orpo eval` are what several processes do together, and "
         "`orpo compare --num_processes N` starts its own",
     )
+
+
+def _told_by_first() -> ToldElsewhereError:
+    told = ToldElsewhereError("process 0 says why")
+    told.exit_code = UserError.exit_code
+    return told
 
 
 def run_in_several(words: Sequence[str], num_processes: int | None) -> int | None:
@@ -67,6 +71,7 @@ def run_in_several(words: Sequence[str], num_processes: int | None) -> int | Non
 
     Raises:
         UserError: the number is none, or a launcher has started this process already.
+        ToldElsewhereError: the same, where process 0 says it.
     """
     if num_processes is None:
         return None
@@ -74,6 +79,8 @@ def run_in_several(words: Sequence[str], num_processes: int | None) -> int | Non
     if num_processes < 1:
         raise UserError(f"found {num_processes}", where="--num_processes", expected="at least 1")
     if launcher is not None and num_processes > 1:
+        if own_rank():
+            raise _told_by_first()
         raise UserError(f"{launcher} has started this process already", where="--num_processes", mend="use one of the two")
     if num_processes > 1:
         return start([sys.executable, "-m", "orpo", *words, "--num_processes", "1"], num_processes)  # the last word counts

@@ -16,7 +16,7 @@ from typing import Any
 
 from orpo.errors import EXIT_BUG, EXIT_OK, GuardStop, OrpoError, SignalStop, ToldElsewhereError, UserError
 from orpo.system.console import say_on_stderr
-from orpo.system.place import own_rank
+from orpo.system.place import own_rank, read_place
 
 SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "10000"
 
@@ -102,13 +102,34 @@ def configure_logging() -> None:
     handler.setFormatter(_Plain())
     root = logging.getLogger("orpo")
     root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if own_rank() == 0 else logging.WARNING)
+    root.setLevel(logging.INFO)
+    let_first_speak()
     root.propagate = False
     # The libraries' own bars and notes would interleave with ours. A user who sets these variables has the last word.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; of bars that ask nobody, such as that of unpacking GGUF
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+_OF_A_MACHINE = "orpo.data.stored"
+"""What is said there, such as that a token cache cannot be written, may be so on one machine of several."""
+
+
+def let_first_speak() -> None:
+    """Keep the other processes of a run from saying again what process 0 says of all: rows dropped, an engine that falls back.
+
+    A level that a script has set for them itself is kept.
+    """
+    try:
+        place = read_place(os.environ)
+    except UserError:  # told by who asks for the place
+        return
+    root = logging.getLogger("orpo")
+    if place.rank and root.level in (logging.NOTSET, logging.INFO):
+        root.setLevel(logging.ERROR)
+        if place.local_rank == 0:
+            logging.getLogger(_OF_A_MACHINE).setLevel(logging.WARNING)
 
 
 class _Plain(logging.Formatter):
