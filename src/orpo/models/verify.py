@@ -303,10 +303,16 @@ def check_state(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> 
     if is_adapted(model):
         _check_adapter_tensors(model, folder, state)
         return
-    from transformers import AutoModelForCausalLM
-
-    written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
+    written = _own_class(model).from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
     _check_equal(state, written.state_dict())
+
+
+def _own_class(model: Any) -> Any:
+    """The class that a model had before it was spread: the folder's own code need not be trusted again to read it, as here it is loaded."""
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import PreTrainedModel
+
+    return next(kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel) and not issubclass(kind, FSDPModule))
 
 
 def _check_adapter_tensors(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
