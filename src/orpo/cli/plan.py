@@ -106,8 +106,9 @@ def rank_lines(plan: Plan, ranks: Sequence[RankPlan], hardware: Hardware, dtype:
     room = None if hardware.device is None else hardware.device.memory_bytes
     lines = [
         f"parameters   {plan.num_parameters / 1e6:,.1f} M, {plan.num_trainable / 1e6:,.1f} M trained, {dtype}",
-        f"step         {plan.tokens_per_step:,} packed tokens of each of {hardware.num_ranks} processes, "
-        f"micro-batches of at most {plan.tokens_per_microbatch:,}",
+        f"step         {plan.tokens_per_step:,} packed tokens"
+        + (f" of each of {hardware.num_ranks} processes, " if hardware.num_ranks > 1 else ", ")
+        + f"micro-batches of at most {plan.tokens_per_microbatch:,}",
     ]
     for rank in ranks:
         fits = "" if room is None else f" of {human_bytes(room)}" + ("" if rank.memory_bytes <= 0.95 * room else ": DOES NOT FIT")
